@@ -1,0 +1,181 @@
+"""Graph: what is computed, dense and symbolic. Axes are symbols, domains are predicates, no tiles and no order.
+
+Shapes are tuples of axis names: B batch, T tokens, Hq and Hkv heads, Dqk and Dv head dims, C branches, and the
+name of a pooled key axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nsagen.sym import Conjunct, Expr, count, floordiv, maximum
+
+TOKENS = count("T")  # length of the sequence at hand
+START = count("start")  # its first row in the packed layout
+
+
+@dataclass(frozen=True)
+class Heads:
+    query: int
+    kv: int
+    qk_dim: int
+    v_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.query // self.kv
+
+
+@dataclass(frozen=True)
+class KeyAxis:
+    """Keys of blocks of `block` tokens, one every `stride`; the token axis itself has block = stride = 1."""
+
+    name: str
+    block: int = 1
+    stride: int = 1
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.block == 1 and self.stride == 1
+
+    def length(self, tokens: Expr = TOKENS) -> Expr:
+        """max(0, ⌊(T − l)/d⌋ + 1): whole blocks only."""
+        return tokens if self.is_tokens else floordiv(maximum(0, tokens - self.block + self.stride), self.stride)
+
+    def base(self, start: Expr = START) -> Expr:
+        """The row of block 0 of the sequence that starts at token `start` (packed: ⌊start/d⌋)."""
+        return floordiv(start, self.stride) if not self.is_tokens else start
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Keys that satisfy every conjunct."""
+
+    name: str
+    where: tuple[Conjunct, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values under one domain: a disjoint union of pieces on one axis."""
+
+    k: str
+    v: str
+    axis: KeyAxis
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """dtype: `input` follows q; `gate` any float; the rest as said."""
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: Literal["input", "gate", "float32", "int32"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """out[i] = φ(src[i·d : i·d + l]), run by the module φ, which torch differentiates."""
+
+    out: str
+    src: str
+    axis: KeyAxis
+    pool: str
+    positions: bool
+
+
+@dataclass(frozen=True)
+class Attend:
+    """out, lse = softmax attention of q over the union of the sources (one softmax)."""
+
+    branch: str
+    q: str
+    sources: tuple[Source, ...]
+    out: str
+    lse: str
+
+
+@dataclass(frozen=True)
+class Combine:
+    """out = Σ_c gates[…, c]·terms[c]  (paper Eq. 5)."""
+
+    terms: tuple[str, ...]
+    gates: str
+    out: str
+
+
+@dataclass(frozen=True)
+class CombineGrad:
+    """delta_c = g_c·rowsum(d_out·term_c), d_gates_c = rowsum(d_out·term_c); without gates g_c = 1."""
+
+    terms: tuple[str, ...]
+    gates: str | None
+    d_out: str
+    deltas: tuple[str, ...]
+    d_gates: str | None
+
+
+@dataclass(frozen=True)
+class AttendGrad:
+    """Gradients of one Attend from p = exp(scale·q·k − lse): dv = (g·p)ᵀd_out, ds = p·(g·d_out·vᵀ − delta)."""
+
+    branch: str
+    q: str
+    sources: tuple[Source, ...]
+    lse: str
+    delta: str
+    gate: int | None  # column of the gates
+    gates: str | None
+    d_out: str
+    dq: str
+    dk: tuple[str, ...]
+    dv: tuple[str, ...]
+
+
+Node = Pool | Attend | Combine | CombineGrad | AttendGrad
+
+
+@dataclass(frozen=True)
+class Graph:
+    name: str
+    heads: Heads
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    output: str
+    saved: tuple[str, ...] = ()  # kept from forward to backward; set by differentiate
+    grads: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (input of an Attend or Combine, the terms of its gradient)
+
+    def value(self, name: str) -> Value:
+        return next(v for v in self.values if v.name == name)
+
+
+def reads(node: Node) -> tuple[str, ...]:
+    """Names of the values that a node reads."""
+    if isinstance(node, Pool):
+        return (node.src,)
+    if isinstance(node, Combine):
+        return (*node.terms, node.gates)
+    if isinstance(node, CombineGrad):
+        return (*node.terms, node.d_out, *_some(node.gates))
+    keys = tuple(x for s in node.sources for x in (s.k, s.v))
+    if isinstance(node, Attend):
+        return (node.q, *keys)
+    return (node.q, *keys, node.lse, node.delta, node.d_out, *_some(node.gates))
+
+
+def writes(node: Node) -> tuple[str, ...]:
+    """Names of the values that a node defines."""
+    if isinstance(node, (Pool, Combine)):
+        return (node.out,)
+    if isinstance(node, Attend):
+        return (node.out, node.lse)
+    if isinstance(node, CombineGrad):
+        return (*node.deltas, *_some(node.d_gates))
+    return (node.dq, *node.dk, *node.dv)
+
+
+def _some(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)

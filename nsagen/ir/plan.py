@@ -1,0 +1,208 @@
+"""Plan: how it is computed. Buffers, ops (schedules of launches) and kernels, every choice with its `because`.
+
+A kernel is a grid of tiles and a few walks; a walk runs over the keys of a query tile (`forward`) or the queries
+of a key tile (`reverse`), in segments that carry only the masks not proved on them. Fields that a pass has not
+reached yet are None or empty; verify.py says which pass owes what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nsagen.ir.graph import Heads, KeyAxis, Piece
+from nsagen.sym import Conjunct, Expr, Interval, Symbol, count
+
+# Tile symbols: a query tile is BM rows = BT queries × the heads of one group, a key tile is BN keys.
+BM, BT, BN = count("BM"), count("BT"), count("BN")
+T0, S0 = count("t0"), count("s0")  # first query and first key of the tile
+N = count("N")  # keys on the walk's axis
+
+Body = Literal["attend_fwd", "attend_dq", "attend_dkv", "combine_fwd", "combine_bwd"]
+Direction = Literal["forward", "reverse"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and its reason, in words."""
+
+    what: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Buffer:
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[Expr, ...]
+    dtype: Literal["input", "gate", "float32", "int32"]
+    kind: Literal["input", "output", "saved", "workspace"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A conjunct to test on a segment, except where every `unless` >= 0 (then it is proved)."""
+
+    conjunct: Conjunct
+    unless: tuple[Expr, ...]
+    extent: bool  # the end of an axis: guards loads; keys past it also lose their score
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A named point of the loop axis, in terms of the ranges' ends and of earlier cuts."""
+
+    name: str
+    at: Expr
+
+
+# The ends of a walk's ranges, as its cuts name them.
+SOME_LO, SOME_HI, ALL_LO, ALL_HI = count("some_lo"), count("some_hi"), count("all_lo"), count("all_hi")
+
+
+@dataclass(frozen=True)
+class Segment:
+    name: Literal["lo", "mid", "hi", "edge"]
+    lo: Expr  # a cut, or a constant
+    hi: Expr
+    masks: tuple[Mask, ...]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One piece of a source, walked by a tile. `all` is None where refused, with the reason beside it."""
+
+    source: int  # which (k, v) pair of the kernel
+    piece: Piece
+    axis: KeyAxis
+    direction: Direction
+    some: Interval | None = None
+    all: Interval | None = None
+    refused: str | None = None
+    cuts: tuple[Cut, ...] = ()
+    segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True)
+class Access:
+    """How an operand is addressed: from the base row of its sequence, always in 64 bits, then rows within a tile."""
+
+    operand: str
+    buffers: tuple[str, ...]  # what the launches bind to it
+    base: Expr
+    guard: Literal["tile", "segment"]  # rows past the end: in any tile, or only on segments with the extent's mask
+    bits: Literal[32, 64]  # of the offsets of a tile's rows
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A kernel's parameter: what it holds (`role`) on which rows. `optional` ones may be absent in a launch."""
+
+    name: str
+    role: Literal["q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term"]
+    rows: Literal["query", "key"]
+    mode: Literal["load", "store", "accumulate"]
+    source: int = 0
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    smem: int  # bytes
+    registers: int  # estimated, a thread
+    cost: float  # estimated, relative to the useful work at the peak rate
+    dropped: str | None = None  # the reason, for a candidate that does not survive
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """Ranked candidates for one architecture and one operand width in bits."""
+
+    arch: str
+    bits: int
+    configs: tuple[TileConfig, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One program a tile of `step` rows of `axis`, KV head and batch entry, tiles running fastest.
+
+    axis None: tiles of `step` rows of the flat [B·T·Hq] rows, no heads and no sequences.
+    """
+
+    axis: KeyAxis | None
+    step: Symbol
+    order: Literal["ascending", "descending"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    branch: str
+    body: Body
+    grid: Grid
+    operands: tuple[Operand, ...]
+    walks: tuple[Walk, ...]
+    choices: tuple[Choice, ...]
+    qk_parts: tuple[int, ...] = ()  # powers of two that cover the head dim
+    v_parts: tuple[int, ...] = ()
+    tiles: tuple[TileTable, ...] = ()
+    accesses: tuple[Access, ...] = ()
+    facts: tuple[str, ...] = ()  # names from FACTS below
+
+
+FACTS = {
+    "rows_may_be_empty": "a query may see no key: output 0, lse −inf",
+    "first_tile_may_be_masked": "a row's first tile may be masked whole: the running maximum starts finite",
+    "group_fills_tile": "BM is a multiple of the group: every row of a tile is a query",
+}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A host-side condition under which a launch (a variant of its node) is taken."""
+
+    key: Literal["mode", "direction", "length", "arch"]
+    op: Literal["==", ">=", "<"]
+    value: str | int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its operands bound to buffers; an optional operand left out is absent."""
+
+    kernel: str
+    binds: tuple[tuple[str, str], ...]
+    accumulate: bool = False  # add to the outputs marked `accumulate` instead of overwriting them
+    gate: int | None = None  # column of the gates
+    when: tuple[Guard, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """A custom op: allocates its outputs, runs its launches in order."""
+
+    name: str
+    doc: Literal["part", "part_grad", "whole", "whole_grad"]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    heads: Heads
+    buffers: tuple[Buffer, ...]
+    ops: tuple[Op, ...]
+    kernels: tuple[Kernel, ...]
+
+    def kernel(self, name: str) -> Kernel:
+        return next(k for k in self.kernels if k.name == name)
+
+    def buffer(self, name: str) -> Buffer:
+        return next(b for b in self.buffers if b.name == name)

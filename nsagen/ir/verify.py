@@ -1,0 +1,200 @@
+"""Structural checks of both levels: what every pass may rely on, and owes. Messages name the IR line."""
+
+from __future__ import annotations
+
+from nsagen.errors import IRError
+from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, Node, Pool, Value, reads, writes
+from nsagen.ir.plan import FACTS, Access, Kernel, Launch, Mask, Op, Plan, TileConfig, Walk
+from nsagen.sym import Expr, symbols_of
+
+# From which pass on a field of the plan must be there.
+ORDER = ("choose_strategy", "derive_bounds", "split_loops", "choose_tiles", "place_accesses")
+SCALARS = {"T", "N", "BM", "BT", "BN", "t0", "s0", "start", "B"}
+RANGE_ENDS = {"some_lo", "some_hi", "all_lo", "all_hi"}
+
+
+def verify(ir: Graph | Plan, stage: str) -> None:
+    """Raise IRError unless `ir` is well formed after the pass `stage`."""
+    if isinstance(ir, Graph):
+        _graph(ir)
+    else:
+        _plan(ir, ORDER.index(stage) if stage in ORDER else len(ORDER) - 1)
+
+
+def _need(condition: bool, line: str, rule: str) -> None:
+    if not condition:
+        raise IRError(f"{line}: {rule}")
+
+
+# --- graph
+
+
+def _graph(graph: Graph) -> None:
+    names = [v.name for v in graph.values]
+    _need(len(names) == len(set(names)), f"graph {graph.name}", "a value is declared twice")
+    _need(graph.heads.query % graph.heads.kv == 0, f"graph {graph.name}", "KV heads do not divide query heads")
+    defined = {*graph.inputs, "d_out"}
+    for node in graph.nodes:
+        _node(node, graph, set(names), defined)
+    _need(graph.output in defined, f"return %{graph.output}", "is not defined")
+    for name in graph.saved:
+        _need(name in defined, f"saved %{name}", "is not defined")
+    for name, parts in graph.grads:
+        shapes = {(graph.value(p).axes, graph.value(p).dtype) for p in (name, *parts)}
+        _need(len(shapes) == 1, f"grad %{name}", "a gradient's axes or dtype differ from its value's")
+
+
+def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
+    line = f"%{' %'.join(writes(node))}"
+    for name in reads(node):
+        _need(name in names, line, f"%{name} is not declared")
+        _need(name in defined, line, f"%{name} is read before it is defined")
+    for name in writes(node):
+        _need(name in names, line, f"%{name} is not declared")
+        _need(name not in defined, line, f"%{name} is defined twice")
+    defined.update(writes(node))
+    if isinstance(node, Pool):
+        _need(node.axis.block % node.axis.stride == 0, line, f"d = {node.axis.stride} must divide l = {node.axis.block}")
+        _need(not (node.positions and node.pool == "mean"), line, "mean pooling has no positions")
+    if isinstance(node, (Attend, AttendGrad)):
+        _attend(node, graph, line)
+    if isinstance(node, CombineGrad):
+        _need(len(node.deltas) == len(node.terms), line, "one delta a term")
+        _need((node.gates is None) == (node.d_gates is None), line, "gates and their gradient come together")
+
+
+def _attend(node: Attend | AttendGrad, graph: Graph, line: str) -> None:
+    _need(bool(node.branch), line, "an attention has a branch name")
+    for source in node.sources:
+        keys: tuple[Value, Value] = (graph.value(source.k), graph.value(source.v))
+        _need(keys[0].axes[1] == keys[1].axes[1] == source.axis.name, line, "keys and values lie on the source's axis")
+        _need(bool(source.pieces), line, "a source has at least one piece")
+        for piece in source.pieces:
+            free = {s for c in piece.where for s in symbols_of(c.expr)}
+            _need(free <= {"t", "s"}, line, f"piece {piece.name} speaks of {sorted(free - {'t', 's'})}")
+    if isinstance(node, AttendGrad):
+        _need((node.gate is None) == (node.gates is None), line, "a gate's column and the gates come together")
+
+
+# --- plan
+
+
+def _plan(plan: Plan, reached: int) -> None:
+    kernels = {k.name: k for k in plan.kernels}
+    buffers = {b.name for b in plan.buffers}
+    _need(len(kernels) == len(plan.kernels), f"plan {plan.name}", "two kernels share a name")
+    for buffer in plan.buffers:
+        line = f"buffer %{buffer.name}"
+        _need(len(buffer.axes) == len(buffer.shape), line, "one size an axis")
+        _need(buffer.kind != "saved" or buffer.dtype in ("input", "float32"), line, "cannot be saved")
+        _symbols(buffer.shape, {"B", "T"}, line)
+    for op in plan.ops:
+        _op(op, kernels, buffers)
+    for kernel in plan.kernels:
+        _kernel(kernel, reached)
+
+
+def _symbols(xs: tuple[Expr, ...], allowed: set[str], line: str) -> None:
+    for x in xs:
+        _need(symbols_of(x) <= allowed, line, f"speaks of {sorted(symbols_of(x) - allowed)}")
+
+
+def _op(op: Op, kernels: dict[str, Kernel], buffers: set[str]) -> None:
+    line = f"op {op.name}"
+    known = set(op.inputs)
+    _need(op.doc.endswith("_grad") == op.name.endswith("_grad"), line, "gradients are named so")
+    for launch in op.launches:
+        _need(launch.kernel in kernels, line, f"launches {launch.kernel}, which is not there")
+        known |= _launch(launch, kernels[launch.kernel], known, buffers, f"{line}: launch {launch.kernel}")
+    for name in op.outputs:
+        _need(name in known, line, f"output %{name} is never written")
+
+
+def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], line: str) -> set[str]:
+    operands = {o.name: o for o in kernel.operands}
+    bound = dict(launch.binds)
+    _need(bound.keys() <= operands.keys(), line, f"no operand {sorted(bound.keys() - operands.keys())}")
+    missing = [o.name for o in kernel.operands if o.name not in bound and not o.optional]
+    _need(not missing, line, f"operands {missing} are not bound")
+    _need((launch.gate is None) or "gates" in bound, line, "a gate's column without gates")
+    keys = [g.key for g in launch.when if g.op == "==" and g.value == ""]
+    _need(not keys, line, f"guard on {keys} compares with nothing")
+    for name, buffer in bound.items():
+        _need(buffer in buffers, line, f"%{buffer} is not declared")
+        reading = operands[name].mode == "load" or launch.accumulate and operands[name].mode == "accumulate"
+        _need(not reading or buffer in known, line, f"%{buffer} is read before it is written")
+    return {b for n, b in bound.items() if operands[n].mode != "load"}
+
+
+def _kernel(kernel: Kernel, reached: int) -> None:
+    line = f"kernel {kernel.name}"
+    _need(bool(kernel.choices) and all(c.what and c.because for c in kernel.choices), line, "a choice has no reason")
+    _need((kernel.grid.axis is None) == (not kernel.walks), line, "a kernel over tiles walks, one over flat rows does not")
+    _need(kernel.body.startswith("attend") == bool(kernel.branch), line, "attention kernels belong to a branch")
+    _need(str(kernel.grid.step) in ("BT", "BN", "BM"), line, "the grid steps by a tile size")
+    _need(kernel.grid.order in ("ascending", "descending"), line, "tiles run up or down")
+    _need(all(f in FACTS for f in kernel.facts), line, f"unknown facts {kernel.facts}")
+    roles = {o.role for o in kernel.operands if o.rows == "key"}
+    _need(roles <= {"k", "v", "dk", "dv"}, line, f"{sorted(roles)} cannot lie on key rows")
+    for walk in kernel.walks:
+        _walk(walk, kernel, reached, f"{line}: walk {walk.piece.name}")
+    if reached >= ORDER.index("choose_tiles"):
+        _need(sum(kernel.qk_parts) > 0 and sum(kernel.v_parts) > 0, line, "head dims are not split in parts")
+        for table in kernel.tiles:
+            _tiles([c for c in table.configs if c.dropped is None], f"{line}: tiles {table.arch} {table.bits}-bit")
+    if reached >= ORDER.index("place_accesses"):
+        named = [a.operand for a in kernel.accesses]
+        _need(named == [o.name for o in kernel.operands], line, "every operand has one access")
+        for access in kernel.accesses:
+            _access(access, kernel, f"{line}: access {access.operand}")
+
+
+def _walk(walk: Walk, kernel: Kernel, reached: int, line: str) -> None:
+    sources = {o.source for o in kernel.operands if o.role == "k"}
+    _need(walk.source in sources, line, f"source {walk.source} has no keys among the operands")
+    _need((walk.direction == "reverse") == (kernel.body == "attend_dkv"), line, "only dk/dv walks the queries")
+    if reached >= ORDER.index("derive_bounds"):
+        _need(walk.some is not None, line, "has no bounds")
+        _need((walk.all is None) == (walk.refused is not None), line, "either an all-range or the reason for none")
+        ends = [x for r in (walk.some, walk.all) if r for x in (r.lo, r.hi)]
+        _symbols(tuple(ends), SCALARS, line)
+    if reached >= ORDER.index("split_loops"):
+        _segments(walk, line)
+
+
+def _segments(walk: Walk, line: str) -> None:
+    names = {c.name for c in walk.cuts}
+    known = set(RANGE_ENDS | {"BN", "BT"})
+    for cut in walk.cuts:
+        _symbols((cut.at,), known, f"{line}: cut {cut.name}")
+        known.add(cut.name)
+    _need(bool(walk.segments), line, "has no segments")
+    for before, after in zip(walk.segments, walk.segments[1:], strict=False):
+        _need(before.hi == after.lo, line, f"segments {before.name} and {after.name} leave a gap")
+    for segment in walk.segments:
+        _symbols((segment.lo, segment.hi), names, f"{line}: seg {segment.name}")
+        _need(segment.name != "mid" or not segment.masks, line, "the middle has no mask")
+        for mask in segment.masks:
+            _mask(mask, f"{line}: seg {segment.name}")
+
+
+def _mask(mask: Mask, line: str) -> None:
+    _need(symbols_of(mask.conjunct.expr) <= {"t", "s", "T", "N"}, line, "a mask speaks of query and key")
+    _need(mask.extent or symbols_of(mask.conjunct.expr) <= {"t", "s"}, line, "only an extent speaks of lengths")
+    _symbols(mask.unless, {"BN", "BT"}, line)
+
+
+def _tiles(kept: list[TileConfig], line: str) -> None:
+    _need(bool(kept), line, "no candidate fits")
+    _need([c.cost for c in kept] == sorted(c.cost for c in kept), line, "candidates are not ranked")
+    for c in kept:
+        _need(c.bm > 0 and c.bn > 0 and c.warps in (1, 2, 4, 8, 16) and c.stages > 0, line, f"impossible candidate {c}")
+        _need(c.registers > 0 and c.smem >= 0, line, f"{c.bm}x{c.bn} cannot run and was not dropped")
+
+
+def _access(access: Access, kernel: Kernel, line: str) -> None:
+    operand = next(o for o in kernel.operands if o.name == access.operand)
+    _need(access.bits == 64 or operand.role not in ("q", "k", "v"), line, "the caller's strides need 64-bit offsets")
+    _need(access.guard == "tile" or operand.mode == "load", line, "an unguarded store")
+    _need(bool(access.buffers) or operand.optional, line, "no launch binds it")
+    _symbols((access.base,), {"start"}, line)

@@ -1,0 +1,77 @@
+"""choose_tiles: head-dim parts and ranked tile candidates, with a reason for each one dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+from nsagen.ir.graph import Heads
+from nsagen.ir.plan import Kernel, Plan, TileConfig, TileTable
+from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, resources
+
+BITS = (16, 32)
+UNROLLED = 128  # float32 scores a warp: more, and a kernel spills and takes minutes to compile
+
+
+@dataclass(frozen=True)
+class ChooseTiles:
+    """Set `qk_parts`, `v_parts` and `tiles`; add the fact `group_fills_tile` where rows divide evenly.
+
+    A candidate survives iff smem <= the architecture's and registers <= 255 a thread; survivors are ranked by cost.
+    before  kernel window_fwd
+    after   tiles sm_90 16-bit  128×64 w8 s3 (smem 131072, 152 registers, cost 1.21) …
+    """
+
+    name = "choose_tiles"
+
+    def run(self, plan: Plan) -> Plan:
+        return replace(plan, kernels=tuple(_with_tiles(k, plan.heads) for k in plan.kernels))
+
+
+def split_dim(dim: int) -> tuple[int, ...]:
+    """At most two powers of two (>= 16, for the dot) that cover `dim` with the least padding: 192 -> (128, 64)."""
+    whole = max(16, 1 << (dim - 1).bit_length())
+    if whole == dim or whole == 16:
+        return (whole,)
+    head = whole // 2
+    tail = max(16, 1 << (dim - head - 1).bit_length())
+    return (head, tail) if head + tail < whole else (whole,)
+
+
+def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
+    kernel = replace(kernel, qk_parts=split_dim(heads.qk_dim), v_parts=split_dim(heads.v_dim))
+    tables = tuple(TileTable(a.name, bits, _ranked(kernel, heads, a, bits)) for a in ARCHES for bits in BITS)
+    even = 128 % heads.group == 0
+    facts = (*kernel.facts, *(("group_fills_tile",) if even and kernel.walks else ()))
+    return replace(kernel, tiles=tables, facts=facts)
+
+
+def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
+    if not kernel.walks:
+        return (TileConfig(32 if bits == 16 else 16, 1, 4, 1, 0, 64, 1.0),)
+    candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in _shapes(heads)]
+    return tuple(sorted(candidates, key=lambda c: (c.dropped is not None, c.cost, c.smem)))
+
+
+def _shapes(heads: Heads) -> list[tuple[int, int, int, int]]:
+    rows = [m for m in (16, 32, 64, 128) if m >= heads.group]
+    return [
+        (bm, bn, warps, stages)
+        for bm, bn, warps, stages in product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3))
+        if bm * bn >= 16 * 16 * warps // 2  # a warp without work gains nothing
+    ]
+
+
+def _judge(kernel: Kernel, heads: Heads, arch: Arch, bits: int, bm: int, bn: int, warps: int, stages: int) -> TileConfig:
+    use = resources(kernel, bits, bm, bn, warps, stages)
+    waste, trips = loop_shape(kernel, heads, bm, bn)
+    cost = round(waste / arch.efficiency(kernel.body, bits, bm, bn, warps, stages, trips), 3)
+    return TileConfig(bm, bn, warps, stages, use.smem, use.registers, cost, _dropped(use, arch, bits, bm * bn, warps))
+
+
+def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | None:
+    if use.smem > arch.smem:
+        return f"shared memory {use.smem} > {arch.smem}"
+    if bits == 32 and scores > UNROLLED * warps:
+        return f"{scores} float32 scores on {warps} warps: without tensor cores each is unrolled"
+    return f"registers {use.registers} > 255" if use.registers > 255 and bits == 16 else None

@@ -1,0 +1,76 @@
+"""differentiate: graph -> graph with its backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Value
+
+
+@dataclass(frozen=True)
+class Differentiate:
+    """Append the gradient nodes of every Attend and Combine, in reverse, and say what forward must keep.
+
+    Needs: each output of a node is read by at most one later node.
+    before  out_w, lse_w = attend …; out = combine out_w …
+    after   … ; deltas, d_gates = combine_grad d_out …; dq, dk, dv = attend_grad …; saved out_w, lse_w
+
+    Scores are recomputed from lse, never kept (T × keys of them). φ's own gradient is torch's: it is a module.
+    """
+
+    name = "differentiate"
+
+    def run(self, graph: Graph) -> Graph:
+        values = {v.name: v for v in graph.values}
+        values["d_out"] = replace(graph.value(graph.output), name="d_out")
+        combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
+        attends = [n for n in graph.nodes if isinstance(n, Attend)]
+        terms = tuple(n.out for n in attends)
+        deltas = tuple(f"delta_{n.branch}" for n in attends)
+        for node, delta in zip(attends, deltas, strict=True):
+            values[delta] = replace(values[node.lse], name=delta)
+        grad = CombineGrad(terms, combine.gates if combine else None, "d_out", deltas, "d_gates" if combine else None)
+        if combine:
+            values["d_gates"] = replace(values[combine.gates], name="d_gates")
+        users = Counter(x for n in attends for x in (n.q, *(x for s in n.sources for x in (s.k, s.v))))
+        backward = [_attend_grad(n, combine, i, values, users) for i, n in enumerate(attends)]
+        nodes: tuple[Node, ...] = (*graph.nodes, grad, *backward)
+        saved = tuple(x for n in attends for x in (n.out, n.lse))
+        grads = _grads(backward, combine)
+        return replace(graph, values=tuple(values.values()), nodes=nodes, saved=saved, grads=grads)
+
+
+def _attend_grad(
+    node: Attend, combine: Combine | None, column: int, values: dict[str, Value], users: Counter[str]
+) -> AttendGrad:
+    def grad(name: str) -> str:
+        out = f"d{name}" if users[name] == 1 else f"d{name}_{node.branch}"
+        values[out] = replace(values[name], name=out)
+        return out
+
+    return AttendGrad(
+        branch=node.branch,
+        q=node.q,
+        sources=node.sources,
+        lse=node.lse,
+        delta=f"delta_{node.branch}",
+        gate=column if combine else None,
+        gates=combine.gates if combine else None,
+        d_out="d_out",
+        dq=grad(node.q),
+        dk=tuple(grad(s.k) for s in node.sources),
+        dv=tuple(grad(s.v) for s in node.sources),
+    )
+
+
+def _grads(backward: list[AttendGrad], combine: Combine | None) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    terms: dict[str, list[str]] = {}
+    for node in backward:
+        terms.setdefault(node.q, []).append(node.dq)
+        for source, dk, dv in zip(node.sources, node.dk, node.dv, strict=True):
+            terms.setdefault(source.k, []).append(dk)
+            terms.setdefault(source.v, []).append(dv)
+    if combine:
+        terms[combine.gates] = ["d_gates"]
+    return tuple((name, tuple(parts)) for name, parts in terms.items())

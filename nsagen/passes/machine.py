@@ -1,0 +1,83 @@
+"""What choose_tiles knows of the chips: sizes, and a model of a tile's resources and speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from nsagen.ir.graph import TOKENS, Heads
+from nsagen.ir.plan import BN, BT, S0, T0, Body, Kernel, N, Walk
+from nsagen.sym import evaluate
+
+
+@dataclass(frozen=True)
+class Arch:
+    name: str
+    smem: int  # bytes a block can have
+    wgmma: bool  # tensor cores read both operands from shared memory, from 64 rows on
+
+    def efficiency(self, body: Body, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
+        """Fraction of the peak rate that a tile reaches; constants fitted on an H200 (docs/performance.md).
+
+        rows: a warpgroup wants 64 rows of its own (16 a warp without wgmma). reuse: a short walked tile pays for its
+        loads. overlap: stages hide them, but every loop drains its pipeline once a segment.
+        """
+        wide, narrow = (bn, bm) if body == "attend_dkv" else (bm, bn)
+        rows = min(1.0, wide / (16 * warps))
+        if bits == 32:  # full float32 has no tensor cores: only the rows count
+            return 0.03 * rows * narrow / (narrow + 16)
+        reuse = min(narrow, 64) / (min(narrow, 64) + 10)
+        hidden = {1: 0.6, 2: 0.93, 3: 1.0}[stages]
+        return rows * reuse * hidden * trips / (trips + 1.5 * stages)
+
+
+ARCHES = (Arch("sm_80", 163 << 10, False), Arch("sm_90", 227 << 10, True), Arch("sm_100", 227 << 10, True))
+
+
+@dataclass(frozen=True)
+class Use:
+    smem: int
+    registers: int
+
+
+def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: int) -> Use:
+    """Shared memory: the resident tile plus `stages` of the walked one. Registers: accumulators, scores, pointers."""
+    size, qk, v = bits // 8, sum(kernel.qk_parts), sum(kernel.v_parts)
+    threads = 32 * warps
+    walked = bn
+    if kernel.body == "attend_fwd":
+        smem = size * (bm * qk + stages * bn * (qk + v))
+        words = bm * (v + bn * (1 + bits / 32))
+    elif kernel.body == "attend_dq":
+        smem = size * (bm * (qk + v) + stages * bn * (qk + v))
+        words = bm * (qk + 2 * bn)
+    else:
+        walked = bm
+        smem = size * (bn * (qk + v) + stages * bm * (qk + v) + bm * bn)
+        words = bn * (qk + v + 2 * bm)
+    pointers = 2 * walked * (qk + v) / (16 // size)  # one 64-bit address a 16-byte load
+    return Use(round(smem), round((words + pointers) / threads) + 40)
+
+
+def loop_shape(kernel: Kernel, heads: Heads, bm: int, bn: int) -> tuple[float, float]:
+    """(waste, trips) of the widest walk on a long sequence.
+
+    waste: score elements computed over elements needed, padded rows and edge tiles included. trips: loop iterations.
+    """
+    return max(_walk_shape(w, max(1, bm // heads.group), bm, heads.group, bn) for w in kernel.walks)
+
+
+@lru_cache(maxsize=4096)
+def _walk_shape(walk: Walk, bt: int, bm: int, group: int, bn: int) -> tuple[float, float]:
+    tokens = 65536
+    length = evaluate(walk.axis.length(), {TOKENS.name: tokens})
+    at = {TOKENS.name: tokens, N.name: length, BT.name: bt, BN.name: bn}
+    at |= {T0.name: tokens // 2 // bt * bt, S0.name: length // 2 // bn * bn}
+    assert walk.some is not None
+    lo, hi = evaluate(walk.some.lo, at), evaluate(walk.some.hi, at)
+    step, tile = (bn, bt) if walk.direction == "forward" else (bt, bn)
+    walked = max(0, -(-hi // step) * step - lo // step * step)
+    padding = bm / (bt * group)
+    # The band of what a tile's rows see is slanted: each of them sees fewer than the hi − lo that the tile walks.
+    slant = tile / walk.axis.stride if walk.direction == "forward" else tile * walk.axis.stride
+    return max(1.0, walked / max(1.0, hi - lo - slant)) * padding, walked / step

@@ -1,0 +1,58 @@
+"""place_accesses: base rows, guards and index widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nsagen.errors import Refused
+from nsagen.ir.graph import START
+from nsagen.ir.plan import Access, Kernel, Operand, Plan
+from nsagen.sym import Expr
+
+CALLERS = ("q", "k", "v")  # operands whose strides are the caller's: anything up to 2⁶³
+ROWS = 256  # more than any tile has
+
+
+@dataclass(frozen=True)
+class PlaceAccesses:
+    """Give every operand its base row in the packed layout, its guard, and the width of its offsets in a tile.
+
+    32 bits iff rows · Hq · dim < 2³¹ for every tile, and the strides are ours; a base is always 64-bit. A tile held
+    throughout is guarded whole; a walked one only on segments that carry the extent's mask: split_loops proved the rest.
+    before  operand k
+    after   access k = %k_cmp: rows from start // 16, guard segment, 64-bit
+    """
+
+    name = "place_accesses"
+
+    def run(self, plan: Plan) -> Plan:
+        if ROWS * plan.heads.query * max(plan.heads.qk_dim, plan.heads.v_dim) >= 2**31:
+            raise Refused("a tile's rows pass 2³¹ elements")
+        bound: dict[tuple[str, str], list[str]] = {}
+        for launch in (launch for op in plan.ops for launch in op.launches):
+            for operand, buffer in launch.binds:
+                bound.setdefault((launch.kernel, operand), []).append(buffer)
+        kernels = tuple(replace(k, accesses=tuple(_access(k, o, bound) for o in k.operands)) for k in plan.kernels)
+        return replace(plan, kernels=kernels)
+
+
+def _access(kernel: Kernel, operand: Operand, bound: dict[tuple[str, str], list[str]]) -> Access:
+    buffers = tuple(dict.fromkeys(bound.get((kernel.name, operand.name), ())))
+    bits = 64 if operand.role in CALLERS else 32
+    return Access(operand.name, buffers, _base(kernel, operand), _guard(kernel, operand), bits)
+
+
+def _guard(kernel: Kernel, operand: Operand) -> Literal["tile", "segment"]:
+    """The walked side of a kernel: keys of a query tile, queries of a key tile."""
+    walked = "query" if kernel.body == "attend_dkv" else "key"
+    if not kernel.walks or operand.rows != walked:
+        return "tile"
+    ragged = walked == "query" and "group_fills_tile" not in kernel.facts
+    return "tile" if ragged else "segment"
+
+
+def _base(kernel: Kernel, operand: Operand) -> Expr:
+    if operand.rows == "query" or not kernel.walks:
+        return START
+    return next(w.axis for w in kernel.walks if w.source == operand.source).base()

@@ -1,0 +1,123 @@
+"""Plan -> the text of a module."""
+
+from __future__ import annotations
+
+import json
+import pprint
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from nsagen.ir.graph import Combine, CombineGrad, Graph
+from nsagen.ir.plan import Kernel, Plan, TileTable
+from nsagen.render.host import branch_views, op_views, part_views, pool_node, whole_call
+from nsagen.render.view import Named, kernel_view
+
+SHIPPED_CONFIGS = 6  # candidates of each table that a module carries, best first
+COMPRESSORS = {"mean": "MeanCompressor"}
+
+
+@dataclass(frozen=True)
+class KernelText:
+    name: str
+    source: str
+    configs: tuple[TileTable, ...]
+
+
+def template_dir() -> Path:
+    """templates/ in the source tree, or beside the package's own files where it is installed."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "templates"
+    return installed if installed.is_dir() else package.parent / "templates"
+
+
+@lru_cache(maxsize=1)
+def environment() -> jinja2.Environment:
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_dir()), undefined=jinja2.StrictUndefined, keep_trailing_newline=False
+    )
+    env.filters["each"] = _each
+    return env
+
+
+def _each(items: Any, form: str, separator: str = ", ") -> str:
+    """form filled from the fields of each item (or the item itself as `it`), joined."""
+    return separator.join(form.format(it=x, **_fields(x)) for x in items)
+
+
+def _fields(x: Any) -> dict[str, Any]:
+    return {} if isinstance(x, str) else vars(x)
+
+
+def render_module(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtime_version: int) -> str:
+    """The module's text. graph must be differentiated; digest is the content hash in its header and op names."""
+    text = environment().get_template("module.py.j2").render(_context(spec, graph, plan, digest, runtime_version))
+    return _tidy(text)
+
+
+def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtime_version: int) -> dict[str, Any]:
+    pool = pool_node(graph)
+    combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
+    grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
+    whole = whole_call(graph, plan, spec["kv"] == "per_branch")
+    return {
+        "spec": spec,
+        "spec_text": _spec_text(spec),
+        "spec_literal": pprint.pformat(spec, width=110, sort_dicts=False),
+        "digest": digest,
+        "runtime_version": runtime_version,
+        "kernels_with_choices": [Named(k.name, _choices(k)) for k in plan.kernels],
+        "kernels": [_kernel_text(k, plan) for k in plan.kernels],
+        "attends": branch_views(graph, plan),
+        "operations": op_views(graph, plan),
+        "public_parts": part_views(graph, spec["kv"] == "per_branch"),
+        "whole": {"op": whole.name, "arguments": whole.text.split(", ")},
+        "compressor": pool and {
+            "cls": COMPRESSORS[pool.pool], "pool": pool.pool, "block": pool.axis.block, "stride": pool.axis.stride
+        },
+        "pooled": ("compressed", pool.axis.block, pool.axis.stride) if pool else None,
+        "gated": combine is not None,
+        "terms": combine.terms if combine else (),
+        "deltas": grad.deltas,
+        "branches": tuple(spec["branches"]),
+        "per_branch": spec["kv"] == "per_branch",
+        "hq": plan.heads.query, "hkv": plan.heads.kv, "group": plan.heads.group,
+        "qk_dim": plan.heads.qk_dim, "v_dim": plan.heads.v_dim,
+    }  # fmt: skip
+
+
+def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
+    source = environment().get_template(f"{kernel.body}.py.j2").render(x=kernel_view(kernel, plan)).strip("\n")
+    tables = tuple(_shipped(t) for t in kernel.tiles)
+    return KernelText(kernel.name, source, tables)
+
+
+def _shipped(table: TileTable) -> TileTable:
+    kept = tuple(c for c in table.configs if c.dropped is None)
+    smallest = min(kept, key=lambda c: (c.smem, c.bm * c.bn))  # what a chip with less shared memory can still run
+    best = kept[:SHIPPED_CONFIGS]
+    return TileTable(table.arch, table.bits, best if smallest in best else (*best, smallest))
+
+
+def _choices(kernel: Kernel) -> str:
+    return "; ".join(f"{c.what}, because {c.because}" for c in kernel.choices)
+
+
+def _spec_text(spec: dict[str, Any]) -> str:
+    h = spec["heads"]
+    lines = [f"heads    {h['query']} query, {h['kv']} KV, dims {h['qk_dim']} (q, k) and {h['v_dim']} (v); K/V {spec['kv']}"]
+    lines += [f"branch   {name} {json.dumps(options)}" for name, options in spec["branches"].items()]
+    return "\n".join([*lines, f"combine  {spec['combine']}"])
+
+
+def _tidy(text: str) -> str:
+    """No trailing blanks, at most two blank lines, one newline at the end."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        line = line.rstrip()
+        if line or lines[-2:] != ["", ""]:
+            lines.append(line)
+    return "\n".join(lines).strip("\n") + "\n"

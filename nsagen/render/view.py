@@ -1,0 +1,219 @@
+"""What a kernel template asks of the plan: parts, sources, walks and masks as text in Triton's syntax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nsagen.ir.graph import Heads, KeyAxis
+from nsagen.ir.plan import BN, BT, Kernel, Mask, Plan, Segment, Walk
+from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns [lo, hi) of a head dim; ragged where they pass its end."""
+
+    i: int
+    lo: int
+    hi: int
+    dim: int
+
+    @property
+    def width(self) -> int:
+        return self.hi - self.lo
+
+    @property
+    def ragged(self) -> bool:
+        return self.hi > self.dim
+
+    @property
+    def and_columns(self) -> str:
+        return f" & (d < {self.dim})" if self.ragged else ""
+
+    def load(self, pointer: str, rows: str, guard: str) -> str:
+        """A load of this part: masked by `rows` only where `guard` holds, by columns wherever they are ragged."""
+        return f"device.load({pointer}, {rows}{self.and_columns}, {'True' if self.ragged else guard})"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A conjunct under its flag's name."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SegmentView:
+    lo: str
+    hi: str
+    comment: str
+    flags: tuple[Named, ...]
+
+
+@dataclass(frozen=True)
+class WalkView:
+    cuts: str
+    segments: tuple[SegmentView, ...]
+
+
+@dataclass(frozen=True)
+class SourceView:
+    suffix: str
+    length: str
+    base: str
+    stride: int
+    tokens: bool
+    walks: tuple[WalkView, ...]
+
+
+@dataclass(frozen=True)
+class KernelView:
+    name: str
+    body: str
+    doc: str
+    hq: int
+    hkv: int
+    group: int
+    qk_dim: int
+    v_dim: int
+    qk_parts: tuple[Part, ...]
+    v_parts: tuple[Part, ...]
+    conjuncts: tuple[Named, ...]
+    sources: tuple[SourceView, ...]
+    terms: tuple[Part, ...]  # only their numbers are asked
+    columns: int  # of the gates
+    gated: bool
+    descending: bool
+    rows_may_be_empty: bool
+    group_fills_tile: bool
+
+    guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
+    wides: dict[str, str]  # operand -> a cast of its row offsets, or nothing
+
+    def guard(self, operand: str) -> str:
+        return self.guards[operand]
+
+    def wide(self, operand: str) -> str:
+        return self.wides[operand]
+
+
+def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
+    h = plan.heads
+    conjuncts = _conjuncts(kernel)
+    terms = tuple(Part(i, 0, 0, 0) for i, o in enumerate(o for o in kernel.operands if o.role == "term"))
+    return KernelView(
+        name=kernel.name,
+        body=kernel.body,
+        doc=_doc(kernel, h),
+        hq=h.query,
+        hkv=h.kv,
+        group=h.group,
+        qk_dim=h.qk_dim,
+        v_dim=h.v_dim,
+        qk_parts=_parts(kernel.qk_parts, h.qk_dim),
+        v_parts=_parts(kernel.v_parts, h.v_dim),
+        conjuncts=tuple(conjuncts.values()),
+        sources=_sources(kernel, conjuncts),
+        terms=terms,
+        columns=_columns(plan),
+        gated=any(o.role == "gates" for o in kernel.operands),
+        descending=kernel.grid.order == "descending",
+        rows_may_be_empty="rows_may_be_empty" in kernel.facts,
+        group_fills_tile="group_fills_tile" in kernel.facts,
+        guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
+        wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
+    )
+
+
+def _columns(plan: Plan) -> int:
+    gates = next((b for b in plan.buffers if b.name == "gates"), None)
+    return (as_int(gates.shape[-1]) or 1) if gates else 1
+
+
+def _parts(widths: tuple[int, ...], dim: int) -> tuple[Part, ...]:
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return tuple(Part(i, lo, lo + w, dim) for i, (lo, w) in enumerate(zip(starts, widths, strict=True)))
+
+
+def _conjuncts(kernel: Kernel) -> dict[Conjunct, Named]:
+    """Every conjunct that some segment of the kernel may have to test, named C0, C1, …"""
+    tested = dict.fromkeys(c for w in kernel.walks for s in w.segments for c in (m.conjunct for m in s.masks if not m.extent))
+    return {c: Named(f"C{i}", conjunct_text(c)) for i, c in enumerate(tested)}
+
+
+def _sources(kernel: Kernel, conjuncts: dict[Conjunct, Named]) -> tuple[SourceView, ...]:
+    numbers = sorted({w.source for w in kernel.walks})
+    views: list[SourceView] = []
+    for number in numbers:
+        walks = [w for w in kernel.walks if w.source == number]
+        axis: KeyAxis = walks[0].axis
+        views.append(
+            SourceView(
+                suffix=str(number) if len(numbers) > 1 else "",
+                length=to_text(axis.length()),
+                base=to_text(axis.base()),
+                stride=axis.stride,
+                tokens=axis.is_tokens,
+                walks=tuple(_walk(w, conjuncts) for w in walks),
+            )
+        )
+    return tuple(views)
+
+
+def _walk(walk: Walk, conjuncts: dict[Conjunct, Named]) -> WalkView:
+    needed = {s.name for c in walk.cuts for s in c.at.free_symbols}
+    lines = [f"# {walk.piece.name}: {', '.join(map(conjunct_text, walk.piece.where))}"]
+    for name, interval in (("some", walk.some), ("all", walk.all)):
+        if interval:
+            ends = ((f"{name}_lo", interval.lo), (f"{name}_hi", interval.hi))
+            lines += [f"{end} = {_scalar(at)}" for end, at in ends if end in needed]
+    lines += [f"{cut.name} = {_scalar(cut.at)}" for cut in walk.cuts]
+    segments = tuple(_segment(s, conjuncts) for s in walk.segments)
+    return WalkView("\n".join("    " + line for line in lines), segments)
+
+
+def _scalar(x: Expr) -> str:
+    """Kernel text of a bound: the number of keys is `n` there."""
+    from nsagen.ir.plan import N
+    from nsagen.sym import symbol
+
+    return to_text(substitute(x, {N: symbol("n")}))
+
+
+def _segment(segment: Segment, conjuncts: dict[Conjunct, Named]) -> SegmentView:
+    masks = {m.conjunct: m for m in segment.masks if not m.extent}
+    extent = next((m for m in segment.masks if m.extent), None)
+    flags = tuple(Named(n.name, _flag(masks.get(c))) for c, n in conjuncts.items())
+    text = ", ".join(conjunct_text(m.conjunct) for m in segment.masks) or "no mask"
+    comment = f"{segment.name}: {text}"
+    return SegmentView(to_text(segment.lo), to_text(segment.hi), comment, (*flags, Named("EXTENT", _flag(extent))))
+
+
+def _flag(mask: Mask | None) -> str:
+    """When the mask has to be tested, as a compile-time condition on the tile sizes."""
+    if mask is None:
+        return "False"
+    if not mask.unless:
+        return "True"
+    return " or ".join(_negative(u) for u in mask.unless)
+
+
+def _negative(x: Expr) -> str:
+    """x < 0 with the tile sizes on the left: `BN + BT > 514`."""
+    constant = substitute(x, {BN: const(0), BT: const(0)})
+    return f"{to_text(expand(constant - x))} > {to_text(constant)}"
+
+
+def _doc(kernel: Kernel, heads: Heads) -> str:
+    what = {
+        "attend_fwd": "out = softmax(scale·q·kᵀ)·v and its log-sum-exp",
+        "attend_dq": "dq from the scores recomputed with lse",
+        "attend_dkv": "dk and dv from the scores recomputed with lse",
+        "combine_fwd": "out = Σ_c gate_c·term_c",
+        "combine_bwd": "row sums of d_out·term: deltas, and the gates' gradients if there are gates",
+    }[kernel.body]
+    if not kernel.walks:
+        return what + "; one program: BM flat rows."
+    tile = "BN keys" if kernel.body == "attend_dkv" else f"BM // {heads.group} queries"
+    return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

@@ -1,0 +1,29 @@
+"""Autograd of a generated module's operators: every forward op has a gradient op with a fixed argument order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
+
+from nsagen.runtime.ops import differentiate
+
+
+def connect(op: CustomOpDef, grad_op: CustomOpDef, tensors: int, keep_output: bool) -> None:
+    """Give `op` the gradient `grad_op`.
+
+    op(*tensors, cu_seqlens, scale) -> (out, *saved); only `out` is differentiable.
+    grad_op(d_out, *tensors, [out,] *saved, cu_seqlens, scale) -> one gradient for each of `tensors`; with `out` iff
+    keep_output.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        kept = output if keep_output else output[1:]
+        ctx.save_for_backward(*inputs[:tensors], *kept, inputs[tensors])
+        ctx.scale = inputs[tensors + 1]
+
+    def backward(ctx: Any, d_out: Any, *unused: Any) -> tuple[Any, ...]:
+        *saved, cu_seqlens = ctx.saved_tensors
+        return (*grad_op(d_out.contiguous(), *saved, cu_seqlens, ctx.scale), None, None)
+
+    differentiate(op, setup, backward)

@@ -1,0 +1,270 @@
+"""φ: the keys and values of a block of l tokens, one block every d tokens, pooled to one key and one value.
+
+All pools share the blocks: tokens are laid out in chunks of d, and block i is chunks i … i + l/d − 1 (d divides l), so
+a token is read once however much blocks overlap. Packed sequences need not start on a multiple of d; their chunks are
+gathered, and everything after that is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nsagen.errors import InputError
+
+Rope = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Rows(NamedTuple):
+    """Which block stands in which row of the result."""
+
+    size: int
+    positions: Tensor  # int64 [size]: i·d of the row's block i, within its sequence; 0 in an unused row
+    tokens: Tensor | None = None  # packed: int64 [size + l/d − 1, d], the tokens of chunk i
+    used: Tensor | None = None  # packed: bool [size, 1, 1], the row holds a block
+
+
+class Shape(NamedTuple):
+    """What a pool works on: l, d, KV heads, head dim."""
+
+    block: int
+    stride: int
+    heads: int
+    dim: int
+
+    @property
+    def overlap(self) -> int:
+        """l/d: the chunks of a block, and the blocks that a token is in."""
+        return self.block // self.stride
+
+
+class Compressor(nn.Module):
+    """φ with a pool for keys and one for values; a subclass names the kind of pool.
+
+    block, stride: l, d. positions: learned in-block positions, which the mean has none of.
+    rope(x [B, rows, Hkv, Dqk], positions int64 [rows]) -> x rotates the compressed keys at i·d.
+    """
+
+    pool: type[Pool]
+
+    def __init__(
+        self,
+        *,
+        block: int,
+        stride: int,
+        kv_heads: int,
+        k_dim: int,
+        v_dim: int,
+        positions: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        rope: Rope | None = None,
+    ) -> None:
+        super().__init__()
+        if block % stride:
+            raise InputError(f"φ: d must divide l, got block={block}, stride={stride}: change one of them")
+        self.block, self.stride, self.overlap, self.rope = block, stride, block // stride, rope
+        self.k = self.pool(Shape(block, stride, kv_heads, k_dim), positions, device, dtype)
+        self.v = self.pool(Shape(block, stride, kv_heads, v_dim), positions, device, dtype)
+
+    def forward(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """k [B, T, Hkv, Dqk], v [B, T, Hkv, Dv] -> k_cmp, v_cmp [B, rows, Hkv, D] in k's and v's dtype.
+
+        rows = max(0, ⌊(T − l)/d⌋ + 1); packed: ⌊T/d⌋, block i of sequence s at row ⌊cu[s]/d⌋ + i, unused rows zero.
+        """
+        self._check(k, v, cu_seqlens)
+        rows = self._rows(k) if cu_seqlens is None else self._packed_rows(k, cu_seqlens)
+        k_cmp = self.k(self._chunks(k, rows), rows.size).to(k.dtype)
+        v_cmp = self.v(self._chunks(v, rows), rows.size).to(v.dtype)
+        if self.rope is not None:
+            k_cmp = self.rope(k_cmp, rows.positions).to(k.dtype)
+        if rows.used is None:
+            return k_cmp, v_cmp
+        return torch.where(rows.used, k_cmp, 0), torch.where(rows.used, v_cmp, 0)
+
+    def _rows(self, k: Tensor) -> _Rows:
+        count = max(0, (k.shape[1] - self.block) // self.stride + 1)
+        return _Rows(count, torch.arange(count, device=k.device) * self.stride)
+
+    def _packed_rows(self, k: Tensor, cu_seqlens: Tensor) -> _Rows:
+        """Rows of packed sequences, from values that stay on the device.
+
+        With T_s = cu[s+1] − cu[s], ⌊cu[s]/d⌋ + ⌊T_s/d⌋ ≤ ⌊cu[s+1]/d⌋. So the ⌊T_s/d⌋ chunks of sequence s, put at
+        rows from ⌊cu[s]/d⌋ on, end before the first row of sequence s + 1, and so do its fewer blocks: a row belongs to
+        one sequence at most, and that is the last s with ⌊cu[s]/d⌋ ≤ row. (Sequences before it with the same first
+        row have no room for a chunk.) The same bound with cu[S] ≤ T keeps all rows below ⌊T/d⌋.
+        """
+        count = k.shape[1] // self.stride
+        cu = cu_seqlens.long()
+        row = torch.arange(count, device=k.device)
+        first_rows = cu[:-1] // self.stride
+        sequence = (torch.searchsorted(first_rows, row, right=True) - 1).clamp_(min=0)
+        start, length = cu[sequence], (cu[1:] - cu[:-1])[sequence]
+        first = (row - first_rows[sequence]) * self.stride  # the row's first token within its sequence
+        # Rows without a chunk read token 0, not what follows the last sequence: a NaN there would reach φ's gradients.
+        inside = (first >= 0) & (first + self.stride <= length)
+        tokens = (start + first).unsqueeze(1) + torch.arange(self.stride, device=k.device)
+        used = inside & (first + self.block <= length)
+        tokens = torch.where(inside.unsqueeze(1), tokens, 0)
+        # Unused rows at the end reach past the last chunk.
+        tokens = nn.functional.pad(tokens, (0, 0, 0, self.overlap - 1))
+        return _Rows(count, torch.where(used, first, 0), tokens, used.view(-1, 1, 1))
+
+    def _chunks(self, x: Tensor, rows: _Rows) -> Tensor:
+        """[B, T, Hkv, D] -> [B, C, d, Hkv, D]; C ≥ rows.size + l/d − 1 where there is a row."""
+        if rows.tokens is not None:
+            return x.index_select(1, rows.tokens.flatten()).unflatten(1, rows.tokens.shape)
+        chunks = x.shape[1] // self.stride
+        return x[:, : chunks * self.stride].unflatten(1, (chunks, self.stride))
+
+    def _check(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+        for name, x, shape in (("k", k, self.k.shape), ("v", v, self.v.shape)):
+            if x.ndim != 4 or tuple(x.shape[2:]) != (shape.heads, shape.dim):
+                raise InputError(
+                    f"φ: {name} must be [B, T, {shape.heads}, {shape.dim}], got {list(x.shape)}: "
+                    "pass the KV heads and dims of the spec"
+                )
+        if k.shape[:2] != v.shape[:2]:
+            raise InputError(f"φ: k and v must have equal B and T, got {list(k.shape[:2])} and {list(v.shape[:2])}")
+        if cu_seqlens is not None and k.shape[0] != 1:
+            raise InputError(f"φ: with cu_seqlens B must be 1, got {k.shape[0]}: pack the sequences along T")
+
+
+class Pool(nn.Module):
+    """φ of one part, keys or values: chunks -> blocks -> one row each.
+
+    A subclass defines `pool`, or `forward` where blocks need not be laid out, which takes l/d times the tokens' memory.
+    Positions are added to every token of a block. All pools are affine in the tokens at first, so the positions'
+    contribution is the same for every block: it is computed once, and a block plus its positions never exists.
+    """
+
+    has_positions = True
+
+    def __init__(
+        self, shape: Shape, positions: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self._options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.positions: nn.Parameter | None = None
+        if positions and self.has_positions:
+            self.positions = self.parameter(0.02, shape.heads, shape.block, shape.dim)
+
+    def parameter(self, bound: float, *size: int) -> nn.Parameter:
+        """Uniform in [−bound, bound]."""
+        return nn.Parameter(torch.empty(size, **self._options).uniform_(-bound, bound))
+
+    def extra_repr(self) -> str:
+        return f"l={self.shape.block}, d={self.shape.stride}, heads={self.shape.heads}, dim={self.shape.dim}"
+
+    def forward(self, chunks: Tensor, count: int) -> Tensor:
+        """[B, C, d, Hkv, D] -> [B, count, Hkv, D], float32 or better or the chunks' dtype."""
+        by_head = chunks.transpose(2, 3)
+        return self.pool(torch.cat([by_head[:, j : j + count] for j in range(self.shape.overlap)], 3))
+
+    def pool(self, blocks: Tensor) -> Tensor:
+        """[B, n, Hkv, l, D] -> [B, n, Hkv, D]."""
+        raise NotImplementedError(f"{type(self).__name__} must define pool or forward")
+
+
+class MeanPool(Pool):
+    """The mean of a block's tokens; no parameters."""
+
+    has_positions = False
+
+    def forward(self, chunks: Tensor, count: int) -> Tensor:
+        sums = chunks.sum(2, dtype=_accumulator(chunks.dtype))
+        return _slide([sums] * self.shape.overlap, count) / self.shape.block
+
+
+class WeightedPool(Pool):
+    """A weighted sum of a block's tokens, weights [Hkv, l] learned from 1/l on."""
+
+    def __init__(self, shape: Shape, *options: Any) -> None:
+        super().__init__(shape, *options)
+        self.weight = nn.Parameter(torch.full((shape.heads, shape.block), 1 / shape.block, **self._options))
+
+    def forward(self, chunks: Tensor, count: int) -> Tensor:
+        dtype = _accumulator(torch.promote_types(chunks.dtype, self.weight.dtype))
+        weight = self.weight.to(dtype)
+        by_chunk = weight.unflatten(1, (self.shape.overlap, self.shape.stride))
+        sums = torch.einsum("bcdhe,hjd->bcjhe", chunks.to(dtype), by_chunk)
+        pooled = _slide(list(sums.unbind(2)), count)
+        if self.positions is None:
+            return pooled
+        return pooled + torch.einsum("hle,hl->he", self.positions.to(dtype), weight)
+
+
+class LinearPool(Pool):
+    """A linear map of a block's l·D numbers to D, weight [Hkv, l·D, D]."""
+
+    def __init__(self, shape: Shape, *options: Any) -> None:
+        super().__init__(shape, *options)
+        fan_in = shape.block * shape.dim
+        self.weight = self.parameter(fan_in**-0.5, shape.heads, fan_in, shape.dim)
+
+    def pool(self, blocks: Tensor) -> Tensor:
+        return _affine(blocks, self.weight, self.positions)
+
+
+class MLPPool(Pool):
+    """Linear(l·D → 2D), GELU, Linear(2D → D), with biases."""
+
+    def __init__(self, shape: Shape, *options: Any) -> None:
+        super().__init__(shape, *options)
+        heads, fan_in, width = shape.heads, shape.block * shape.dim, 2 * shape.dim
+        self.weight_in = self.parameter(fan_in**-0.5, heads, fan_in, width)
+        self.bias_in = self.parameter(fan_in**-0.5, heads, width)
+        self.weight_out = self.parameter(width**-0.5, heads, width, shape.dim)
+        self.bias_out = self.parameter(width**-0.5, heads, shape.dim)
+
+    def pool(self, blocks: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(_affine(blocks, self.weight_in, self.positions) + self.bias_in)
+        return torch.einsum("bnhx,hxe->bnhe", hidden, self.weight_out.to(hidden.dtype)) + self.bias_out
+
+
+class MeanCompressor(Compressor):
+    pool = MeanPool
+
+
+class WeightedCompressor(Compressor):
+    pool = WeightedPool
+
+
+class LinearCompressor(Compressor):
+    pool = LinearPool
+
+
+class MLPCompressor(Compressor):
+    pool = MLPPool
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _slide(sums: list[Tensor], count: int) -> Tensor:
+    """Σ_j sums[j][:, i + j] for every block i < count.
+
+    sums[j] [B, C, Hkv, D]: what each chunk adds to the block that it is the j-th chunk of.
+    """
+    total = sums[0][:, :count]
+    for j, share in enumerate(sums[1:], 1):
+        total = total + share[:, j : j + count]
+    return total
+
+
+def _affine(blocks: Tensor, weight: Tensor, positions: Tensor | None) -> Tensor:
+    """(blocks + positions)·weight; [B, n, Hkv, l, D], [Hkv, l·D, E], [Hkv, l, D] -> [B, n, Hkv, E].
+
+    One product over all of l·D, so that 16-bit operands are summed in float32 to the end.
+    """
+    dtype = torch.promote_types(blocks.dtype, weight.dtype)
+    weight = weight.to(dtype)
+    mapped = torch.einsum("bnhx,hxe->bnhe", blocks.flatten(3).to(dtype), weight)
+    if positions is None:
+        return mapped
+    return mapped + torch.einsum("hx,hxe->he", positions.flatten(1).to(dtype), weight)

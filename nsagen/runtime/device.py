@@ -1,0 +1,44 @@
+"""Device functions that generated kernels call. Plain @triton.jit, each tested on its own."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_sequence(cu_ptr, tile, sequences, STRIDE: tl.constexpr, STEP: tl.constexpr):
+    """The packed sequence that tile number `tile` belongs to; cu_ptr int32 [sequences + 1].
+
+    Sequence i owns the tiles from ⌊⌊cu[i]/STRIDE⌋/STEP⌋ + i on. That leaves each room for all of its tiles, so
+    the grid needs no table and the host no lengths; a tile past the sequence's end has nothing to do.
+    """
+    lo = 0
+    hi = sequences
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        first = tl.load(cu_ptr + mid) // STRIDE // STEP + mid
+        lo = tl.where(first <= tile, mid, lo)
+        hi = tl.where(first <= tile, hi, mid)
+    return lo
+
+
+@triton.jit
+def first_tile(start, sequence, STRIDE: tl.constexpr, STEP: tl.constexpr):
+    """Number of the first tile of a sequence that starts at token `start` (see find_sequence)."""
+    return start // STRIDE // STEP + sequence
+
+
+@triton.jit
+def load(ptr, mask, GUARD: tl.constexpr):
+    """tl.load, with the mask (else 0) only if GUARD: a tile proved to lie inside needs none."""
+    if GUARD:
+        return tl.load(ptr, mask=mask, other=0.0)
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
+def add_to(ptr, value, mask, ACCUMULATE: tl.constexpr):
+    """Store value [rows, columns], added in float32 to what is there if ACCUMULATE."""
+    if ACCUMULATE:
+        value += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)

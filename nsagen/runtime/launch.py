@@ -1,0 +1,92 @@
+"""Host side of a launch: which path, which tile configuration, how many programs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Config(NamedTuple):
+    """A tile configuration: BM rows (queries × heads of a group) by BN keys."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    smem: int  # bytes it needs
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+Configs = dict[tuple[str, int], tuple[Config, ...]]  # (architecture, operand bits) -> best first
+
+
+def use_kernels(x: torch.Tensor) -> bool:
+    """Kernels run on GPU tensors, and on CPU tensors under TRITON_INTERPRET=1; float64 takes the torch path."""
+    if x.dtype == torch.float64:
+        return False
+    return x.is_cuda or triton.knobs.runtime.interpret
+
+
+def pick(configs: Configs, x: torch.Tensor) -> Config:
+    """The first configuration for x's device and dtype; under the interpreter the smallest, which is the fastest."""
+    bits = 16 if x.dtype in (torch.bfloat16, torch.float16) else 32
+    if not x.is_cuda:
+        return min(configs["sm_80", bits], key=lambda c: c.bm * c.bn)
+    arch, smem = _device(x.device.index or 0)
+    return next((c for c in configs[arch, bits] if c.smem <= smem), configs[arch, bits][-1])
+
+
+@lru_cache(maxsize=64)
+def _device(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    arch = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return arch, getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+
+
+def precision(x: torch.Tensor) -> str:
+    """tl.dot's precision for x's dtype: torch.get_float32_matmul_precision() for float32 operands."""
+    if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def sequences(cu_seqlens: torch.Tensor | None) -> int:
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def tiles(rows: int, step: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Tiles of `step` rows; packed: room for a broken tile at the end of every sequence."""
+    return -(-rows // step) if cu_seqlens is None else rows // step + sequences(cu_seqlens)
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of [B, T, H, D] but the last, which is 1."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def statistics(x: torch.Tensor) -> torch.dtype:
+    """dtype of row statistics (lse): float32, float64 where x is float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty(
+    like: torch.Tensor,
+    shape: tuple[int, ...],
+    cu_seqlens: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+    unused: float = 0.0,
+) -> torch.Tensor:
+    """A contiguous output. Packed ones are filled with `unused`: rows that belong to no sequence are not written."""
+    dtype = dtype or like.dtype
+    if cu_seqlens is not None:
+        return torch.full(shape, unused, dtype=dtype, device=like.device)
+    return torch.full(shape, float("nan"), dtype=dtype, device=like.device) if POISON else like.new_empty(shape, dtype=dtype)
+
+
+POISON = False  # tests: outputs are NaN before a launch, so that a row nobody wrote shows

@@ -1,0 +1,139 @@
+"""Spec -> forward graph. Each branch kind adds its attention; the combine rule joins them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nsagen.errors import Refused
+from nsagen.ir.graph import Attend, Combine, Graph, Heads, KeyAxis, Node, Piece, Pool, Source, Value
+from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, const, expand, le, lt
+
+if TYPE_CHECKING:
+    from nsagen.spec.model import Spec
+
+TOKEN_AXIS = KeyAxis("T")
+
+
+class Lowering:
+    """The graph under construction, as a branch kind sees it."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.heads = Heads(spec.heads.query, spec.heads.kv, spec.heads.qk_dim, spec.heads.v_dim)
+        self.values: dict[str, Value] = {"q": Value("q", ("B", "T", "Hq", "Dqk"), "input")}
+        self.inputs: list[str] = ["q"]
+        self.nodes: list[Node] = []
+        self.sources: dict[str, tuple[Source, ...]] = {}
+
+    def keys(self, branch: str) -> tuple[str, str]:
+        """Names of the branch's own keys and values (inputs [B, T, Hkv, D]), or of the shared pair."""
+        suffix = f"_{branch}" if self.spec.kv == "per_branch" else ""
+        k, v = f"k{suffix}", f"v{suffix}"
+        for name, dim in ((k, "Dqk"), (v, "Dv")):
+            if name not in self.values:
+                self.define(Value(name, ("B", "T", "Hkv", dim), "input"))
+                self.inputs.append(name)
+        return k, v
+
+    def define(self, value: Value) -> str:
+        self.values[value.name] = value
+        return value.name
+
+    def pooled(self, branch: str, axis: KeyAxis, pool: str, positions: bool) -> tuple[str, str]:
+        """Names of the keys and values that φ makes of the branch's blocks."""
+        k, v = self.keys(branch)
+        for src, out, dim in ((k, "k_cmp", "Dqk"), (v, "v_cmp", "Dv")):
+            self.define(Value(out, ("B", axis.name, "Hkv", dim), "input"))
+            self.nodes.append(Pool(out, src, axis, pool, positions))
+        return "k_cmp", "v_cmp"
+
+    def attend(self, branch: str, *sources: Source) -> None:
+        """The branch's attention: softmax over the union of the sources."""
+        self.sources[branch] = sources
+
+    def attend_tokens(self, branch: str, *pieces: Piece) -> None:
+        """Attention over the branch's tokens that some piece holds; pieces must not overlap."""
+        k, v = self.keys(branch)
+        self.attend(branch, Source(k, v, TOKEN_AXIS, pieces))
+
+
+def lower_spec(spec: Spec) -> Graph:
+    from nsagen.spec.registry import kind
+
+    lowering = Lowering(spec)
+    for branch, options in spec.branches.items():
+        kind(branch).lower(options, lowering)
+    output = {"gated_sum": _gated_sum, "single": _single, "one_softmax": _one_softmax}[spec.combine](lowering)
+    values = tuple(lowering.values.values())
+    return Graph(spec.name, lowering.heads, values, tuple(lowering.nodes), tuple(lowering.inputs), output)
+
+
+def lower_window(options: Any, low: Lowering) -> None:
+    """Keys t − w < s <= t, and the first `sinks` tokens (those the window holds already count once)."""
+    window = Piece("window", (le(KEY, QUERY), lt(QUERY - options.size, KEY)))
+    if not options.sinks:
+        return low.attend_tokens("window", window)
+    sinks = Piece("sinks", (lt(KEY, options.sinks), le(KEY, QUERY - options.size)))
+    low.attend_tokens("window", sinks, window)
+
+
+def lower_compressed(options: Any, low: Lowering) -> None:
+    """Block i, tokens [i·d, i·d + l), is visible iff it has ended: i·d + l − 1 <= t."""
+    axis = KeyAxis("compressed", options.block, options.stride)
+    k, v = low.pooled("compressed", axis, options.pool, options.positions)
+    ended = le(KEY * options.stride + options.block - 1, QUERY)
+    low.attend("compressed", Source(k, v, axis, (Piece("ended", (ended,)),)))
+
+
+def lower_selected(options: Any, low: Lowering) -> None:
+    raise Refused("branch 'selected' has no lowering yet: nsagen compiles window and compressed branches so far")
+
+
+def _attend(low: Lowering, branch: str, sources: tuple[Source, ...]) -> str:
+    out = low.define(Value(f"out_{branch}", ("B", "T", "Hq", "Dv"), "input"))
+    lse = low.define(Value(f"lse_{branch}", ("B", "T", "Hq"), "float32"))
+    low.nodes.append(Attend(branch, "q", sources, out, lse))
+    return out
+
+
+def _gated_sum(low: Lowering) -> str:
+    gates = low.define(Value("gates", ("B", "T", "Hq", "C"), "gate"))
+    low.inputs.append(gates)
+    terms = tuple(_attend(low, branch, sources) for branch, sources in low.sources.items())
+    out = low.define(Value("out", ("B", "T", "Hq", "Dv"), "input"))
+    low.nodes.append(Combine(terms, gates, out))
+    return out
+
+
+def _single(low: Lowering) -> str:
+    ((branch, sources),) = low.sources.items()
+    return _attend(low, branch, sources)
+
+
+def _one_softmax(low: Lowering) -> str:
+    """One softmax over the union of the branches: a token that an earlier branch holds is taken out of later ones."""
+    union: list[Source] = []
+    for source in (s for sources in low.sources.values() for s in sources):
+        pieces = source.pieces
+        for earlier in union:
+            if (earlier.k, earlier.axis) == (source.k, source.axis):
+                for taken in earlier.pieces:
+                    pieces = tuple(rest for p in pieces for rest in _without(p, taken))
+        union.append(Source(source.k, source.v, source.axis, pieces))
+    return _attend(low, "union", tuple(union))
+
+
+def _without(piece: Piece, taken: Piece) -> list[Piece]:
+    """piece ∖ taken as disjoint pieces: ¬c₁, then c₁ ∧ ¬c₂, and so on."""
+    rest: list[Piece] = []
+    held: tuple[Conjunct, ...] = ()
+    for i, c in enumerate(taken.where):
+        rest.append(Piece(f"{piece.name}_{i}", (*piece.where, *held, _negate(c))))
+        held = (*held, c)
+    return rest
+
+
+def _negate(c: Conjunct) -> Conjunct:
+    if not isinstance(c, AtLeast):
+        raise Refused("one_softmax: a strided domain cannot be taken out of another one")
+    return AtLeast(expand(const(-1) - c.expr))

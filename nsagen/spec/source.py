@@ -1,0 +1,182 @@
+"""YAML text -> a tree of plain values that remembers where each one stands.
+
+Only what a spec needs: mappings, lists and plain scalars in one document. Everything that makes YAML dangerous or
+surprising (tags, aliases, `yes` for true, duplicate keys, bottomless nesting) is refused before anything is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nsagen.errors import Diagnostic, Span, SpecError
+
+MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 65_536, 16, 18
+INTEGER = re.compile(r"[-+]?[0-9]+\Z")
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
+LITERALS: dict[str, Any] = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
+}
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """The plain values, and the place of every key and value by its path."""
+
+    value: Any
+    values: dict[Path_, Span]
+    keys: dict[Path_, Span]
+
+    def span(self, path: Path_, key: bool = False) -> Span:
+        """The place of a value (or its key), or of the nearest thing around it that exists."""
+        places = self.keys if key else self.values
+        while path and path not in places:
+            path, places = path[:-1], self.keys if path[:-1] in self.keys else self.values
+        return places[path]
+
+
+def read_text(path: Path) -> str:
+    """The file's text; SpecError where it cannot be read, is too large, or is not text."""
+    try:
+        if path.is_dir():
+            raise _plain("file", f"{path} is a directory, not a spec", "name a .yaml file in it")
+        with path.open("rb") as f:
+            data = f.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise _plain("file", f"{path} does not exist", "check the path; `nsagen list` shows the ready specs") from None
+    except OSError as error:
+        raise _plain("file", f"{path} cannot be read: {error.strerror}", "check its permissions") from None
+    if len(data) > MAX_BYTES:
+        raise _plain("size", f"{path} is larger than {MAX_BYTES} bytes", "a spec is a page of YAML at most")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _plain("encoding", f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
+
+
+def _plain(rule: str, message: str, hint: str) -> SpecError:
+    return SpecError([Diagnostic(rule, message, None, hint)])
+
+
+def parse(text: str, file: str) -> Document:
+    """The document in `text`; SpecError with every structural problem at once."""
+    reader = _Reader(text, file)
+    reader.check_events()
+    return reader.document()
+
+
+class _Reader:
+    def __init__(self, text: str, file: str) -> None:
+        if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+            raise _plain("size", f"{file} is larger than {MAX_BYTES} bytes", "a spec is a page of YAML at most")
+        self.text, self.file, self.lines = text, file, text.splitlines() or [""]
+        self.problems: list[Diagnostic] = []
+        self.values: dict[Path_, Span] = {}
+        self.keys: dict[Path_, Span] = {}
+
+    def place(self, start: Any, end: Any) -> Span:
+        source = self.lines[start.line] if start.line < len(self.lines) else ""
+        last = end.column if end.line == start.line else len(source)
+        return Span(self.file, start.line + 1, start.column + 1, max(last, start.column + 1) + 1, source)
+
+    def refuse(self, rule: str, message: str, at: Any, hint: str) -> None:
+        self.problems.append(Diagnostic(rule, message, self.place(at.start_mark, at.end_mark), hint))
+
+    def check_events(self) -> None:
+        """Depth, tags, aliases and documents, on the flat event stream: no recursion has happened yet."""
+        depth = documents = 0
+        for event in self._events():
+            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+                depth += 1
+                if depth > MAX_DEPTH:
+                    self.refuse("depth", f"nesting is deeper than {MAX_DEPTH}", event, "a spec needs three levels")
+                    break
+            elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+                depth -= 1
+            elif isinstance(event, yaml.DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    self.refuse("document", "a second document starts here", event, "one spec a file")
+                    break
+            self._check_event(event)
+        self._stop()
+
+    def _events(self) -> Iterator[Any]:
+        try:
+            yield from yaml.parse(self.text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            self._syntax(error)
+        except RecursionError:
+            raise _plain("depth", f"{self.file} is nested too deeply", "a spec needs three levels") from None
+
+    def _syntax(self, error: yaml.YAMLError) -> None:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+        span = self.place(mark, mark) if mark else None
+        self.problems.append(Diagnostic("syntax", f"not YAML: {what}", span, "check indentation, colons and quotes"))
+
+    def _check_event(self, event: Any) -> None:
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            self.refuse("alias", f"anchors and aliases are not allowed (`{event.anchor}`)", event, "write the value out")
+        elif getattr(event, "tag", None):
+            self.refuse("tag", f"tags are not allowed (`{event.tag[:60]}`)", event, "remove the tag")
+
+    def _stop(self) -> None:
+        if self.problems:
+            raise SpecError(self.problems)
+
+    def document(self) -> Document:
+        node = yaml.compose(self.text, Loader=yaml.SafeLoader)
+        if node is None:
+            raise _plain("empty", f"{self.file} is empty", "start with `nsagen new NAME`")
+        if not isinstance(node, yaml.MappingNode):
+            self.refuse("mapping", "a spec is a mapping with the keys name, heads and branches", node, "see `nsagen new NAME`")
+            self._stop()
+        value = self._value(node, ())
+        self._stop()
+        return Document(value, self.values, self.keys)
+
+    def _value(self, node: Any, path: Path_) -> Any:
+        self.values[path] = self.place(node.start_mark, node.end_mark)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(item, (*path, i)) for i, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: Any, path: Path_) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None:
+                self.refuse("key", "a key must be a word", key_node, "write `name: value`")
+                continue
+            if key in result:
+                first = self.keys[(*path, key)]
+                self.refuse("duplicate", f"`{key[:60]}` is given twice (first in line {first.line})", key_node, "remove one of them")
+                continue
+            self.keys[(*path, key)] = self.place(key_node.start_mark, key_node.end_mark)
+            result[key] = self._value(value_node, (*path, key))
+        return result
+
+    def _scalar(self, node: Any) -> Any:
+        text: str = node.value
+        if node.style is not None:  # quoted or block: a string, whatever it looks like
+            return text
+        if text in LITERALS:
+            return LITERALS[text]
+        if INTEGER.match(text):
+            if len(text.lstrip("+-0")) > MAX_DIGITS:
+                self.refuse("number", f"a number of {len(text)} digits", node, "no field needs more than seven digits")
+                return None
+            return int(text)
+        return float(text.replace(".inf", "inf").replace(".nan", "nan")) if FLOAT.match(text) else text

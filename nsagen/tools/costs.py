@@ -1,0 +1,128 @@
+"""What an operation has to do at least: (query, key) pairs, FLOPs and bytes, from the plan's formulas.
+
+Pairs are counted on the domain's predicate, key by key, so padding and masked parts of tiles are not in them: the
+time that follows is a bound, not a forecast. φ is torch's and not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from nsagen.ir.graph import TOKENS, Heads, KeyAxis, Piece
+from nsagen.ir.plan import Buffer, Kernel, Launch, N, Op, Plan
+from nsagen.sym import KEY, QUERY, Interval, Multiple, Tile, evaluate, some_range, to_text
+
+BYTES = {"input": 2, "gate": 2, "float32": 4, "int32": 4}  # bfloat16 inputs and gates
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    flops: float  # a second, bfloat16 matrix products
+    bandwidth: float  # bytes a second, a device copy
+
+
+H200 = Machine("H200", 700e12, 4.3e12)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch."""
+
+    kernel: str
+    flops: int
+    bytes: int
+
+    def seconds(self, machine: Machine) -> float:
+        return max(self.flops / machine.flops, self.bytes / machine.bandwidth)
+
+    def bound(self, machine: Machine) -> str:
+        return "math" if self.flops / machine.flops > self.bytes / machine.bandwidth else "memory"
+
+
+def keys_of_query(piece: Piece, axis: KeyAxis) -> Interval:
+    """Exact: the keys of one query between its bounds (but for congruences, which thin them)."""
+    length = TOKENS if axis.is_tokens else N
+    return some_range(piece.where, KEY, Tile(QUERY, QUERY, QUERY), length)
+
+
+def formula(piece: Piece, axis: KeyAxis) -> str:
+    """Text of the number of keys that query t sees."""
+    at = keys_of_query(piece, axis)
+    low, high = to_text(at.lo), to_text(at.hi)
+    every = "".join(f", every {c.modulus}th" for c in piece.where if isinstance(c, Multiple))
+    return (high if low == "0" else f"{high} - {low}") + every
+
+
+@lru_cache(maxsize=256)
+def pairs(piece: Piece, axis: KeyAxis, tokens: int) -> int:
+    """Σ_t of the keys that query t sees, t < tokens."""
+    n = evaluate(axis.length(), {TOKENS.name: tokens})
+    at = keys_of_query(piece, axis)
+    thinned = [c for c in piece.where if isinstance(c, Multiple)]
+    if thinned:
+        return _thinned(thinned, at, tokens, n)
+    count = _function(f"max(0, {to_text(at.hi)} - ({to_text(at.lo)}))")
+    return sum(count(t, tokens, n) for t in range(tokens))
+
+
+def _thinned(conditions: list[Multiple], at: Interval, tokens: int, n: int) -> int:
+    """As `pairs` under congruences: they depend on t and s only modulo all their moduli."""
+    low, high = _function(to_text(at.lo)), _function(to_text(at.hi))
+    cycle = math.lcm(*(c.modulus for c in conditions))
+    ring = range(cycle)
+    residues = {t: [s for s in ring if all(c.holds({"t": t, "s": s}) for c in conditions)] for t in ring}
+    total = 0
+    for t in range(tokens):
+        lo, hi = low(t, tokens, n), high(t, tokens, n)
+        total += sum(len(range(lo + (r - lo) % cycle, hi, cycle)) for r in residues[t % cycle])
+    return total
+
+
+def _function(text: str) -> Callable[..., int]:
+    return eval(f"lambda t, T, N: {text}")  # text of our own printer, never a user's
+
+
+def flops_of_pair(kernel: Kernel, heads: Heads) -> int:
+    """Of one (query, key) pair of one head: 2 for each multiply-add of the kernel's matrix products."""
+    qk, v = heads.qk_dim, heads.v_dim
+    products = {"attend_fwd": qk + v, "attend_dq": 2 * qk + v, "attend_dkv": 2 * qk + 2 * v}
+    return 2 * products.get(kernel.body, 0)
+
+
+def work_of(launch: Launch, plan: Plan, tokens: int) -> Work:
+    kernel = plan.kernel(launch.kernel)
+    seen = sum(pairs(w.piece, w.axis, tokens) for w in kernel.walks)
+    flops = seen * plan.heads.query * flops_of_pair(kernel, plan.heads)
+    modes = {o.name: o.mode for o in kernel.operands}
+    sizes = [
+        _size(plan.buffer(b), tokens) * (2 if launch.accumulate and modes[o] == "accumulate" else 1)
+        for o, b in launch.binds
+    ]
+    return Work(kernel.name, flops, sum(sizes))
+
+
+def _size(buffer: Buffer, tokens: int) -> int:
+    size = BYTES[buffer.dtype]
+    for extent in buffer.shape:
+        size *= evaluate(extent, {"T": tokens, "B": 1})
+    return size
+
+
+def work_of_op(op: Op, plan: Plan, tokens: int) -> list[Work]:
+    return [work_of(launch, plan, tokens) for launch in op.launches]
+
+
+def main_ops(plan: Plan) -> list[Op]:
+    """Forward and backward of the whole operation (the only part's, where there is one branch)."""
+    whole = [op for op in plan.ops if op.doc in ("whole", "whole_grad")]
+    return whole or [op for op in plan.ops if op.doc in ("part", "part_grad")]
+
+
+def dense_flops(heads: Heads, tokens: int, backward: bool) -> int:
+    """Causal attention over every token, for comparison; backward with the least: five products a pair."""
+    products = 3 * heads.qk_dim + 2 * heads.v_dim if backward else heads.qk_dim + heads.v_dim
+    return tokens * (tokens + 1) // 2 * heads.query * 2 * products
