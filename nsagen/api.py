@@ -110,7 +110,8 @@ def _import(compiled: Compiled) -> ModuleType:
     path = cache.store(compiled.spec.name, compiled.digest, compiled.source)
     name = f"_nsagen_{compiled.spec.name}_{compiled.digest}"  # no user module's name
     found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
+    assert found is not None
+    assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # before it runs: its classes look themselves up there
     try:

@@ -60,7 +60,7 @@ def lower(spec: Spec, pipeline: Pipeline | None = None) -> tuple[Stage, ...]:
 def compile_spec(spec: Spec) -> Compiled:
     """Compile a spec to the text of its module. Raises SpecError, Refused or IRError."""
     stages = lower(spec)
-    graph = next(s.ir for s in stages if s.name == "differentiate")
+    graph = next(s.ir for s in stages if s.name == "derive_weights")
     plan = stages[-1].ir
     assert isinstance(graph, Graph) and isinstance(plan, Plan)
     digest, source = _render(spec, graph, plan)

@@ -1,7 +1,7 @@
 """Graph: what is computed, dense and symbolic. Axes are symbols, domains are predicates, no tiles and no order.
 
 Shapes are tuples of axis names: B batch, T tokens, Hq and Hkv heads, Dqk and Dv head dims, C branches, and the
-name of a pooled key axis.
+name of a pooled key axis; n the blocks of a selection.
 """
 
 from __future__ import annotations
@@ -57,13 +57,23 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class BlockList:
+    """A domain by enumeration: the query's KV head lists up to `count` blocks of `size` tokens, −1 for none."""
+
+    blocks: str  # int32 [B, T, Hkv, count], unique, ascending, −1 last
+    size: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Source:
-    """Keys and values under one domain: a disjoint union of pieces on one axis."""
+    """Keys and values under one domain: a disjoint union of pieces on one axis, within the listed blocks if any."""
 
     k: str
     v: str
     axis: KeyAxis
     pieces: tuple[Piece, ...]
+    listed: BlockList | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,27 @@ class Attend:
     sources: tuple[Source, ...]
     out: str
     lse: str
+
+
+@dataclass(frozen=True)
+class Select:
+    """out = the `count` best blocks of `size` tokens by importance (paper Eq. 8–12), forced ones among them.
+
+    Importance of block j: Σ_i w_ij·Σ_h exp(scale·q_h·k_i − lse_h) over the heads of the group, w_ij = the tokens that
+    compressed block i and block j share, over d. Candidates start at or before the query; ties go to the lower block.
+    """
+
+    out: str
+    q: str
+    k: str
+    lse: str
+    axis: KeyAxis  # of the compressed keys
+    size: int
+    count: int
+    initial: int
+    local: int
+    weights: tuple[int, ...] = ()  # w_ij for i = first + j·size/d …; set by derive_weights
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +165,7 @@ class AttendGrad:
     dv: tuple[str, ...]
 
 
-Node = Pool | Attend | Combine | CombineGrad | AttendGrad
+Node = Pool | Attend | Select | Combine | CombineGrad | AttendGrad
 
 
 @dataclass(frozen=True)
@@ -156,11 +187,13 @@ def reads(node: Node) -> tuple[str, ...]:
     """Names of the values that a node reads."""
     if isinstance(node, Pool):
         return (node.src,)
+    if isinstance(node, Select):
+        return (node.q, node.k, node.lse)
     if isinstance(node, Combine):
         return (*node.terms, node.gates)
     if isinstance(node, CombineGrad):
         return (*node.terms, node.d_out, *_some(node.gates))
-    keys = tuple(x for s in node.sources for x in (s.k, s.v))
+    keys = tuple(x for s in node.sources for x in (s.k, s.v, *_some(s.listed.blocks if s.listed else None)))
     if isinstance(node, Attend):
         return (node.q, *keys)
     return (node.q, *keys, node.lse, node.delta, node.d_out, *_some(node.gates))
@@ -168,7 +201,7 @@ def reads(node: Node) -> tuple[str, ...]:
 
 def writes(node: Node) -> tuple[str, ...]:
     """Names of the values that a node defines."""
-    if isinstance(node, (Pool, Combine)):
+    if isinstance(node, (Pool, Combine, Select)):
         return (node.out,)
     if isinstance(node, Attend):
         return (node.out, node.lse)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nsagen.ir.graph import Heads, KeyAxis, Piece
+from nsagen.ir.graph import BlockList, Heads, KeyAxis, Piece, Select
 from nsagen.sym import Conjunct, Expr, Interval, Symbol, count
 
 # Tile symbols: a query tile is BM rows = BT queries × the heads of one group, a key tile is BN keys.
@@ -18,7 +18,10 @@ BM, BT, BN = count("BM"), count("BT"), count("BN")
 T0, S0 = count("t0"), count("s0")  # first query and first key of the tile
 N = count("N")  # keys on the walk's axis
 
-Body = Literal["attend_fwd", "attend_dq", "attend_dkv", "combine_fwd", "combine_bwd"]
+Body = Literal[
+    "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
+    "select_scores", "select_blocks", "sum_items",
+]  # fmt: skip
 Direction = Literal["forward", "reverse"]
 
 
@@ -76,6 +79,7 @@ class Walk:
     piece: Piece
     axis: KeyAxis
     direction: Direction
+    listed: BlockList | None = None  # forward: walk the query's list; reverse: the queries that list the key block
     some: Interval | None = None
     all: Interval | None = None
     refused: str | None = None
@@ -99,7 +103,10 @@ class Operand:
     """A kernel's parameter: what it holds (`role`) on which rows. `optional` ones may be absent in a launch."""
 
     name: str
-    role: Literal["q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term"]
+    role: Literal[
+        "q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term",
+        "blocks", "scores", "items", "parts",
+    ]  # fmt: skip
     rows: Literal["query", "key"]
     mode: Literal["load", "store", "accumulate"]
     source: int = 0
@@ -153,6 +160,7 @@ class Kernel:
     tiles: tuple[TileTable, ...] = ()
     accesses: tuple[Access, ...] = ()
     facts: tuple[str, ...] = ()  # names from FACTS below
+    select: Select | None = None  # what a selection kernel computes
 
 
 FACTS = {
@@ -179,6 +187,7 @@ class Launch:
     binds: tuple[tuple[str, str], ...]
     accumulate: bool = False  # add to the outputs marked `accumulate` instead of overwriting them
     gate: int | None = None  # column of the gates
+    over: str | None = None  # "chunks": a host loop over chunks of queries, so that the scores of all never exist
     when: tuple[Guard, ...] = ()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Pool, Source
+from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Pool, Select, Source
 from nsagen.ir.plan import Access, Buffer, Kernel, Launch, Mask, Op, Plan, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
 
@@ -32,6 +32,8 @@ def _node(node: Node) -> list[str]:
     if isinstance(node, Pool):
         positions = " positions" if node.positions else ""
         return [f"  %{node.out} = pool {node.pool}{positions} %{node.src} l {node.axis.block} d {node.axis.stride}"]
+    if isinstance(node, Select):
+        return [_select(node)]
     if isinstance(node, Combine):
         return [f"  %{node.out} = combine {_names(node.terms)} gates %{node.gates}"]
     if isinstance(node, CombineGrad):
@@ -46,9 +48,20 @@ def _node(node: Node) -> list[str]:
     return [head, *(line for s in node.sources for line in _source(s))]
 
 
+def _select(node: Select) -> str:
+    axis = node.axis
+    weights = f" first {node.first} weights {' '.join(map(str, node.weights))}" if node.weights else ""
+    forced = f"initial {node.initial} local {node.local}"
+    return (
+        f"  %{node.out} = select %{node.q} %{node.k} %{node.lse} l {axis.block} d {axis.stride} "
+        f"l' {node.size} n {node.count} {forced}{weights}"
+    )
+
+
 def _source(source: Source) -> list[str]:
     axis = source.axis
-    lines = [f"    over %{source.k} %{source.v} axis {axis.name} l {axis.block} d {axis.stride}"]
+    listed = f" blocks %{source.listed.blocks} l' {source.listed.size} n {source.listed.count}" if source.listed else ""
+    lines = [f"    over %{source.k} %{source.v} axis {axis.name} l {axis.block} d {axis.stride}{listed}"]
     return lines + [f"      piece {p.name}: {', '.join(map(conjunct_text, p.where))}" for p in source.pieces]
 
 
@@ -70,14 +83,15 @@ def _op(op: Op) -> list[str]:
 
 def _launch(launch: Launch) -> str:
     binds = " ".join(f"{operand}=%{buffer}" for operand, buffer in launch.binds)
-    flags = (" accumulate" if launch.accumulate else "") + (f" gate {launch.gate}" if launch.gate is not None else "")
+    flags = f" over {launch.over}" if launch.over else ""
+    flags += (" accumulate" if launch.accumulate else "") + (f" gate {launch.gate}" if launch.gate is not None else "")
     when = "".join(f" when {g.key} {g.op} {g.value}" for g in launch.when)
     return f"  launch {launch.kernel} {binds}{flags}{when}"
 
 
 def _kernel(kernel: Kernel) -> list[str]:
     grid = kernel.grid
-    rows = "flat rows" if grid.axis is None else f"{grid.axis.name} tiles, KV heads, batch, {grid.order}"
+    rows = "rows" if grid.axis is None else f"{grid.axis.name} tiles, KV heads, batch, {grid.order}"
     lines = [f"kernel {kernel.name:24} template {kernel.body}", f"  grid     {grid.step} per program: {rows}"]
     lines += [f"  strategy {c.what:18} because {c.because}" for c in kernel.choices]
     lines += [f"  operand  {o.name} ({o.role}, {o.rows} rows, {o.mode}{', optional' if o.optional else ''})" for o in kernel.operands]
@@ -91,7 +105,8 @@ def _kernel(kernel: Kernel) -> list[str]:
 
 def _walk(walk: Walk) -> list[str]:
     where = ", ".join(map(conjunct_text, walk.piece.where))
-    lines = [f"  walk     {walk.piece.name} {walk.direction} source {walk.source} axis {walk.axis.name}: {where}"]
+    listed = f" listed n {walk.listed.count} l' {walk.listed.size}" if walk.listed else ""
+    lines = [f"  walk     {walk.piece.name} {walk.direction} source {walk.source} axis {walk.axis.name}{listed}: {where}"]
     if walk.some:
         every = f"all {_interval(walk.all)}" if walk.all else f"all refused: {walk.refused}"
         lines.append(f"    range  some {_interval(walk.some)}  {every}")

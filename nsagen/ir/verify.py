@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nsagen.errors import IRError
-from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, Node, Pool, Value, reads, writes
+from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, Node, Pool, Select, Value, reads, writes
 from nsagen.ir.plan import FACTS, Access, Kernel, Launch, Mask, Op, Plan, TileConfig, Walk
 from nsagen.sym import Expr, symbols_of
 
@@ -58,9 +58,20 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
         _need(not (node.positions and node.pool == "mean"), line, "mean pooling has no positions")
     if isinstance(node, (Attend, AttendGrad)):
         _attend(node, graph, line)
+    if isinstance(node, Select):
+        _select(node, graph, line)
     if isinstance(node, CombineGrad):
         _need(len(node.deltas) == len(node.terms), line, "one delta a term")
         _need((node.gates is None) == (node.d_gates is None), line, "gates and their gradient come together")
+
+
+def _select(node: Select, graph: Graph, line: str) -> None:
+    _need(graph.value(node.out).dtype == "int32", line, "blocks are int32")
+    _need(0 <= node.initial and 0 <= node.local and node.initial + node.local <= node.count, line, "too many forced blocks")
+    _need(node.axis.stride <= node.axis.block <= node.size, line, "needs d <= l <= l'")
+    if node.weights:
+        _need(len(node.weights) == node.size // node.axis.stride - node.first, line, "one weight for each block that overlaps")
+        _need(sum(node.weights) * node.axis.stride == node.size * (node.axis.block // node.axis.stride), line, "weights miss tokens")
 
 
 def _attend(node: Attend | AttendGrad, graph: Graph, line: str) -> None:
@@ -69,6 +80,10 @@ def _attend(node: Attend | AttendGrad, graph: Graph, line: str) -> None:
         keys: tuple[Value, Value] = (graph.value(source.k), graph.value(source.v))
         _need(keys[0].axes[1] == keys[1].axes[1] == source.axis.name, line, "keys and values lie on the source's axis")
         _need(bool(source.pieces), line, "a source has at least one piece")
+        if source.listed:
+            blocks = graph.value(source.listed.blocks)
+            _need(blocks.dtype == "int32" and source.axis.is_tokens, line, "a list names blocks of tokens")
+            _need(source.listed.size > 0 and source.listed.count > 0, line, "a list of nothing")
         for piece in source.pieces:
             free = {s for c in piece.where for s in symbols_of(c.expr)}
             _need(free <= {"t", "s"}, line, f"piece {piece.name} speaks of {sorted(free - {'t', 's'})}")
@@ -86,8 +101,8 @@ def _plan(plan: Plan, reached: int) -> None:
     for buffer in plan.buffers:
         line = f"buffer %{buffer.name}"
         _need(len(buffer.axes) == len(buffer.shape), line, "one size an axis")
-        _need(buffer.kind != "saved" or buffer.dtype in ("input", "float32"), line, "cannot be saved")
-        _symbols(buffer.shape, {"B", "T"}, line)
+        _need(buffer.kind != "saved" or buffer.dtype != "gate", line, "cannot be saved")
+        _symbols(buffer.shape, {"B", "T", "chunk", "items"}, line)
     for op in plan.ops:
         _op(op, kernels, buffers)
     for kernel in plan.kernels:
@@ -116,6 +131,7 @@ def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], 
     _need(bound.keys() <= operands.keys(), line, f"no operand {sorted(bound.keys() - operands.keys())}")
     missing = [o.name for o in kernel.operands if o.name not in bound and not o.optional]
     _need(not missing, line, f"operands {missing} are not bound")
+    _need(launch.over in (None, "chunks"), line, "host loops run over chunks")
     _need((launch.gate is None) or "gates" in bound, line, "a gate's column without gates")
     keys = [g.key for g in launch.when if g.op == "==" and g.value == ""]
     _need(not keys, line, f"guard on {keys} compares with nothing")
@@ -129,13 +145,14 @@ def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], 
 def _kernel(kernel: Kernel, reached: int) -> None:
     line = f"kernel {kernel.name}"
     _need(bool(kernel.choices) and all(c.what and c.because for c in kernel.choices), line, "a choice has no reason")
-    _need((kernel.grid.axis is None) == (not kernel.walks), line, "a kernel over tiles walks, one over flat rows does not")
-    _need(kernel.body.startswith("attend") == bool(kernel.branch), line, "attention kernels belong to a branch")
+    _need(kernel.grid.axis is not None or not kernel.walks, line, "a kernel over flat rows walks nothing")
+    _need(not kernel.body.startswith("attend") or bool(kernel.branch), line, "attention kernels belong to a branch")
+    _need((kernel.select is None) == (not kernel.body.startswith("select")), line, "selection kernels say what they select")
     _need(str(kernel.grid.step) in ("BT", "BN", "BM"), line, "the grid steps by a tile size")
     _need(kernel.grid.order in ("ascending", "descending"), line, "tiles run up or down")
     _need(all(f in FACTS for f in kernel.facts), line, f"unknown facts {kernel.facts}")
     roles = {o.role for o in kernel.operands if o.rows == "key"}
-    _need(roles <= {"k", "v", "dk", "dv"}, line, f"{sorted(roles)} cannot lie on key rows")
+    _need(roles <= {"k", "v", "dk", "dv", "items", "parts"}, line, f"{sorted(roles)} cannot lie on key rows")
     for walk in kernel.walks:
         _walk(walk, kernel, reached, f"{line}: walk {walk.piece.name}")
     if reached >= ORDER.index("choose_tiles"):
@@ -150,9 +167,10 @@ def _kernel(kernel: Kernel, reached: int) -> None:
 
 
 def _walk(walk: Walk, kernel: Kernel, reached: int, line: str) -> None:
+    _need(walk.listed is None or walk.axis.is_tokens, line, "lists name blocks of tokens")
     sources = {o.source for o in kernel.operands if o.role == "k"}
     _need(walk.source in sources, line, f"source {walk.source} has no keys among the operands")
-    _need((walk.direction == "reverse") == (kernel.body == "attend_dkv"), line, "only dk/dv walks the queries")
+    _need((walk.direction == "reverse") == kernel.body.endswith("dkv"), line, "only dk/dv walks the queries")
     if reached >= ORDER.index("derive_bounds"):
         _need(walk.some is not None, line, "has no bounds")
         _need((walk.all is None) == (walk.refused is not None), line, "either an all-range or the reason for none")

@@ -48,17 +48,32 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
     if not kernel.walks:
-        return (TileConfig(32 if bits == 16 else 16, 1, 4, 1, 0, 64, 1.0),)
-    candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in _shapes(heads)]
+        return (_flat(kernel, bits),)
+    candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in _shapes(kernel, heads)]
     return tuple(sorted(candidates, key=lambda c: (c.dropped is not None, c.cost, c.smem)))
 
 
-def _shapes(heads: Heads) -> list[tuple[int, int, int, int]]:
+def _flat(kernel: Kernel, bits: int) -> TileConfig:
+    """Kernels bound by memory: rows enough for 16-byte accesses by every thread."""
+    if kernel.body == "sum_items":
+        return TileConfig(1, 16, 4, 1, 0, 64, 1.0)
+    if kernel.body == "select_blocks":
+        return TileConfig(1, 1, 1, 1, 0, 128, 1.0)
+    return TileConfig(32 if bits == 16 else 16, 1, 4, 1, 0, 64, 1.0)
+
+
+def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
+    """Rows hold a whole group. A listed block is walked alone: no tile is wider, and one query's rows keep few warps busy."""
+    listed = next((w.listed for w in kernel.walks if w.listed), None)
     rows = [m for m in (16, 32, 64, 128) if m >= heads.group]
+    columns = [n for n in (16, 32, 64, 128) if listed is None or n < 2 * listed.size or n == 16]
+    warps = (4, 8)
+    if listed and kernel.body in ("attend_fwd", "attend_dq"):
+        rows, warps = rows[:1], (1, 2, 4)
     return [
-        (bm, bn, warps, stages)
-        for bm, bn, warps, stages in product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3))
-        if bm * bn >= 16 * 16 * warps // 2  # a warp without work gains nothing
+        (bm, bn, warp, stages)
+        for bm, bn, warp, stages in product(rows, columns, warps, (1, 2, 3))
+        if bm * bn >= 16 * 16 * warp // 2 or bn == columns[0]  # a warp without work gains nothing
     ]
 
 
@@ -72,6 +87,6 @@ def _judge(kernel: Kernel, heads: Heads, arch: Arch, bits: int, bm: int, bn: int
 def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | None:
     if use.smem > arch.smem:
         return f"shared memory {use.smem} > {arch.smem}"
-    if bits == 32 and scores > UNROLLED * warps:
+    if bits == 32 and scores > UNROLLED * max(warps, 4):
         return f"{scores} float32 scores on {warps} warps: without tensor cores each is unrolled"
     return f"registers {use.registers} > 255" if use.registers > 255 and bits == 16 else None

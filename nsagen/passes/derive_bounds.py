@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from nsagen.errors import Refused
 from nsagen.ir.graph import TOKENS
 from nsagen.ir.plan import BN, BT, S0, T0, Kernel, N, Plan, Walk
-from nsagen.sym import KEY, QUERY, Expr, Symbol, Tile, all_range, some_range
+from nsagen.sym import KEY, QUERY, Expr, Interval, Symbol, Tile, all_range, const, some_range
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def walk_tile(walk: Walk) -> tuple[Symbol, Tile, Expr, Symbol]:
 
 def _bounded(walk: Walk) -> Walk:
     loop, tile, length, _ = walk_tile(walk)
+    if walk.listed:
+        return replace(walk, some=Interval(const(0), length), refused="the list says which blocks, tile by tile")
     some = some_range(walk.piece.where, loop, tile, length)
     try:
         return replace(walk, some=some, all=all_range(walk.piece.where, loop, tile, length))
@@ -53,8 +55,8 @@ def _facts(kernel: Kernel) -> tuple[str, ...]:
 def _sees_itself(walk: Walk) -> bool:
     from nsagen.sym import AtLeast, as_int, expand, substitute
 
-    if not walk.axis.is_tokens:
-        return False
+    if walk.listed or not walk.axis.is_tokens:
+        return False  # a list may leave the query's own block out
     for c in walk.piece.where:
         value = as_int(expand(substitute(c.expr, {KEY: QUERY})))
         if value is None or (value < 0 if isinstance(c, AtLeast) else value % c.modulus != 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Value
+from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Select, Value
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,19 @@ class Differentiate:
         values["d_out"] = replace(graph.value(graph.output), name="d_out")
         combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
         attends = [n for n in graph.nodes if isinstance(n, Attend)]
-        terms = tuple(n.out for n in attends)
-        deltas = tuple(f"delta_{n.branch}" for n in attends)
-        for node, delta in zip(attends, deltas, strict=True):
-            values[delta] = replace(values[node.lse], name=delta)
+        terms = combine.terms if combine else tuple(n.out for n in attends)
+        by_out = {n.out: n for n in attends}
+        deltas = tuple(f"delta_{by_out[term].branch}" for term in terms)
+        for term, delta in zip(terms, deltas, strict=True):
+            values[delta] = replace(values[by_out[term].lse], name=delta)
         grad = CombineGrad(terms, combine.gates if combine else None, "d_out", deltas, "d_gates" if combine else None)
         if combine:
             values["d_gates"] = replace(values[combine.gates], name="d_gates")
         users = Counter(x for n in attends for x in (n.q, *(x for s in n.sources for x in (s.k, s.v))))
-        backward = [_attend_grad(n, combine, i, values, users) for i, n in enumerate(attends)]
+        backward = [_attend_grad(n, combine, terms.index(n.out), values, users) for n in attends]
         nodes: tuple[Node, ...] = (*graph.nodes, grad, *backward)
-        saved = tuple(x for n in attends for x in (n.out, n.lse))
+        chosen = tuple(n.out for n in graph.nodes if isinstance(n, Select))
+        saved = (*(x for n in attends for x in (n.out, n.lse)), *chosen)
         grads = _grads(backward, combine)
         return replace(graph, values=tuple(values.values()), nodes=nodes, saved=saved, grads=grads)
 

@@ -22,7 +22,7 @@ class Arch:
         rows: a warpgroup wants 64 rows of its own (16 a warp without wgmma). reuse: a short walked tile pays for its
         loads. overlap: stages hide them, but every loop drains its pipeline once a segment.
         """
-        wide, narrow = (bn, bm) if body == "attend_dkv" else (bm, bn)
+        wide, narrow = (bn, bm) if body.endswith("dkv") else (bm, bn)
         rows = min(1.0, wide / (16 * warps))
         if bits == 32:  # full float32 has no tensor cores: only the rows count
             return 0.03 * rows * narrow / (narrow + 16)
@@ -45,7 +45,10 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     size, qk, v = bits // 8, sum(kernel.qk_parts), sum(kernel.v_parts)
     threads = 32 * warps
     walked = bn
-    if kernel.body == "attend_fwd":
+    if kernel.body == "select_scores":
+        smem = size * (bm * qk + stages * bn * qk)
+        words = bm * bn * 2
+    elif kernel.body == "attend_fwd":
         smem = size * (bm * qk + stages * bn * (qk + v))
         words = bm * (v + bn * (1 + bits / 32))
     elif kernel.body == "attend_dq":
@@ -69,6 +72,11 @@ def loop_shape(kernel: Kernel, heads: Heads, bm: int, bn: int) -> tuple[float, f
 
 @lru_cache(maxsize=4096)
 def _walk_shape(walk: Walk, bt: int, bm: int, group: int, bn: int) -> tuple[float, float]:
+    if walk.listed:
+        tiles = -(-walk.listed.size // bn)
+        padding = bm / group if walk.direction == "forward" else bm / (bt * group)
+        entries = walk.listed.count * tiles if walk.direction == "forward" else walk.listed.size * walk.listed.count / bt
+        return tiles * bn / walk.listed.size * padding, entries
     tokens = 65536
     length = evaluate(walk.axis.length(), {TOKENS.name: tokens})
     at = {TOKENS.name: tokens, N.name: length, BT.name: bt, BN.name: bn}

@@ -10,6 +10,7 @@ from nsagen.ir.plan import Plan
 from nsagen.passes.choose_strategy import ChooseStrategy
 from nsagen.passes.choose_tiles import ChooseTiles
 from nsagen.passes.derive_bounds import DeriveBounds
+from nsagen.passes.derive_weights import DeriveWeights
 from nsagen.passes.differentiate import Differentiate
 from nsagen.passes.place_accesses import PlaceAccesses
 from nsagen.passes.split_loops import SplitLoops
@@ -20,6 +21,7 @@ Hook = Callable[[str, "Graph | Plan"], None]
 @dataclass(frozen=True)
 class Pipeline:
     differentiate: Differentiate = Differentiate()  # the backward graph, and what forward keeps for it
+    derive_weights: DeriveWeights = DeriveWeights()  # how compressed blocks score selection blocks
     choose_strategy: ChooseStrategy = ChooseStrategy()  # kernels, buffers and schedules
     derive_bounds: DeriveBounds = DeriveBounds()  # which keys (queries) a tile has to walk
     split_loops: SplitLoops = SplitLoops()  # where a mask is needed at all
@@ -29,8 +31,9 @@ class Pipeline:
     def run(self, graph: Graph, hook: Hook) -> Plan:
         """Lower a forward graph to a plan; `hook` sees every stage and verifies, prints or times it."""
         hook("lower", graph)
-        graph = self.differentiate.run(graph)
-        hook(self.differentiate.name, graph)
+        for rewrite in (self.differentiate, self.derive_weights):
+            graph = rewrite.run(graph)
+            hook(rewrite.name, graph)
         plan = self.choose_strategy.run(graph)
         hook(self.choose_strategy.name, plan)
         for step in (self.derive_bounds, self.split_loops, self.choose_tiles, self.place_accesses):

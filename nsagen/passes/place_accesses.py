@@ -45,8 +45,8 @@ def _access(kernel: Kernel, operand: Operand, bound: dict[tuple[str, str], list[
 
 def _guard(kernel: Kernel, operand: Operand) -> Literal["tile", "segment"]:
     """The walked side of a kernel: keys of a query tile, queries of a key tile."""
-    walked = "query" if kernel.body == "attend_dkv" else "key"
-    if not kernel.walks or operand.rows != walked:
+    walked = "query" if kernel.body.endswith("dkv") else "key"
+    if not kernel.walks or operand.rows != walked or operand.mode != "load":
         return "tile"
     ragged = walked == "query" and "group_fills_tile" not in kernel.facts
     return "tile" if ragged else "segment"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsagen.ir.graph import Attend, AttendGrad, Graph, Pool, Source
-from nsagen.ir.plan import BN, BT, T0, Launch, N, Op, Plan, Walk
+from nsagen.ir.graph import TOKENS, Attend, AttendGrad, BlockList, Graph, Pool, Select, Source
+from nsagen.ir.plan import BT, T0, Launch, N, Op, Plan, Walk
+from nsagen.passes.operators import suffixes
 from nsagen.render.view import Named
-from nsagen.sym import Interval, conjunct_text, expand, substitute, symbol, to_text
+from nsagen.sym import Expr, conjunct_text, expand, substitute, symbol, to_text
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,30 @@ class KeySourceView:
     doc: str
     mask: str
     ranges: str
-    k: str
-    v: str
-    dk: str
-    dv: str
-    dkv: str  # kernel
+    listed: BlockList | None
+    dkv: str  # kernels
+    sum: str
+
+    @property
+    def k(self) -> str:
+        return "k" + self.suffix
+
+    @property
+    def v(self) -> str:
+        return "v" + self.suffix
+
+    @property
+    def blocks(self) -> str:
+        return "blocks" + self.suffix if self.listed else "None"
+
+
+    @property
+    def dk(self) -> str:
+        return "d" + self.k
+
+    @property
+    def dv(self) -> str:
+        return "d" + self.v
 
 
 @dataclass(frozen=True)
@@ -33,24 +53,40 @@ class BranchView:
     sources: tuple[KeySourceView, ...]
 
     @property
-    def ks(self) -> list[str]:
-        return [s.k for s in self.sources]
-
-    @property
-    def vs(self) -> list[str]:
-        return [s.v for s in self.sources]
+    def listed(self) -> bool:
+        return any(s.listed for s in self.sources)
 
     @property
     def keys(self) -> list[str]:
         return [x for s in self.sources for x in (s.k, s.v)]
 
     @property
-    def dkeys(self) -> list[str]:
+    def gradients(self) -> list[str]:
         return [x for s in self.sources for x in (s.dk, s.dv)]
+
+    @property
+    def tuples(self) -> str:
+        """Keys and values as the torch path takes them."""
+        ks, vs = (", ".join(getattr(s, side) for s in self.sources) for side in ("k", "v"))
+        return f"({ks},), ({vs},)"
+
+    @property
+    def lists(self) -> str:
+        return f"({', '.join(s.blocks for s in self.sources)},)"
 
     @property
     def torch_grads(self) -> str:
         return ", ".join(f"dks[{i}], dvs[{i}]" for i in range(len(self.sources)))
+
+    @property
+    def pointers(self) -> list[str]:
+        """Keys, values and lists, as the kernels take them."""
+        return [x for s in self.sources for x in (s.k, s.v, *((s.blocks,) if s.listed else ()))]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The same as the host functions take them: lists last."""
+        return [*self.keys, *(s.blocks for s in self.sources if s.listed)]
 
 
 @dataclass(frozen=True)
@@ -62,60 +98,63 @@ class OpView:
     fakes: tuple[str, ...]
     gradient: str | None
     keep_output: bool
+    annotation: str
 
 
 @dataclass(frozen=True)
 class PartView:
     name: str
     branch: str
-    op: str
     k: str
     v: str
     rows: str
     doc: str
+    listed: BlockList | None
 
 
 def branch_views(graph: Graph, plan: Plan) -> tuple[BranchView, ...]:
-    attends = [n for n in graph.nodes if isinstance(n, Attend)]
-    return tuple(_branch(n, plan) for n in attends)
+    return tuple(_branch(n, plan) for n in graph.nodes if isinstance(n, Attend))
 
 
 def _branch(node: Attend, plan: Plan) -> BranchView:
-    many = len(node.sources) > 1
-    sources = tuple(_key_source(node.branch, s, str(i) if many else "", plan) for i, s in enumerate(node.sources))
+    pairs = enumerate(zip(node.sources, suffixes(node.sources), strict=True))
+    sources = tuple(_key_source(node.branch, s, suffix, i, plan) for i, (s, suffix) in pairs)
     return BranchView(node.branch, f"{node.branch}_fwd", f"{node.branch}_dq", sources)
 
 
-def _key_source(branch: str, source: Source, suffix: str, plan: Plan) -> KeySourceView:
-    index = int(suffix or 0)
+def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:
     walks = [w for w in plan.kernel(f"{branch}_fwd").walks if w.source == index]
-    pieces = [[conjunct_text(c) for c in p.where] for p in source.pieces]
-    doc = "; or ".join(", ".join(p) for p in pieces) + "."
-    mask = " | ".join("(" + " & ".join(f"({c})" for c in p) + ")" if len(pieces) > 1 else " & ".join(f"({c})" for c in p) for p in pieces)
+    pieces = [" & ".join(f"({conjunct_text(c)})" for c in p.where) for p in source.pieces]
     return KeySourceView(
         suffix=suffix,
         block=source.axis.block,
         stride=source.axis.stride,
-        doc=doc,
-        mask=mask,
+        doc=_domain(source),
+        mask=pieces[0] if len(pieces) == 1 else " | ".join(f"({p})" for p in pieces),
         ranges="[" + ", ".join(_range(w) for w in walks) + "]",
-        k="k" + suffix,
-        v="v" + suffix,
-        dk="dk" + suffix,
-        dv="dv" + suffix,
+        listed=source.listed,
         dkv=f"{branch}_dkv{suffix}",
+        sum=f"{branch}_sum{suffix}",
     )
+
+
+def _domain(source: Source) -> str:
+    return "; or ".join(", ".join(map(conjunct_text, p.where)) for p in source.pieces)
 
 
 def _range(walk: Walk) -> str:
     """The walk's `some` range for the queries [t0, t1), from the same bounds as the kernels."""
-    from nsagen.ir.graph import TOKENS
-
-    assert isinstance(walk.some, Interval)
+    assert walk.some is not None
     n, t1 = symbol("n"), symbol("t1")
-    at = {BT: t1 - T0, N: n, TOKENS: n, BN: BN}
-    lo, hi = (to_text(expand(substitute(x, at)) if x.is_Add else substitute(x, at)) for x in (walk.some.lo, walk.some.hi))
+    at: dict[Expr, Expr] = {BT: t1 - T0, N: n, TOKENS: n}
+    if walk.listed:
+        return "(0, min(n, t1))"
+    lo, hi = (to_text(_flat(substitute(x, at))) for x in (walk.some.lo, walk.some.hi))
     return f"({lo}, {hi})"
+
+
+def _flat(x: Expr) -> Expr:
+    return expand(x) if x.is_Add else x
 
 
 def op_views(graph: Graph, plan: Plan) -> tuple[OpView, ...]:
@@ -125,99 +164,106 @@ def op_views(graph: Graph, plan: Plan) -> tuple[OpView, ...]:
 
 def _op(op: Op, graph: Graph, plan: Plan, names: set[str]) -> OpView:
     gradient = op.name + "_grad" if op.name + "_grad" in names else None
+    count = len(op.outputs)
     return OpView(
         name=op.name,
         tensors=op.inputs,
         outputs=op.outputs,
-        lines=tuple(line for launch in op.launches for line in _call(launch, plan, graph)),
-        fakes=tuple(_fake(name, op, graph) for name in op.outputs),
+        lines=tuple(_lines(op, plan, graph)),
+        fakes=tuple(_fake(name, graph) for name in op.outputs),
         gradient=gradient,
         keep_output=op.doc == "part",
+        annotation="Tensor" if count == 1 else f"tuple[{', '.join(['Tensor'] * count)}]",
     )
 
 
-def _call(launch: Launch, plan: Plan, graph: Graph) -> list[str]:
-    """One line a launch; dk/dv ride in the line of their dq, which is one host function."""
-    kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
-    if kernel.body == "attend_dkv":
-        return []
-    if kernel.body == "attend_fwd":
-        keys = _keys(kernel.branch, graph)
-        return [f"{bind['out']}, {bind['lse']} = _{kernel.branch}_forward(q, {', '.join(keys)}, cu_seqlens, scale)"]
-    if kernel.body == "attend_dq":
-        return [_backward(launch, kernel.branch, bind, graph)]
-    terms = [b for o, b in launch.binds if o.startswith("term")]
-    if kernel.body == "combine_fwd":
-        return [f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})"]
-    if "gates" in bind:
-        deltas = ", ".join(b for o, b in launch.binds if o.startswith("delta"))
-        return [f"({deltas}), {bind['d_gates']} = _combine_backward(d_out, {', '.join(terms)}, {bind['gates']})"]
-    return [f"{bind['delta']} = _delta(d_out, {bind['term']})"]
+def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
+    """A line for each host function: kernels that it launches together ride in the line of the first."""
+    lines: list[str] = []
+    for launch in op.launches:
+        kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
+        terms = [b for o, b in launch.binds if o.startswith("term")]
+        if kernel.body == "attend_fwd":
+            arguments = ", ".join(_arguments(kernel.branch, graph))
+            lines.append(f"{bind['out']}, {bind['lse']} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale)")
+        elif kernel.body == "attend_dq":
+            lines.append(_backward(op, launch, kernel.branch, bind, graph, plan))
+        elif kernel.body == "select_scores":
+            chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
+            lines.append(f"{chosen} = _select(q, {bind['k']}, {bind['lse']}, cu_seqlens, scale)")
+        elif kernel.body == "combine_fwd":
+            lines.append(f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})")
+        elif kernel.body == "combine_bwd" and "gates" in bind:
+            deltas = ", ".join(b for o, b in launch.binds if o.startswith("delta"))
+            lines.append(f"({deltas}), {bind['d_gates']} = _combine_backward(d_out, {', '.join(terms)}, {bind['gates']})")
+        elif kernel.body == "combine_bwd":
+            lines.append(f"{bind['delta']} = _delta(d_out, {bind['term']})")
+    return lines
 
 
-def _backward(launch: Launch, branch: str, bind: dict[str, str], graph: Graph) -> str:
-    grad = next(n for n in graph.nodes if isinstance(n, AttendGrad) and n.branch == branch)
-    outs = [x for pair in zip(grad.dk, grad.dv, strict=True) for x in pair]
-    gates = bind.get("gates", "None")
-    before = bind["dq"] if launch.accumulate else "None"
-    arguments = ["q", *_keys(branch, graph), "d_out", bind["lse"], bind["delta"], gates, str(launch.gate), before]
-    return f"{', '.join([bind['dq'], *outs])} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)"
+def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: Graph, plan: Plan) -> str:
+    """dq and the keys' gradients of one branch; what an earlier branch wrote goes in and comes out summed."""
+    outs, into = [bind["dq"]], [bind["dq"] if launch.accumulate else "None"]
+    for other in op.launches:
+        bound = dict(other.binds)
+        if plan.kernel(other.kernel).branch == branch and "dk" in bound:
+            outs += [bound["dk"], bound["dv"]]
+            into += [bound["dk"], bound["dv"]] if other.accumulate else ["None", "None"]
+    rows = ["d_out", bind["lse"], bind["delta"], bind.get("gates", "None"), str(launch.gate)]
+    arguments = ["q", *_arguments(branch, graph), *rows, f"({', '.join(into)})"]
+    return f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)"
 
 
-def _keys(branch: str, graph: Graph) -> list[str]:
+def _arguments(branch: str, graph: Graph) -> list[str]:
     node = next(n for n in graph.nodes if isinstance(n, Attend) and n.branch == branch)
-    return [x for s in node.sources for x in (s.k, s.v)]
+    return [*(x for s in node.sources for x in (s.k, s.v)), *(s.listed.blocks for s in node.sources if s.listed)]
 
 
-def _fake(name: str, op: Op, graph: Graph) -> str:
+def _fake(name: str, graph: Graph) -> str:
     """An empty tensor like the output: gradients like their inputs, the rest from q."""
     like = next((value for value, parts in graph.grads if name in parts), None)
     if like is not None:
         return f"torch.empty_like({like}, memory_format=torch.contiguous_format)"
-    value = graph.value(name)
-    width = f", {graph.heads.v_dim}" if value.axes[-1] == "Dv" else ""
-    dtype = ", dtype=torch.float32" if value.dtype == "float32" else ""
-    if dtype:
-        return f"q.new_empty((*q.shape[:2], {graph.heads.query}{width}), dtype=launch.statistics(q))"
-    return f"q.new_empty((*q.shape[:2], {graph.heads.query}{width}))"
+    value, heads = graph.value(name), graph.heads
+    if value.dtype == "int32":
+        count = next(s.listed.count for n in graph.nodes if isinstance(n, AttendGrad) for s in n.sources if s.listed)
+        return f"q.new_empty((*q.shape[:2], {heads.kv}, {count}), dtype=torch.int32)"
+    if value.dtype == "float32":
+        return f"q.new_empty((*q.shape[:2], {heads.query}), dtype=launch.statistics(q))"
+    return f"q.new_empty((*q.shape[:2], {heads.query}, {heads.v_dim}))"
 
 
-def part_views(graph: Graph, per_branch: bool) -> tuple[PartView, ...]:
+def part_views(graph: Graph) -> tuple[PartView, ...]:
     """One public function a branch, for branches of one source (a union of several has no parts)."""
-    attends = [n for n in graph.nodes if isinstance(n, Attend) and len(n.sources) == 1]
-    return tuple(_part(n) for n in attends if n.branch != "union")
+    attends = [n for n in graph.nodes if isinstance(n, Attend) and n.branch != "union"]
+    return tuple(_part(n) for n in attends)
 
 
 def _part(node: Attend) -> PartView:
     source = node.sources[0]
-    pooled = not source.axis.is_tokens
-    pieces = "; or ".join(", ".join(map(conjunct_text, p.where)) for p in source.pieces)
-    keys = ("k_cmp", "v_cmp", "⌊(T − l)/d⌋ + 1") if pooled else ("k", "v", "T")
-    what = "block s" if pooled else "key s"
-    name = f"{node.branch}_attention"
-    return PartView(name, node.branch, name, *keys, f"query t sees {what} iff {pieces}")
+    keys = ("k", "v", "T") if source.axis.is_tokens else ("k_cmp", "v_cmp", "⌊(T − l)/d⌋ + 1")
+    what = "key s" if source.axis.is_tokens else "block s"
+    inside = " in a listed block and" if source.listed else ""
+    doc = f"query t sees {what} iff{inside} {_domain(source)}"
+    return PartView(f"{node.branch}_attention", node.branch, *keys, doc, source.listed)
 
 
-def whole_call(graph: Graph, plan: Plan, per_branch: bool) -> Named:
-    """The op that the public `attention` calls, and its arguments."""
+def whole_call(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> Named:
+    """The op that the public `attention` calls, and its arguments; `checks` hands every branch its (shared) tensor."""
     op = next((o for o in plan.ops if o.doc == "whole"), None) or next(o for o in plan.ops if o.doc == "part")
-    raw = [x for x in graph.inputs if x not in ("q", "gates")]
-    branches = {n.branch for n in graph.nodes if isinstance(n, Attend)}
+    raw = [x for x in graph.inputs if x not in ("q", "gates", "blocks")]
 
     def argument(name: str) -> str:
         if name not in raw:
             return name
         side, _, branch = name.partition("_")
-        owner = branch or next(b for b in _token_branches(graph, name, branches))
-        return f'{side}["{owner}"]'
+        return f'{side}["{branch or branches[0]}"]'
 
     return Named(op.name, ", ".join(map(argument, op.inputs)))
 
 
-def _token_branches(graph: Graph, name: str, branches: set[str]) -> list[str]:
-    """Branches that read the shared k or v itself; checks hands every branch its tensor."""
-    readers = [n.branch for n in graph.nodes if isinstance(n, Attend) and any(name in (s.k, s.v) for s in n.sources)]
-    return [b for b in readers if b in branches]
+def select_node(graph: Graph) -> Select | None:
+    return next((n for n in graph.nodes if isinstance(n, Select)), None)
 
 
 def pool_node(graph: Graph) -> Pool | None:

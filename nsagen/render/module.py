@@ -13,11 +13,13 @@ import jinja2
 
 from nsagen.ir.graph import Combine, CombineGrad, Graph
 from nsagen.ir.plan import Kernel, Plan, TileTable
-from nsagen.render.host import branch_views, op_views, part_views, pool_node, whole_call
+from nsagen.render.host import branch_views, op_views, part_views, pool_node, select_node, whole_call
 from nsagen.render.view import Named, kernel_view
 
 SHIPPED_CONFIGS = 6  # candidates of each table that a module carries, best first
-COMPRESSORS = {"mean": "MeanCompressor"}
+COMPRESSORS = {
+    "mean": "MeanCompressor", "weighted": "WeightedCompressor", "linear": "LinearCompressor", "mlp": "MLPCompressor"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
     pool = pool_node(graph)
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
     grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
-    whole = whole_call(graph, plan, spec["kv"] == "per_branch")
+    whole = whole_call(graph, plan, tuple(spec["branches"]))
+    select = select_node(graph)
     return {
         "spec": spec,
         "spec_text": _spec_text(spec),
@@ -73,11 +76,16 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "kernels": [_kernel_text(k, plan) for k in plan.kernels],
         "attends": branch_views(graph, plan),
         "operations": op_views(graph, plan),
-        "public_parts": part_views(graph, spec["kv"] == "per_branch"),
+        "public_parts": part_views(graph),
         "whole": {"op": whole.name, "arguments": whole.text.split(", ")},
         "compressor": pool and {
-            "cls": COMPRESSORS[pool.pool], "pool": pool.pool, "block": pool.axis.block, "stride": pool.axis.stride
+            "cls": COMPRESSORS[pool.pool], "pool": pool.pool, "block": pool.axis.block, "stride": pool.axis.stride,
+            "positions": pool.positions,
         },
+        "select": select,
+        "select_rows": 1 << (plan.heads.group - 1).bit_length(),
+        "caller_blocks": "blocks" in graph.inputs,
+        "blocks_count": next((b.shape[-1] for b in plan.buffers if b.name == "blocks"), 0),
         "pooled": ("compressed", pool.axis.block, pool.axis.stride) if pool else None,
         "gated": combine is not None,
         "terms": combine.terms if combine else (),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsagen.ir.graph import Heads, KeyAxis
+from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
 from nsagen.ir.plan import BN, BT, Kernel, Mask, Plan, Segment, Walk
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
@@ -52,9 +52,44 @@ class SegmentView:
 
 
 @dataclass(frozen=True)
+class ListView:
+    """A block list walked by a query: `at` its first entry, `count` entries of `size` tokens."""
+
+    pointer: str
+    at: str
+    size: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        return 1 << (self.count - 1).bit_length()
+
+
+@dataclass(frozen=True)
 class WalkView:
     cuts: str
     segments: tuple[SegmentView, ...]
+    listed: ListView | None = None
+
+    @property
+    def extent(self) -> str:
+        """Where keys end: with the sequence, or with the listed block."""
+        return f"min(n, block * {self.listed.size} + {self.listed.size})" if self.listed else "n"
+
+    def loop(self, segment: SegmentView, variable: str) -> str:
+        """The head of a segment's loop over tiles."""
+        step = "BN" if variable == "s0" else "BT"
+        if self.listed is None:
+            return f"    for {variable} in range({segment.lo}, {segment.hi}, {step}):  # {segment.comment}"
+        of = self.listed
+        return "\n".join(
+            (
+                f"    tiles_of_block: tl.constexpr = ({of.size} + BN - 1) // BN",
+                f"    for step in range(0, blocks * tiles_of_block):  # {segment.comment}",
+                f"        block = tl.load({of.pointer} + listed + step // tiles_of_block)",
+                f"        s0 = block * {of.size} + step % tiles_of_block * BN",
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +100,7 @@ class SourceView:
     stride: int
     tokens: bool
     walks: tuple[WalkView, ...]
+    listed: BlockList | None
 
 
 @dataclass(frozen=True)
@@ -86,10 +122,22 @@ class KernelView:
     gated: bool
     descending: bool
     rows_may_be_empty: bool
-    group_fills_tile: bool
+    rows: str  # rows of a tile that belong to one query
+    live: str  # which rows of a query tile are queries
+    heads_live: str  # the part of it that speaks of heads
+    listed: bool
+    pointers: str  # of keys, values and lists
+    select: Select | None
+    size: int  # tokens of a listed block
 
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
     wides: dict[str, str]  # operand -> a cast of its row offsets, or nothing
+
+    @property
+    def select_width(self) -> int:
+        """The smallest power of two that holds a list."""
+        assert self.select is not None
+        return 1 << (self.select.count - 1).bit_length()
 
     def guard(self, operand: str) -> str:
         return self.guards[operand]
@@ -114,16 +162,41 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         qk_parts=_parts(kernel.qk_parts, h.qk_dim),
         v_parts=_parts(kernel.v_parts, h.v_dim),
         conjuncts=tuple(conjuncts.values()),
-        sources=_sources(kernel, conjuncts),
+        sources=_sources(kernel, conjuncts, plan),
         terms=terms,
         columns=_columns(plan),
         gated=any(o.role == "gates" for o in kernel.operands),
         descending=kernel.grid.order == "descending",
         rows_may_be_empty="rows_may_be_empty" in kernel.facts,
-        group_fills_tile="group_fills_tile" in kernel.facts,
+        rows=_rows(kernel, h),
+        live="(t < T)" + _heads_live(kernel, h),
+        heads_live=_heads_live(kernel, h),
+        listed=any(w.listed for w in kernel.walks),
+        pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role in ("k", "v", "blocks")),
+        select=kernel.select,
+        size=_listed_size(plan),
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
     )
+
+
+def _rows(kernel: Kernel, heads: Heads) -> str:
+    """The group's heads; the whole tile where it has one query; a power of two where heads are added by a reshape."""
+    if kernel.body == "select_scores":
+        return str(1 << (heads.group - 1).bit_length())
+    one_query = any(w.listed and w.direction == "forward" for w in kernel.walks)
+    return "BM" if one_query else str(heads.group)
+
+
+def _heads_live(kernel: Kernel, heads: Heads) -> str:
+    rows = _rows(kernel, heads)
+    if rows != str(heads.group):
+        return f" & (head < {heads.group})"
+    return "" if "group_fills_tile" in kernel.facts else f" & (row < BT * {heads.group})"
+
+
+def _listed_size(plan: Plan) -> int:
+    return next((w.listed.size for k in plan.kernels for w in k.walks if w.listed), 0)
 
 
 def _columns(plan: Plan) -> int:
@@ -142,7 +215,7 @@ def _conjuncts(kernel: Kernel) -> dict[Conjunct, Named]:
     return {c: Named(f"C{i}", conjunct_text(c)) for i, c in enumerate(tested)}
 
 
-def _sources(kernel: Kernel, conjuncts: dict[Conjunct, Named]) -> tuple[SourceView, ...]:
+def _sources(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan) -> tuple[SourceView, ...]:
     numbers = sorted({w.source for w in kernel.walks})
     views: list[SourceView] = []
     for number in numbers:
@@ -155,13 +228,17 @@ def _sources(kernel: Kernel, conjuncts: dict[Conjunct, Named]) -> tuple[SourceVi
                 base=to_text(axis.base()),
                 stride=axis.stride,
                 tokens=axis.is_tokens,
-                walks=tuple(_walk(w, conjuncts) for w in walks),
+                walks=tuple(_walk(w, conjuncts, str(number) if len(numbers) > 1 else "", plan.heads) for w in walks),
+                listed=walks[0].listed,
             )
         )
     return tuple(views)
 
 
-def _walk(walk: Walk, conjuncts: dict[Conjunct, Named]) -> WalkView:
+def _walk(walk: Walk, conjuncts: dict[Conjunct, Named], suffix: str, heads: Heads) -> WalkView:
+    segments = tuple(_segment(s, conjuncts) for s in walk.segments)
+    if walk.listed and walk.direction == "forward":
+        return _listed_walk(walk, segments, suffix, heads)
     needed = {s.name for c in walk.cuts for s in c.at.free_symbols}
     lines = [f"# {walk.piece.name}: {', '.join(map(conjunct_text, walk.piece.where))}"]
     for name, interval in (("some", walk.some), ("all", walk.all)):
@@ -169,8 +246,19 @@ def _walk(walk: Walk, conjuncts: dict[Conjunct, Named]) -> WalkView:
             ends = ((f"{name}_lo", interval.lo), (f"{name}_hi", interval.hi))
             lines += [f"{end} = {_scalar(at)}" for end, at in ends if end in needed]
     lines += [f"{cut.name} = {_scalar(cut.at)}" for cut in walk.cuts]
-    segments = tuple(_segment(s, conjuncts) for s in walk.segments)
     return WalkView("\n".join("    " + line for line in lines), segments)
+
+
+def _listed_walk(walk: Walk, segments: tuple[SegmentView, ...], suffix: str, heads: Heads) -> WalkView:
+    assert walk.listed is not None
+    of = ListView(f"blocks{suffix}_ptr", "listed", walk.listed.size, walk.listed.count)
+    lines = (
+        f"# {walk.piece.name}: {', '.join(map(conjunct_text, walk.piece.where))}, in the listed blocks",
+        f"listed = (first * {heads.kv} + h) * {of.count}",
+        f"entry = tl.arange(0, {of.width})",
+        f"blocks = tl.sum((tl.load({of.pointer} + listed + entry, mask=entry < {of.count}, other=-1) >= 0).to(tl.int32))",
+    )
+    return WalkView("\n".join("    " + line for line in lines), segments, of)
 
 
 def _scalar(x: Expr) -> str:
@@ -210,10 +298,19 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
         "attend_fwd": "out = softmax(scale·q·kᵀ)·v and its log-sum-exp",
         "attend_dq": "dq from the scores recomputed with lse",
         "attend_dkv": "dk and dv from the scores recomputed with lse",
+        "attend_list_dkv": "an item's part of dk and dv, float32, from the scores recomputed with lse",
+        "sum_items": "dk and dv of a key block: its items' parts, added in order",
+        "select_scores": "importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads",
+        "select_blocks": "the best blocks of a query and KV head, ascending, −1 for none",
         "combine_fwd": "out = Σ_c gate_c·term_c",
         "combine_bwd": "row sums of d_out·term: deltas, and the gates' gradients if there are gates",
     }[kernel.body]
     if not kernel.walks:
-        return what + "; one program: BM flat rows."
-    tile = "BN keys" if kernel.body == "attend_dkv" else f"BM // {heads.group} queries"
+        one = {"combine_fwd": "BM flat rows", "combine_bwd": "BM flat rows", "sum_items": "a key block"}
+        return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
+    tile = f"BM // {_rows(kernel, heads)} queries"
+    if any(w.listed for w in kernel.walks):
+        tile = "one query" if kernel.body != "attend_list_dkv" else "BN keys and one item's queries"
+    elif kernel.body == "attend_dkv":
+        tile = "BN keys"
     return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

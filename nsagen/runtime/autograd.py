@@ -13,8 +13,8 @@ def connect(op: CustomOpDef, grad_op: CustomOpDef, tensors: int, keep_output: bo
     """Give `op` the gradient `grad_op`.
 
     op(*tensors, cu_seqlens, scale) -> (out, *saved); only `out` is differentiable.
-    grad_op(d_out, *tensors, [out,] *saved, cu_seqlens, scale) -> one gradient for each of `tensors`; with `out` iff
-    keep_output.
+    grad_op(d_out, *tensors, [out,] *saved, cu_seqlens, scale) -> the gradients of the first of `tensors`; the others
+    (block lists) have none. With `out` iff keep_output.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -24,6 +24,7 @@ def connect(op: CustomOpDef, grad_op: CustomOpDef, tensors: int, keep_output: bo
 
     def backward(ctx: Any, d_out: Any, *unused: Any) -> tuple[Any, ...]:
         *saved, cu_seqlens = ctx.saved_tensors
-        return (*grad_op(d_out.contiguous(), *saved, cu_seqlens, ctx.scale), None, None)
+        gradients = grad_op(d_out.contiguous(), *saved, cu_seqlens, ctx.scale)
+        return (*gradients, *(None for _ in range(tensors + 2 - len(gradients))))
 
     differentiate(op, setup, backward)

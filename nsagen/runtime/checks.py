@@ -103,6 +103,29 @@ def part(
     return q, k, v, call.scale(scale), cu_seqlens
 
 
+def select(
+    layout: Layout, q: Tensor, k_cmp: Tensor, lse: Tensor, scale: float | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
+    """Checks the arguments of `select_blocks`; returns them detached: no gradient flows through the choice."""
+    call = _Call(layout, "select_blocks")
+    q = call.query(q)
+    cu_seqlens = call.sequences(cu_seqlens, q)
+    k_cmp = call.pooled_keys("k_cmp", k_cmp, q, layout.qk_dim, cu_seqlens)
+    call.tensor("lse", lse)
+    call.shape("lse", lse, tuple(q.shape[:3]))
+    call.same_device("lse", lse, q)
+    return q.detach(), k_cmp.detach(), lse.detach().contiguous(), call.scale(scale), cu_seqlens
+
+
+def blocks(layout: Layout, function: str, lists: Tensor, q: Tensor, count: int) -> Tensor:
+    """Checks block lists int32 [B, T, Hkv, count] (values are not read: no host sync); returns them contiguous."""
+    call = _Call(layout, function)
+    call.blocks(lists, q)
+    if lists.shape[-1] != count:
+        call.fail(f"blocks must list {count} blocks", lists.shape[-1], "the spec's top_n; fill up with −1")
+    return lists.contiguous()
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of a module's function; every method checks one argument and returns what the kernels get."""

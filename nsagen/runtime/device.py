@@ -22,6 +22,19 @@ def find_sequence(cu_ptr, tile, sequences, STRIDE: tl.constexpr, STEP: tl.conste
 
 
 @triton.jit
+def sequence_of(cu_ptr, row, sequences):
+    """The packed sequence that token row `row` belongs to: the last one that starts at or before it."""
+    lo = 0
+    hi = sequences
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        first = tl.load(cu_ptr + mid)
+        lo = tl.where(first <= row, mid, lo)
+        hi = tl.where(first <= row, hi, mid)
+    return lo
+
+
+@triton.jit
 def first_tile(start, sequence, STRIDE: tl.constexpr, STEP: tl.constexpr):
     """Number of the first tile of a sequence that starts at token `start` (see find_sequence)."""
     return start // STRIDE // STEP + sequence

@@ -70,6 +70,38 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
+def target(into: torch.Tensor | None, like: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
+    """(a gradient like `like` to write, False), or (`into`, True) to add to."""
+    return (empty(like, like.shape, cu_seqlens), False) if into is None else (into, True)
+
+
+def added(
+    gradients: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Each gradient, plus its tensor of `into` if there is one."""
+    return tuple(g if before is None else g + before for g, before in zip(gradients, into, strict=True))
+
+
+CHUNK_BYTES = 1 << 28  # of the scores of one chunk of queries
+CHUNK_STEP = 128  # no query tile is larger: a chunk is whole tiles
+
+
+def chunk(length: int, row_bytes: int) -> int:
+    """Queries of a chunk whose rows of `row_bytes` fit in CHUNK_BYTES; a multiple of CHUNK_STEP."""
+    fitting = max(1, CHUNK_BYTES // (row_bytes * CHUNK_STEP)) * CHUNK_STEP
+    return min(fitting, -(-length // CHUNK_STEP) * CHUNK_STEP)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two, at least 16, that is not below count."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def warps_for(candidates: int) -> int:
+    """Warps of a program that holds a row of candidates in registers: up to 64 a lane."""
+    return min(16, max(1, candidates // 2048))
+
+
 def statistics(x: torch.Tensor) -> torch.dtype:
     """dtype of row statistics (lse): float32, float64 where x is float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -35,10 +35,14 @@ class KeySource:
     stride: int
     mask: Callable[[Tensor, Tensor], Tensor]
     ranges: Callable[[int, int, int], list[_Range]]
+    block_size: int = 0  # of the blocks that a list names, where the source has one
 
     def keys(self, length: int) -> int:
         """Keys of a sequence of `length` tokens."""
         return max(0, (length - self.block) // self.stride + 1)
+
+
+Lists = tuple["Tensor | None", ...]
 
 
 class _Piece(NamedTuple):
@@ -46,7 +50,7 @@ class _Piece(NamedTuple):
 
     source: int  # which of ks, vs
     rows: slice  # of ks[source]
-    mask: Tensor  # bool [m, n]
+    mask: Tensor  # bool [m, n], or [B, Hkv, 1, m, n] where the KV heads list blocks of their own
 
 
 @torch.no_grad()
@@ -57,16 +61,18 @@ def attend(
     sources: tuple[KeySource, ...],
     scale: float,
     cu_seqlens: Tensor | None,
+    lists: Lists = (),
 ) -> tuple[Tensor, Tensor]:
     """One softmax over the union of the sources -> out [B, T, Hq, Dv] in q's dtype, lse [B, T, Hq].
 
+    lists: for each source with a block_size its block list, int32 [B, T, Hkv, n], −1 for none; else None.
     lse: natural log, float32 (float64 for float64 inputs). A row that sees nothing: output 0, lse −inf.
     """
     batch, length, heads = q.shape[:3]
     out = q.new_zeros(batch, length, heads, vs[0].shape[-1])
     lse = torch.full((batch, length, heads), float("-inf"), dtype=_accumulator(q), device=q.device)
     groups = ks[0].shape[2]
-    for rows, pieces in _chunks(q, sources, cu_seqlens):
+    for rows, pieces in _chunks(q, sources, cu_seqlens, lists):
         q_rows = _by_group(q, rows, groups, lse.dtype)
         scores = [_scores(q_rows, _keys(ks, p, lse.dtype), p, scale) for p in pieces]
         norm = torch.stack([s.logsumexp(-1) for s in scores]).logsumexp(0)
@@ -89,6 +95,7 @@ def attend_grad(
     d_out: Tensor,
     scale: float,
     cu_seqlens: Tensor | None,
+    lists: Lists = (),
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Gradients of gate·attend(…) given d_out -> dq, dks, dvs in the inputs' dtypes.
 
@@ -100,7 +107,7 @@ def attend_grad(
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dks = tuple(torch.zeros(k.shape, dtype=dtype, device=k.device) for k in ks)
     dvs = tuple(torch.zeros(v.shape, dtype=dtype, device=v.device) for v in vs)
-    for rows, pieces in _chunks(q, sources, cu_seqlens):
+    for rows, pieces in _chunks(q, sources, cu_seqlens, lists):
         q_rows, d_rows = _by_group(q, rows, groups, dtype), _by_group(d_out, rows, groups, dtype)
         if gate is not None:  # it scales every use of d_out
             d_rows = d_rows * _by_group(gate.unsqueeze(-1), rows, groups, dtype)
@@ -159,7 +166,7 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 def _chunks(
-    q: Tensor, sources: tuple[KeySource, ...], cu_seqlens: Tensor | None
+    q: Tensor, sources: tuple[KeySource, ...], cu_seqlens: Tensor | None, lists: Lists
 ) -> Iterator[tuple[slice, list[_Piece]]]:
     """Chunks of query rows, each with the pieces it may see; a chunk that sees nothing is left out."""
     per_score = q.shape[0] * q.shape[2] * q.new_empty(0, dtype=_accumulator(q)).element_size() * _COPIES
@@ -167,7 +174,7 @@ def _chunks(
         t0 = 0
         while t0 < length:
             t1, ranges = _fit(sources, t0, length, _BUDGET // per_score)
-            pieces = _pieces(sources, ranges, range(t0, t1), start, q.device)
+            pieces = _pieces(sources, ranges, range(t0, t1), start, lists or (None,) * len(sources), q.device)
             if pieces:
                 yield slice(start + t0, start + t1), pieces
             t0 = t1
@@ -203,22 +210,33 @@ def _clip(ranges: list[_Range], keys: int) -> list[_Range]:
 
 
 def _pieces(
-    sources: tuple[KeySource, ...], ranges: list[list[_Range]], queries: range, start: int, device: torch.device
+    sources: tuple[KeySource, ...], ranges: list[list[_Range]], queries: range, start: int, lists: Lists, device: torch.device
 ) -> list[_Piece]:
     t = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1)
     pieces: list[_Piece] = []
-    for index, (source, pairs) in enumerate(zip(sources, ranges, strict=True)):
+    for index, (source, pairs, blocks) in enumerate(zip(sources, ranges, lists, strict=True)):
         row = start // source.stride  # a sequence's first key: the packed layout of φ's rows
         for lo, hi in pairs:
             s = torch.arange(lo, hi, device=device).unsqueeze(0)
-            pieces.append(_Piece(index, slice(row + lo, row + hi), source.mask(t, s).expand(len(queries), hi - lo)))
+            mask = source.mask(t, s).expand(len(queries), hi - lo)
+            if blocks is not None:
+                mask = mask & _listed(blocks[:, start + queries.start : start + queries.stop], s[0] // source.block_size)
+            pieces.append(_Piece(index, slice(row + lo, row + hi), mask))
     return pieces
+
+
+def _listed(blocks: Tensor, of_key: Tensor) -> Tensor:
+    """Whether a query's list [B, m, Hkv, n] holds the key's block [keys] -> bool [B, Hkv, 1, m, keys]."""
+    chosen = torch.zeros(*blocks.shape[:3], int(of_key.max()) + 2, dtype=torch.bool, device=blocks.device)
+    last = chosen.shape[-1] - 1  # −1 and blocks past these keys fall into a column that no key reads
+    chosen.scatter_(3, torch.where((blocks < 0) | (blocks > last), last, blocks).long(), True)
+    return chosen[..., of_key].transpose(1, 2).unsqueeze(2)
 
 
 def _scores(q_rows: Tensor, keys: Tensor, piece: _Piece, scale: float) -> Tensor:
     """scale·q·k [B, Hkv, G·m, n], −inf where masked."""
     scores = (q_rows @ keys.mT).mul_(scale)
-    scores.unflatten(2, (-1, piece.mask.shape[0])).masked_fill_(~piece.mask, float("-inf"))
+    scores.unflatten(2, (-1, piece.mask.shape[-2])).masked_fill_(~piece.mask, float("-inf"))
     return scores
 
 

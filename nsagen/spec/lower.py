@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nsagen.errors import Refused
-from nsagen.ir.graph import Attend, Combine, Graph, Heads, KeyAxis, Node, Piece, Pool, Source, Value
+from nsagen.ir.graph import Attend, BlockList, Combine, Graph, Heads, KeyAxis, Node, Piece, Pool, Select, Source, Value
 from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, const, expand, le, lt
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Lowering:
         self.inputs: list[str] = ["q"]
         self.nodes: list[Node] = []
         self.sources: dict[str, tuple[Source, ...]] = {}
+        self.selects: list[Select] = []
 
     def keys(self, branch: str) -> tuple[str, str]:
         """Names of the branch's own keys and values (inputs [B, T, Hkv, D]), or of the shared pair."""
@@ -86,7 +87,21 @@ def lower_compressed(options: Any, low: Lowering) -> None:
 
 
 def lower_selected(options: Any, low: Lowering) -> None:
-    raise Refused("branch 'selected' has no lowering yet: nsagen compiles window and compressed branches so far")
+    """The listed blocks of l' tokens, causal inside; the list is the caller's or chosen by importance."""
+    low.define(Value("blocks", ("B", "T", "Hkv", "n"), "int32"))
+    k, v = low.keys("selected")
+    listed = BlockList("blocks", options.block, options.top_n)
+    low.attend("selected", Source(k, v, TOKEN_AXIS, (Piece("causal", (le(KEY, QUERY),)),), listed))
+    if options.scores == "caller":
+        low.inputs.append("blocks")
+    elif options.scores == "compressed" and low.spec.combine == "gated_sum":
+        scores = low.spec.branches["compressed"]
+        axis = KeyAxis("compressed", scores.block, scores.stride)
+        low.selects.append(
+            Select("blocks", "q", "k_cmp", "lse_compressed", axis, options.block, options.top_n, options.initial, options.local)
+        )
+    else:
+        raise Refused(f"selected: from {options.scores} under combine {low.spec.combine} has no lowering yet")
 
 
 def _attend(low: Lowering, branch: str, sources: tuple[Source, ...]) -> str:
@@ -99,7 +114,12 @@ def _attend(low: Lowering, branch: str, sources: tuple[Source, ...]) -> str:
 def _gated_sum(low: Lowering) -> str:
     gates = low.define(Value("gates", ("B", "T", "Hq", "C"), "gate"))
     low.inputs.append(gates)
-    terms = tuple(_attend(low, branch, sources) for branch, sources in low.sources.items())
+    outs: dict[str, str] = {}
+    for branch in sorted(low.sources, key=lambda b: b != "compressed"):  # its lse scores the selection
+        outs[branch] = _attend(low, branch, low.sources[branch])
+        if branch == "compressed":
+            low.nodes += low.selects
+    terms = tuple(outs[branch] for branch in low.sources)
     out = low.define(Value("out", ("B", "T", "Hq", "Dv"), "input"))
     low.nodes.append(Combine(terms, gates, out))
     return out
@@ -116,10 +136,12 @@ def _one_softmax(low: Lowering) -> str:
     for source in (s for sources in low.sources.values() for s in sources):
         pieces = source.pieces
         for earlier in union:
+            if earlier.listed and (earlier.k, earlier.axis) == (source.k, source.axis):
+                raise Refused("one_softmax: name the selected branch last, so that earlier domains are taken out of its blocks")
             if (earlier.k, earlier.axis) == (source.k, source.axis):
                 for taken in earlier.pieces:
                     pieces = tuple(rest for p in pieces for rest in _without(p, taken))
-        union.append(Source(source.k, source.v, source.axis, pieces))
+        union.append(Source(source.k, source.v, source.axis, pieces, source.listed))
     return _attend(low, "union", tuple(union))
 
 

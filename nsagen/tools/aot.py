@@ -1,8 +1,8 @@
 """Kernels ahead of time: compiled for a chip that need not be here, with what the compiler says of them.
 
-A kernel's parameters follow one frame (the templates' contract with the plan): a pointer for each operand, in the
-plan's order; over tiles also cu_ptr, T, tiles, sequences, scale, three strides for each operand that the caller
-lays out, and key_rows for a key tile; over flat rows only `rows`; then the compile-time ones by name.
+What a parameter is follows from the plan: X_ptr holds the buffer that the launch binds to the operand X, X_sb, X_st
+and X_sh are that operand's strides. What is left are scalars of the launch, never specialised, and int32 indices that
+the host makes of cu_seqlens and block lists.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
 
 ARCHES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
-STRIDED = ("q", "k", "v")  # operands whose strides are the caller's
+CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
+ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
+INDICES = ("list", "first", "items")  # int32, made by the host from block lists (runtime/lists.py)
+LENGTH = 65536  # tokens, where a compile-time size depends on them
 
 
 @dataclass(frozen=True)
@@ -89,62 +92,77 @@ def launch_of(plan: Plan, kernel: Kernel) -> Launch:
 
 def signature_of(function: Any, job: Job, plan: Plan) -> Signature:
     """Types, constants and alignment of the kernel's arguments, from the plan's operands and buffers."""
-    signature = Signature()
-    compile_time = _compile_time(job)
-    runtime = _runtime(job, plan)
-    names: list[str] = [p.name for p in function.params if not p.is_constexpr]
-    if len(names) != len(runtime):
-        frame = f"{len(runtime)} by the plan, but {len(names)} in the module: {', '.join(names)}"
-        raise CompileError(f"kernel {job.kernel.name}: its arguments are {frame}")
-    values = iter(runtime)
+    signature, constants = Signature(), _constants(job)
     for index, parameter in enumerate(function.params):
-        if parameter.is_constexpr and parameter.name not in compile_time:
-            raise CompileError(f"kernel {job.kernel.name}: nothing sets its parameter {parameter.name}")
-        kind, aligned = ("constexpr", False) if parameter.is_constexpr else next(values)
-        signature.types[parameter.name] = kind
+        name: str = parameter.name
+        if parameter.is_constexpr:
+            if name not in constants:
+                raise CompileError(f"kernel {job.kernel.name}: nothing sets its parameter {name}")
+            kind, aligned = "constexpr", False
+        else:
+            kind, aligned = _argument(name, job, plan)
+        signature.types[name] = kind
         if kind == "constexpr":
-            signature.constants[(index,)] = compile_time.get(parameter.name)
-        elif aligned:
+            signature.constants[(index,)] = constants.get(name)
+        elif aligned and not parameter.do_not_specialize:
             signature.attributes[(index,)] = [["tt.divisibility", 16]]
     return signature
 
 
-def _compile_time(job: Job) -> dict[str, Any]:
-    """float32 dots in full precision, torch's default."""
-    tile, launch = job.tile, job.launch
-    return {
-        "BM": tile.bm, "BN": tile.bn, "PRECISION": "ieee", "GATE": launch.gate, "ACCUMULATE": launch.accumulate
-    }  # fmt: skip
+def _constants(job: Job) -> dict[str, Any]:
+    """float32 dots in full precision, torch's default; a selection among the blocks of LENGTH tokens."""
+    tile, launch, select = job.tile, job.launch, job.kernel.select
+    constants = {
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "PRECISION": "ieee",
+        "GATE": launch.gate,
+        "ACCUMULATE": launch.accumulate,
+    }
+    return constants | ({"CANDIDATES": _power_of_two(-(-LENGTH // select.size))} if select else {})
 
 
-def _runtime(job: Job, plan: Plan) -> list[tuple[str, bool]]:
-    """(type, whether 16 divides it) of every argument that is no constant by its name."""
+def _power_of_two(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
+    """(type, whether 16 divides it) of an argument at run time; an absent one is the constant None."""
+    stem, _, what = name.rpartition("_")
+    if what == "ptr":
+        return _pointer(stem, job, plan)
+    if what in ("sb", "st", "sh"):
+        operand = _operand(stem, job.kernel)
+        return "i32", operand is not None and operand.role in CALLERS and _stride(operand, what, plan) % 16 == 0
+    return ("fp32" if name == "scale" else "i32"), False
+
+
+def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
+    if stem == "cu":
+        return "constexpr", False  # None: one sequence a batch entry
+    operand = _operand(stem, job.kernel)
+    if stem in INDICES:
+        return "*i32", True
+    if operand is None:
+        raise CompileError(f"kernel {job.kernel.name}: no operand of the plan is behind its parameter {stem}_ptr")
     bound = dict(job.launch.binds)
-    arguments = [_pointer(o, bound, job, plan) for o in job.kernel.operands]
-    if not job.kernel.walks:
-        return [*arguments, ("i32", False)]
-    # cu_ptr is None: one sequence a batch entry. Lengths are never specialised.
-    arguments += [("constexpr", False), *[("i32", False)] * 3, ("fp32", False)]
-    for operand in job.kernel.operands:
-        if operand.role in STRIDED:
-            arguments += _strides(operand, plan)
-    return [*arguments, *([("i32", False)] if job.kernel.body == "attend_dkv" else [])]
-
-
-def _pointer(operand: Operand, bound: dict[str, str], job: Job, plan: Plan) -> tuple[str, bool]:
     if operand.name not in bound:
-        return ("constexpr", False)  # an optional operand left out is None
-    dtype = plan.buffer(bound[operand.name]).dtype
-    kept = {"float32": "fp32", "int32": "i32"}
-    return (f"*{kept.get(dtype, DTYPES[job.dtype][0])}", True)  # gates are in the inputs' dtype here
+        return "constexpr", False  # an optional operand left out is None
+    kept = {"float32": "fp32", "int32": "i32"}  # the rest, gates too, is in the inputs' dtype here
+    return "*" + kept.get(plan.buffer(bound[operand.name]).dtype, DTYPES[job.dtype][0]), True
 
 
-def _strides(operand: Operand, plan: Plan) -> list[tuple[str, bool]]:
+def _operand(stem: str, kernel: Kernel) -> Operand | None:
+    """The operand that a parameter's stem means; a kernel numbers its terms and deltas even where there is one."""
+    operands = {o.name: o for o in kernel.operands}
+    return next((operands[x] for x in (stem, ALIASES.get(stem, ""), stem.removesuffix("0")) if x in operands), None)
+
+
+def _stride(operand: Operand, what: str, plan: Plan) -> int:
     """Of a contiguous [B, rows, heads, dim] whose row count is anything."""
     h = plan.heads
     dim = h.v_dim if operand.role == "v" else h.qk_dim
-    row = dim * (h.query if operand.role == "q" else h.kv)
-    return [("i32", row % 16 == 0), ("i32", row % 16 == 0), ("i32", dim % 16 == 0)]
+    return dim if what == "sh" else dim * (h.query if operand.role == "q" else h.kv)
 
 
 def compile_job(module: ModuleType, job: Job, plan: Plan) -> Report:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nsagen.ir.graph import TOKENS, Heads, KeyAxis, Piece
+from nsagen.ir.graph import TOKENS, BlockList, Heads, KeyAxis, Piece
 from nsagen.ir.plan import Buffer, Kernel, Launch, N, Op, Plan
 from nsagen.sym import KEY, QUERY, Interval, Multiple, Tile, evaluate, some_range, to_text
 
@@ -49,23 +49,30 @@ def keys_of_query(piece: Piece, axis: KeyAxis) -> Interval:
     return some_range(piece.where, KEY, Tile(QUERY, QUERY, QUERY), length)
 
 
-def formula(piece: Piece, axis: KeyAxis) -> str:
-    """Text of the number of keys that query t sees."""
+def formula(piece: Piece, axis: KeyAxis, listed: BlockList | None = None) -> str:
+    """Text of the number of keys that query t sees; of a list's blocks, where all of them are there."""
     at = keys_of_query(piece, axis)
     low, high = to_text(at.lo), to_text(at.hi)
     every = "".join(f", every {c.modulus}th" for c in piece.where if isinstance(c, Multiple))
-    return (high if low == "0" else f"{high} - {low}") + every
+    seen = (high if low == "0" else f"{high} - {low}") + every
+    return f"at most {_in_blocks(listed)} of {seen}" if listed else seen
+
+
+def _in_blocks(listed: BlockList) -> str:
+    """Keys of the query's own block up to itself, and of full blocks before it."""
+    return f"{(listed.count - 1) * listed.size} + t % {listed.size} + 1"
 
 
 @lru_cache(maxsize=256)
-def pairs(piece: Piece, axis: KeyAxis, tokens: int) -> int:
+def pairs(piece: Piece, axis: KeyAxis, tokens: int, listed: BlockList | None = None) -> int:
     """Σ_t of the keys that query t sees, t < tokens."""
     n = evaluate(axis.length(), {TOKENS.name: tokens})
     at = keys_of_query(piece, axis)
     thinned = [c for c in piece.where if isinstance(c, Multiple)]
     if thinned:
         return _thinned(thinned, at, tokens, n)
-    count = _function(f"max(0, {to_text(at.hi)} - ({to_text(at.lo)}))")
+    seen = f"max(0, {to_text(at.hi)} - ({to_text(at.lo)}))"
+    count = _function(f"min({seen}, {_in_blocks(listed)})" if listed else seen)
     return sum(count(t, tokens, n) for t in range(tokens))
 
 
@@ -89,26 +96,36 @@ def _function(text: str) -> Callable[..., int]:
 def flops_of_pair(kernel: Kernel, heads: Heads) -> int:
     """Of one (query, key) pair of one head: 2 for each multiply-add of the kernel's matrix products."""
     qk, v = heads.qk_dim, heads.v_dim
-    products = {"attend_fwd": qk + v, "attend_dq": 2 * qk + v, "attend_dkv": 2 * qk + 2 * v}
+    keys_grad = 2 * qk + 2 * v
+    products = {
+        "attend_fwd": qk + v,
+        "attend_dq": 2 * qk + v,
+        "attend_dkv": keys_grad,
+        "attend_list_dkv": keys_grad,
+        "select_scores": qk,
+    }
     return 2 * products.get(kernel.body, 0)
 
 
 def work_of(launch: Launch, plan: Plan, tokens: int) -> Work:
     kernel = plan.kernel(launch.kernel)
-    seen = sum(pairs(w.piece, w.axis, tokens) for w in kernel.walks)
+    seen = sum(pairs(w.piece, w.axis, tokens, w.listed) for w in kernel.walks)
     flops = seen * plan.heads.query * flops_of_pair(kernel, plan.heads)
     modes = {o.name: o.mode for o in kernel.operands}
     sizes = [
-        _size(plan.buffer(b), tokens) * (2 if launch.accumulate and modes[o] == "accumulate" else 1)
+        _size(plan.buffer(b), tokens, plan) * (2 if launch.accumulate and modes[o] == "accumulate" else 1)
         for o, b in launch.binds
     ]
     return Work(kernel.name, flops, sum(sizes))
 
 
-def _size(buffer: Buffer, tokens: int) -> int:
+def _size(buffer: Buffer, tokens: int, plan: Plan) -> int:
+    """Bytes. A workspace that is filled in chunks counts as if whole; one of items as if each block had one."""
+    sizes = [w.listed.size for k in plan.kernels for w in k.walks if w.listed]
+    items = plan.heads.kv * -(-tokens // min(sizes, default=1))
     size = BYTES[buffer.dtype]
     for extent in buffer.shape:
-        size *= evaluate(extent, {"T": tokens, "B": 1})
+        size *= evaluate(extent, {"T": tokens, "B": 1, "chunk": tokens, "items": items})
     return size
 
 

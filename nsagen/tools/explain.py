@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from nsagen.compiler import Compiled, Stage
 from nsagen.errors import NsagenError
-from nsagen.ir.graph import Attend
+from nsagen.ir.graph import Attend, Source
 from nsagen.ir.plan import Kernel, Plan, Segment, TileConfig, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
 from nsagen.tools.console import table, unified
@@ -54,12 +54,17 @@ def summary(compiled: Compiled) -> str:
 def _domains(compiled: Compiled) -> Iterator[str]:
     for node in (n for n in compiled.graph.nodes if isinstance(n, Attend)):
         for source in node.sources:
-            axis = (
-                "tokens" if source.axis.is_tokens else f"blocks of {source.axis.block}, one every {source.axis.stride}"
-            )
             for piece in source.pieces:
                 where = ", ".join(map(conjunct_text, piece.where))
-                yield f"  {node.branch}/{piece.name} over {axis}: {where}  ({formula(piece, source.axis)} keys)"
+                keys = formula(piece, source.axis, source.listed)
+                yield f"  {node.branch}/{piece.name} over {_axis(source)}: {where}  ({keys} keys)"
+
+
+def _axis(source: Source) -> str:
+    axis, listed = source.axis, source.listed
+    if listed:
+        return f"{listed.count} listed blocks of {listed.size} tokens"
+    return "tokens" if axis.is_tokens else f"blocks of {axis.block} tokens, one every {axis.stride}"
 
 
 def _kernel(kernel: Kernel) -> Iterator[str]:
@@ -129,7 +134,7 @@ def _costs(plan: Plan) -> Iterator[str]:
 
 def _formulas(plan: Plan) -> Iterator[str]:
     for kernel in (k for k in plan.kernels if k.walks):
-        seen = " + ".join(f"Σ_t ({formula(w.piece, w.axis)})" for w in kernel.walks)
+        seen = " + ".join(f"Σ_t ({formula(w.piece, w.axis, w.listed)})" for w in kernel.walks)
         yield f"{kernel.name}: {flops_of_pair(kernel, plan.heads)} FLOP × {plan.heads.query} heads × {seen}"
 
 

@@ -52,6 +52,8 @@ def new(name: str, ready: str | None = None, folder: Path | None = None) -> Path
 def _copy(ready: str, name: str) -> str:
     specs = ready_specs()
     if ready not in specs:
-        raise NsagenError(f"no ready spec is named {ready!r}: choose from {', '.join(specs) or 'none; none is installed'}")
+        raise NsagenError(
+            f"no ready spec is named {ready!r}: choose from {', '.join(specs) or 'none; none is installed'}"
+        )
     text = specs[ready].read_text(encoding="utf-8")
     return re.sub(r"(?m)^name:[ \t]*\S+", f"name: {name}", text, count=1)

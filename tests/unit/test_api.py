@@ -100,7 +100,8 @@ def test_threads_share_one_module(yaml, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4 and len({id(m) for m in found}) == 1
+    assert len(found) == 4
+    assert len({id(m) for m in found}) == 1
 
 
 FORKS = """
@@ -193,7 +194,8 @@ def test_build_check(yaml, tmp_path):
     path.write_text(path.read_text().replace("query", "qurey", 1))
     with pytest.raises(api.OutOfDate, match="out of date") as caught:
         build(yaml, out, check=True)
-    assert "-" in caught.value.diff and "qurey" in caught.value.diff
+    assert "-" in caught.value.diff
+    assert "qurey" in caught.value.diff
 
 
 def test_a_failed_write_leaves_the_old_file(yaml, tmp_path, monkeypatch):

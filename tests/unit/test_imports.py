@@ -43,7 +43,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def unit(name: str) -> str:
     """The layered part of the package that a module belongs to: nsagen.spec.model -> spec."""
-    return (name.split(".") + [""])[1]
+    return ([*name.split("."), ""])[1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -114,9 +114,10 @@ def test_an_import_stays_light(module, heavy):
 def test_lazy_names():
     import nsagen
 
-    assert callable(nsagen.load) and callable(nsagen.build)
+    assert callable(nsagen.load)
+    assert callable(nsagen.build)
     assert issubclass(nsagen.errors.NsagenError, Exception)
     assert isinstance(nsagen.__version__, str)
     assert {"load", "build", "errors"} <= set(dir(nsagen))
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
-        nsagen.lod
+        _ = nsagen.lod

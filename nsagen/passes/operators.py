@@ -1,0 +1,187 @@
+"""The schedules of choose_strategy: ops with their launches in order, and the buffers they run over."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nsagen.ir.graph import TOKENS, Attend, AttendGrad, Combine, CombineGrad, Graph, Select, Source, Value
+from nsagen.ir.plan import Buffer, Launch, Op
+from nsagen.sym import Expr, const, count
+
+BATCH = count("B")
+Binds = tuple[tuple[str, str], ...]
+
+
+def operators(graph: Graph) -> tuple[Op, ...]:
+    """A part and its gradient for every attention, the selection, and the whole with its gradient if gates join parts."""
+    attends = [n for n in graph.nodes if isinstance(n, Attend)]
+    grads = {n.branch: n for n in graph.nodes if isinstance(n, AttendGrad)}
+    ops = [op for n in attends for op in _part(n, grads[n.branch])]
+    ops += [_selection_op(n) for n in graph.nodes if isinstance(n, Select)]
+    combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
+    combine_grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
+    if combine:
+        ops += [_whole(graph, attends, combine), _whole_grad(graph, attends, grads, combine, combine_grad)]
+    return tuple(ops)
+
+
+def suffixes(sources: tuple[Source, ...]) -> tuple[str, ...]:
+    """'' for the only source, else its number."""
+    return ("",) if len(sources) == 1 else tuple(str(i) for i in range(len(sources)))
+
+
+def inputs_of(attends: list[Attend]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(keys and values, block lists) that the attentions read, each once."""
+    sources = [s for n in attends for s in n.sources]
+    keys = dict.fromkeys(x for s in sources for x in (s.k, s.v))
+    return tuple(keys), tuple(dict.fromkeys(s.listed.blocks for s in sources if s.listed))
+
+
+def _key_binds(sources: tuple[Source, ...]) -> Binds:
+    binds: list[tuple[str, str]] = []
+    for source, suffix in zip(sources, suffixes(sources), strict=True):
+        binds += [("k" + suffix, source.k), ("v" + suffix, source.v)]
+        if source.listed:
+            binds.append(("blocks" + suffix, source.listed.blocks))
+    return tuple(binds)
+
+
+def _forward(node: Attend) -> Launch:
+    outs = (("out", node.out), ("lse", node.lse))
+    return Launch(f"{node.branch}_fwd", (("q", node.q), *_key_binds(node.sources), *outs))
+
+
+def _select(node: Select) -> tuple[Launch, Launch]:
+    binds = (("q", node.q), ("k", node.k), ("lse", node.lse), ("scores", "scores"))
+    best = (("scores", "scores"), ("blocks", node.out))
+    return Launch("select_scores", binds, over="chunks"), Launch("select_best", best, over="chunks")
+
+
+def _selection_op(node: Select) -> Op:
+    return Op("select_blocks", "part", (node.q, node.k, node.lse), (node.out,), _select(node))
+
+
+class _Gradients:
+    """Launches of the attentions' gradients; the first to reach a value's gradient writes it, later ones add."""
+
+    def __init__(self, column_of_gates: bool) -> None:
+        self.gated = column_of_gates
+        self.into: dict[str, str] = {}
+
+    def launches(self, node: Attend, grad: AttendGrad) -> list[Launch]:
+        rows: Binds = (("d_out", grad.d_out), ("lse", grad.lse), ("delta", grad.delta))
+        if self.gated and grad.gates:
+            rows = (*rows, ("gates", grad.gates))
+        column = grad.gate if self.gated else None
+        adds, dq = self._target(node.q, grad.dq)
+        result = [Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds, column)]
+        for source, suffix, dk, dv in zip(node.sources, suffixes(node.sources), grad.dk, grad.dv, strict=True):
+            adds, dk = self._target(source.k, dk)
+            dv = self._target(source.v, dv)[1]
+            keys: Binds = (("q", node.q), ("k", source.k), ("v", source.v))
+            result += self._keys(f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds, column)
+        return result
+
+    def _keys(
+        self, branch: str, suffix: str, source: Source, loads: Binds, outs: Binds, adds: bool, column: int | None
+    ) -> list[Launch]:
+        name = f"{branch}_dkv{suffix}"
+        if source.listed is None:
+            return [Launch(name, (*loads, *outs), adds, column)]
+        items: Binds = (("items", source.listed.blocks), ("parts", "parts"))
+        return [Launch(name, (*loads, *items), False, column), Launch(f"{branch}_sum{suffix}", (*items, *outs), adds)]
+
+    def _target(self, value: str, gradient: str) -> tuple[bool, str]:
+        known = value in self.into
+        return known, self.into.setdefault(value, gradient)
+
+
+def _part(node: Attend, grad: AttendGrad) -> list[Op]:
+    keys, lists = inputs_of([node])
+    inputs = (node.q, *keys, *lists)
+    delta = Launch("row_delta", (("d_out", grad.d_out), ("term", node.out), ("delta", grad.delta)))
+    gradients = _Gradients(column_of_gates=False)
+    launches = (delta, *gradients.launches(node, grad))
+    outputs = tuple(gradients.into[x] for x in (node.q, *keys))
+    name = f"{node.branch}_attention"
+    return [
+        Op(name, "part", inputs, (node.out, node.lse), (_forward(node),)),
+        Op(f"{name}_grad", "part_grad", (grad.d_out, *inputs, node.out, node.lse), outputs, launches),
+    ]
+
+
+def _whole_inputs(graph: Graph, attends: list[Attend], combine: Combine) -> tuple[str, ...]:
+    """Differentiable ones first; lists only where the caller gives them."""
+    keys, lists = inputs_of(attends)
+    return ("q", *keys, combine.gates, *(x for x in lists if x in graph.inputs))
+
+
+def _terms(combine: Combine) -> Binds:
+    return tuple((f"term{i}", t) for i, t in enumerate(combine.terms))
+
+
+def _whole(graph: Graph, attends: list[Attend], combine: Combine) -> Op:
+    launches: list[Launch] = []
+    for node in graph.nodes:
+        if isinstance(node, Attend):
+            launches.append(_forward(node))
+        elif isinstance(node, Select):
+            launches += _select(node)
+    launches.append(Launch("combine_fwd", (*_terms(combine), ("gates", combine.gates), ("out", combine.out))))
+    outputs = (combine.out, *graph.saved)
+    return Op("attention", "whole", _whole_inputs(graph, attends, combine), outputs, tuple(launches))
+
+
+def _whole_grad(
+    graph: Graph, attends: list[Attend], grads: dict[str, AttendGrad], combine: Combine, combine_grad: CombineGrad
+) -> Op:
+    inputs = _whole_inputs(graph, attends, combine)
+    deltas = tuple((f"delta{i}", d) for i, d in enumerate(combine_grad.deltas))
+    d_gates = combine_grad.d_gates or ""
+    split = (("d_out", "d_out"), *_terms(combine), ("gates", combine.gates), *deltas, ("d_gates", d_gates))
+    launches = [Launch("combine_bwd", split)]
+    gradients = _Gradients(column_of_gates=True)
+    for node in attends:
+        launches += gradients.launches(node, grads[node.branch])
+    outputs = (*(gradients.into[x] for x in ("q", *inputs_of(attends)[0])), d_gates)
+    return Op("attention_grad", "whole_grad", ("d_out", *inputs, *graph.saved), outputs, tuple(launches))
+
+
+def buffers(graph: Graph) -> tuple[Buffer, ...]:
+    """One buffer a value, and the workspaces that only the plan knows of."""
+    gradients = {x for n in graph.nodes if isinstance(n, AttendGrad) for x in (n.dq, *n.dk, *n.dv)}
+    outputs, inputs = {graph.output, "d_gates", *gradients}, {*graph.inputs, "d_out"}
+
+    def kind(v: Value) -> Literal["input", "output", "saved", "workspace"]:
+        if v.name in graph.saved:
+            return "saved"
+        return "output" if v.name in outputs else "input" if v.name in inputs else "workspace"
+
+    sizes = _sizes(graph)
+    values = [Buffer(v.name, v.axes, tuple(sizes[a] for a in v.axes), v.dtype, kind(v)) for v in graph.values]
+    return (*values, *_workspaces(graph, sizes))
+
+
+def _sizes(graph: Graph) -> dict[str, Expr]:
+    h = graph.heads
+    columns = next((len(n.terms) for n in graph.nodes if isinstance(n, Combine)), 1)
+    sizes: dict[str, Expr] = {"B": BATCH, "T": TOKENS, "Hq": const(h.query), "Hkv": const(h.kv)}
+    sizes |= {"Dqk": const(h.qk_dim), "Dv": const(h.v_dim), "C": const(columns)}
+    for source in (s for n in graph.nodes if isinstance(n, Attend) for s in n.sources):
+        sizes[source.axis.name] = source.axis.length()
+        if source.listed:
+            sizes["n"], sizes["l'"] = const(source.listed.count), const(source.listed.size)
+    return sizes
+
+
+def _workspaces(graph: Graph, sizes: dict[str, Expr]) -> list[Buffer]:
+    """Scores of a chunk of queries; partial sums of the items of an inverse list. Both are counted when they run."""
+    found: list[Buffer] = []
+    for node in graph.nodes:
+        if isinstance(node, Select):
+            shape = (BATCH, count("chunk"), sizes["Hkv"], node.axis.length())
+            found.append(Buffer("scores", ("B", "chunk", "Hkv", node.axis.name), shape, "float32", "workspace"))
+        if isinstance(node, Attend) and any(s.listed for s in node.sources):
+            width = const(graph.heads.qk_dim + graph.heads.v_dim)
+            found.append(Buffer("parts", ("items", "l'", "D"), (count("items"), sizes["l'"], width), "float32", "workspace"))
+    return found
