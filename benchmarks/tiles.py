@@ -1,6 +1,8 @@
-"""Times tile candidates of one branch on the GPU at hand: the numbers that the cost model of choose_tiles is fitted to.
+"""Times tile candidates of every kernel of a module: the numbers that the cost model of choose_tiles is fitted to.
 
-    python benchmarks/tiles.py --module generated/window_only.py --branch window --length 65536 --json tiles.json
+One forward and backward a candidate, all kernels at once; the profiler tells their times apart.
+
+    python benchmarks/tiles.py --module generated/nsa_128.py --length 65536 --json tiles.json
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from triton.testing import do_bench
+from torch.profiler import ProfilerActivity, profile
 
 from nsagen.runtime.launch import Config
 
-FORWARD = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 2),
-           (128, 32, 4, 3), (64, 32, 4, 3), (128, 64, 8, 4)]  # fmt: skip
-QUERY_GRAD = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3), (128, 32, 8, 2),
-              (64, 128, 8, 2)]  # fmt: skip
-KEY_GRAD = [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2),
-            (128, 64, 8, 2), (128, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 3)]  # fmt: skip
+CANDIDATES = {  # part of a kernel's name -> BM, BN, warps, stages
+    "selected_fwd": [(16, 64, 2, 3), (16, 64, 2, 2), (16, 32, 1, 3), (16, 32, 2, 3), (16, 64, 4, 3), (16, 64, 1, 2), (16, 32, 1, 2)],
+    "selected_dq": [(16, 64, 2, 2), (16, 32, 2, 2), (16, 32, 1, 2), (16, 64, 4, 2), (16, 32, 2, 3), (16, 64, 2, 3), (16, 32, 4, 2)],
+    "selected_dkv": [(64, 64, 8, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (32, 64, 4, 2), (128, 64, 8, 2), (16, 64, 4, 2)],
+    "select_scores": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+    "_fwd": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2)],
+    "_dq": [(64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)],
+    "_dkv": [(64, 128, 8, 3), (32, 64, 4, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3), (64, 64, 8, 2), (32, 64, 4, 2)],
+}  # fmt: skip
 
 
 def load(path: str) -> ModuleType:
@@ -35,7 +40,10 @@ def load(path: str) -> ModuleType:
 def inputs(module: Any, length: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
     h = module.SPEC["heads"]
-    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
     return (
         new(1, length, h["query"], h["qk_dim"]),
         new(1, rows, h["kv"], h["qk_dim"]),
@@ -44,54 +52,75 @@ def inputs(module: Any, length: int, rows: int, dtype: torch.dtype) -> tuple[tor
     )
 
 
-def measure(module: Any, branch: str, length: int, dtype: torch.dtype, rep: int) -> list[dict[str, Any]]:
-    pooled = module._LAYOUT.pooled
-    rows = max(0, (length - pooled[1]) // pooled[2] + 1) if pooled and branch == "compressed" else length
-    q, k, v, d_out = inputs(module, length, rows, dtype)
-    scale = q.shape[-1] ** -0.5
-    forward = lambda: getattr(module, f"_{branch}_forward")(q, k, v, None, scale)  # noqa: E731
-    out, lse = forward()
-    delta = module._delta(d_out, out)
-    backward = lambda: getattr(module, f"_{branch}_backward")(q, k, v, d_out, lse, delta, None, None, None, None, scale)  # noqa: E731
-    rows_out: list[dict[str, Any]] = []
-    for part, candidates, fn in (("fwd", FORWARD, forward), ("dkv", KEY_GRAD, backward), ("dq", QUERY_GRAD, backward)):
-        rows_out += sweep(module, f"{branch}_{part}", candidates, fn, rep)
-    return rows_out
+def whole(module: Any, length: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A function that runs the whole op forward and backward once."""
+    q, k, v, d_out = inputs(module, length, length, dtype)
+    branches = list(module.SPEC["branches"])
+    if module.SPEC["kv"] == "per_branch":
+        k = {b: torch.randn_like(k).requires_grad_() for b in branches}
+        v = {b: torch.randn_like(v).requires_grad_() for b in branches}
+    else:
+        k.requires_grad_(), v.requires_grad_()
+    q.requires_grad_()
+    gates = None
+    if module._LAYOUT.gated:
+        gates = torch.rand(1, length, q.shape[2], len(branches), device="cuda", dtype=dtype).requires_grad_()
+    phi = module.Compressor(device="cuda", dtype=dtype) if module._LAYOUT.pooled else None
+    return lambda: module.attention(q, k, v, gates, phi).backward(d_out)
 
 
-def sweep(module: Any, kernel: str, candidates: list[tuple[int, ...]], fn: Any, rep: int) -> list[dict[str, Any]]:
-    """Time fn under each candidate for `kernel`; leaves the best one in place."""
-    results: list[dict[str, Any]] = []
-    tables = module._CONFIGS[kernel]
-    for bm, bn, warps, stages in candidates:
-        if bm < module._LAYOUT.query_heads // module._LAYOUT.kv_heads:
-            continue
-        for key in tables:
-            tables[key] = (Config(bm, bn, warps, stages, 0),)
-        try:
-            ms = do_bench(fn, warmup=20, rep=rep, return_mode="median")
-        except Exception as error:  # a candidate that does not fit is a result, too
-            ms = None
-            print(kernel, bm, bn, warps, stages, type(error).__name__, str(error)[:120], flush=True)
-        results.append({"kernel": kernel, "bm": bm, "bn": bn, "warps": warps, "stages": stages, "ms": ms})
-        if ms is not None:
-            print(f"{kernel:20} {bm:4}x{bn:<4} w{warps} s{stages}  {ms:8.3f} ms (with its other kernels)", flush=True)
-    best = min((r for r in results if r["ms"]), key=lambda r: r["ms"])
-    for key in tables:
-        tables[key] = (Config(best["bm"], best["bn"], best["warps"], best["stages"], 0),)
-    return results
+def candidates(kernel: str) -> list[tuple[int, ...]]:
+    return next((shapes for part, shapes in CANDIDATES.items() if part in kernel), [])
+
+
+def kernel_times(run: Any, names: list[str], repeats: int) -> dict[str, float]:
+    """Milliseconds of each kernel in one run (all its launches), median over repeats."""
+    run()
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            run()
+            torch.cuda.synchronize()
+        spent = dict.fromkeys(names, 0.0)
+        rest = 0.0
+        for event in trace.events():
+            if event.name in spent:
+                spent[event.name] += event.device_time / 1e3
+            else:
+                rest += event.device_time / 1e3
+        for name in names:
+            times[name].append(spent[name])
+        times.setdefault("everything else", []).append(rest)
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--module", required=True)
-    parser.add_argument("--branch", required=True)
     parser.add_argument("--length", type=int, default=65536)
-    parser.add_argument("--rep", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json")
     args = parser.parse_args()
-    module = load(args.module)
-    results = measure(module, args.branch, args.length, torch.bfloat16, args.rep)
+    module: Any = load(args.module)
+    run, names = whole(module, args.length), list(module._CONFIGS)
+    results: list[dict[str, Any]] = []
+    for i in range(args.rounds):
+        tried = {name: candidates(name)[i] for name in names if i < len(candidates(name))}
+        for name, shape in tried.items():
+            for key in module._CONFIGS[name]:
+                module._CONFIGS[name][key] = (Config(*shape, 0),)
+        try:
+            times = kernel_times(run, names, args.repeats)
+        except Exception as error:  # a candidate that does not fit is a result, too
+            print("round", i, type(error).__name__, str(error)[:300], flush=True)
+            continue
+        for name, ms in times.items():
+            if name in tried or i == 0:
+                results.append({"kernel": name, "tile": tried.get(name), "ms": round(ms, 4)})
+    for row in sorted(results, key=lambda r: (r["kernel"], r["ms"])):
+        print(f"{row['kernel']:20} {row['tile']!s:20} {row['ms']:9.3f} ms")
     if args.json:
         with open(args.json, "w") as f:
             json.dump({"gpu": torch.cuda.get_device_name(), "length": args.length, "results": results}, f, indent=1)

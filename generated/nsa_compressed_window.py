@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  c8d23d0e74b5
+content  1a7d14229c40
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -13,8 +13,8 @@ compressed_dkv           key_major, because dk and dv of a key tile stay in regi
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32
+row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
 """
 
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, launch, ops, torch_path, version
+from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config
 
 version.require(1, "nsa_compressed_window")
@@ -41,7 +41,7 @@ _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_c8d23d0e74b5"
+_SPACE = "nsagen_nsa_compressed_window_1a7d14229c40"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -53,7 +53,7 @@ _CONFIGS = {
             Config(128, 64, 8, 2, 98304),
             Config(64, 32, 4, 3, 65536),
             Config(128, 32, 4, 3, 81920),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -62,6 +62,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 49152),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
             Config(64, 64, 4, 3, 114688),
@@ -70,7 +71,7 @@ _CONFIGS = {
             Config(128, 64, 8, 2, 98304),
             Config(64, 32, 4, 3, 65536),
             Config(128, 32, 4, 3, 81920),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_90", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -79,6 +80,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 49152),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_100", 16): (
             Config(64, 64, 4, 3, 114688),
@@ -87,7 +89,7 @@ _CONFIGS = {
             Config(128, 64, 8, 2, 98304),
             Config(64, 32, 4, 3, 65536),
             Config(128, 32, 4, 3, 81920),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_100", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -96,6 +98,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 49152),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
     },
     "compressed_dq": {
@@ -106,7 +109,7 @@ _CONFIGS = {
             Config(128, 64, 8, 2, 131072),
             Config(64, 32, 4, 3, 81920),
             Config(128, 32, 4, 3, 114688),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -115,6 +118,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
         ("sm_90", 16): (
             Config(64, 64, 4, 3, 131072),
@@ -123,7 +127,7 @@ _CONFIGS = {
             Config(128, 64, 8, 2, 131072),
             Config(64, 32, 4, 3, 81920),
             Config(128, 32, 4, 3, 114688),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_90", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -132,6 +136,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
         ("sm_100", 16): (
             Config(64, 64, 4, 3, 131072),
@@ -140,7 +145,7 @@ _CONFIGS = {
             Config(128, 64, 8, 2, 131072),
             Config(64, 32, 4, 3, 81920),
             Config(128, 32, 4, 3, 114688),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_100", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -149,6 +154,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
     },
     "compressed_dkv": {
@@ -159,7 +165,7 @@ _CONFIGS = {
             Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 2, 106496),
             Config(16, 64, 4, 3, 59392),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -168,6 +174,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(64, 128, 8, 3, 180224),
@@ -176,7 +183,7 @@ _CONFIGS = {
             Config(32, 128, 8, 3, 122880),
             Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 2, 106496),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_90", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -185,6 +192,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_100", 16): (
             Config(64, 128, 8, 3, 180224),
@@ -193,7 +201,7 @@ _CONFIGS = {
             Config(32, 128, 8, 3, 122880),
             Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 2, 106496),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_100", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -202,6 +210,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
     },
     "window_fwd": {
@@ -212,7 +221,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536),
             Config(128, 32, 8, 2, 65536),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -221,6 +230,7 @@ _CONFIGS = {
             Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
             Config(64, 32, 4, 3, 65536),
@@ -229,7 +239,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536),
             Config(128, 32, 8, 2, 65536),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_90", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -238,6 +248,7 @@ _CONFIGS = {
             Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_100", 16): (
             Config(64, 32, 4, 3, 65536),
@@ -246,7 +257,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536),
             Config(128, 32, 8, 2, 65536),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_100", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -255,6 +266,7 @@ _CONFIGS = {
             Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
     },
     "window_dq": {
@@ -265,7 +277,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 65536),
             Config(128, 32, 4, 2, 98304),
             Config(128, 32, 8, 2, 98304),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -274,6 +286,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
         ("sm_90", 16): (
             Config(64, 32, 4, 3, 81920),
@@ -282,7 +295,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 65536),
             Config(128, 32, 4, 2, 98304),
             Config(128, 32, 8, 2, 98304),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_90", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -291,6 +304,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
         ("sm_100", 16): (
             Config(64, 32, 4, 3, 81920),
@@ -299,7 +313,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 65536),
             Config(128, 32, 4, 2, 98304),
             Config(128, 32, 8, 2, 98304),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_100", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -308,6 +322,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
     },
     "window_dkv": {
@@ -318,7 +333,7 @@ _CONFIGS = {
             Config(32, 128, 8, 3, 122880),
             Config(32, 128, 8, 2, 106496),
             Config(16, 64, 4, 3, 59392),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -327,6 +342,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(64, 128, 8, 3, 180224),
@@ -335,7 +351,7 @@ _CONFIGS = {
             Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 3, 122880),
             Config(32, 128, 8, 2, 106496),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_90", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -344,6 +360,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_100", 16): (
             Config(64, 128, 8, 3, 180224),
@@ -352,7 +369,7 @@ _CONFIGS = {
             Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 3, 122880),
             Config(32, 128, 8, 2, 106496),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_100", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -361,9 +378,10 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
     },
-    "row_delta": {
+    "combine_fwd": {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
@@ -383,7 +401,7 @@ _CONFIGS = {
             Config(16, 1, 4, 1, 0),
         ),
     },
-    "combine_fwd": {
+    "row_delta": {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
@@ -480,10 +498,11 @@ def compressed_fwd(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 16
+    head = row % 16
     live = (t < T)
-    stat = first * 64 + h * 16 + row // 16 * 64 + row % 16
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 16 + row % 16).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -515,7 +534,7 @@ def compressed_fwd(
     lse = tl.where(some, (m + tl.log2(z)) * 0.6931471805599453, float("-inf"))
     tl.store(lse_ptr + stat, lse, mask=live)
     out = (first * 64 + h * 16) * 128
-    out_row = (row // 16 * 64 + row % 16) * 128
+    out_row = (row // 16 * 64 + head) * 128
     d = tl.arange(0, 128)[None, :]
     acc0 = acc0 / z[:, None]
     tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -576,14 +595,15 @@ def compressed_dq(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 16
+    head = row % 16
     live = (t < T)
-    stat = first * 64 + h * 16 + row // 16 * 64 + row % 16
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 16 + row % 16).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
-    do_row = ((first * 64 + h * 16) + (row // 16 * 64 + row % 16)) * 128
+    do_row = stat * 128
     d = tl.arange(0, 128)[None, :]
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
@@ -613,7 +633,7 @@ def compressed_dq(
             dq0, q0, do0, lse, delta, gate,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
-    dq_row = ((first * 64 + h * 16) + (row // 16 * 64 + row % 16)) * 128
+    dq_row = stat * 128
     d = tl.arange(0, 128)[None, :]
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
 
@@ -627,10 +647,11 @@ def compressed_dkv_step(
 ):
     """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: 16 * s <= t - 31"""
     row = tl.arange(0, BM)
+    head = row % 16
     t = t0 + row // 16
-    live = t < T
-    stat = t.to(tl.int64) * 64 + row % 16
-    q_row = t.to(tl.int64) * q_st + (row % 16).to(tl.int64) * q_sh
+    live = (t < T)
+    stat = t.to(tl.int64) * 64 + head
+    q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 128)[None, :]
@@ -786,10 +807,11 @@ def window_fwd(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 16
+    head = row % 16
     live = (t < T)
-    stat = first * 64 + h * 16 + row // 16 * 64 + row % 16
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 16 + row % 16).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -829,7 +851,7 @@ def window_fwd(
     lse = (m + tl.log2(z)) * 0.6931471805599453
     tl.store(lse_ptr + stat, lse, mask=live)
     out = (first * 64 + h * 16) * 128
-    out_row = (row // 16 * 64 + row % 16) * 128
+    out_row = (row // 16 * 64 + head) * 128
     d = tl.arange(0, 128)[None, :]
     acc0 = acc0 / z[:, None]
     tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -892,14 +914,15 @@ def window_dq(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 16
+    head = row % 16
     live = (t < T)
-    stat = first * 64 + h * 16 + row // 16 * 64 + row % 16
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 16 + row % 16).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
-    do_row = ((first * 64 + h * 16) + (row // 16 * 64 + row % 16)) * 128
+    do_row = stat * 128
     d = tl.arange(0, 128)[None, :]
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
@@ -937,7 +960,7 @@ def window_dq(
             dq0, q0, do0, lse, delta, gate,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
-    dq_row = ((first * 64 + h * 16) + (row // 16 * 64 + row % 16)) * 128
+    dq_row = stat * 128
     d = tl.arange(0, 128)[None, :]
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
 
@@ -951,10 +974,11 @@ def window_dkv_step(
 ):
     """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= t; C1: s > t - 512"""
     row = tl.arange(0, BM)
+    head = row % 16
     t = t0 + row // 16
-    live = t < T
-    stat = t.to(tl.int64) * 64 + row % 16
-    q_row = t.to(tl.int64) * q_st + (row % 16).to(tl.int64) * q_sh
+    live = (t < T)
+    stat = t.to(tl.int64) * 64 + head
+    q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 128)[None, :]
@@ -1056,20 +1080,6 @@ def window_dkv(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
-    """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    live = row < rows
-    sum0 = tl.zeros([BM], dtype=tl.float32)
-    d = tl.arange(0, 128)[None, :]
-    at = row[:, None] * 128 + d
-    mask = live[:, None]
-    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
-    tl.store(delta0_ptr + row, sum0, mask=live)
-
-
-@triton.jit(do_not_specialize=["rows"])
 def combine_fwd(term0_ptr, term1_ptr, gates_ptr, out_ptr, rows, BM: tl.constexpr):
     """out = Σ_c gate_c·term_c; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -1083,6 +1093,20 @@ def combine_fwd(term0_ptr, term1_ptr, gates_ptr, out_ptr, rows, BM: tl.constexpr
     out += gate0 * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32)
     out += gate1 * tl.load(term1_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
+    """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = row < rows
+    sum0 = tl.zeros([BM], dtype=tl.float32)
+    d = tl.arange(0, 128)[None, :]
+    at = row[:, None] * 128 + d
+    mask = live[:, None]
+    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
+    tl.store(delta0_ptr + row, sum0, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -1142,7 +1166,7 @@ _WINDOW = (
 def _compressed_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32."""
     if not launch.use_kernels(q):
-        return torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens)
+        return torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,))
     c = launch.pick(_CONFIGS["compressed_fwd"], q)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
@@ -1155,32 +1179,31 @@ def _compressed_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, dq, cu_seqlens, scale):
-    """dq (added to the dq given), dk, dv; `gate` is the branch's column of gates, or None."""
+def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
     if not launch.use_kernels(q):
         column = None if gate is None else gates[..., gate]
-        more, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _COMPRESSED, lse, delta, column, d_out, scale, cu_seqlens
+        dq, dks, dvs = torch_path.attend_grad(
+            q, (k,), (v,), _COMPRESSED, lse, delta, column, d_out, scale, cu_seqlens, (None,)
         )
-        return (more if dq is None else dq + more), dks[0], dvs[0]
+        return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
-    accumulate = dq is not None
-    if not accumulate:
-        dq = launch.empty(q, q.shape, cu_seqlens)
+    dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, accumulate, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
-    dk, dv = launch.empty(k, k.shape, cu_seqlens), launch.empty(v, v.shape, cu_seqlens)
+    dk, adds = launch.target(into[1], k, cu_seqlens)
+    dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     compressed_dkv[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, False, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
     return dq, dk, dv
 
@@ -1188,7 +1211,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, dq, cu_seqlens
 def _window_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32."""
     if not launch.use_kernels(q):
-        return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens)
+        return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens, (None,))
     c = launch.pick(_CONFIGS["window_fwd"], q)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
@@ -1201,32 +1224,31 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _window_backward(q, k, v, d_out, lse, delta, gates, gate, dq, cu_seqlens, scale):
-    """dq (added to the dq given), dk, dv; `gate` is the branch's column of gates, or None."""
+def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
     if not launch.use_kernels(q):
         column = None if gate is None else gates[..., gate]
-        more, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens
+        dq, dks, dvs = torch_path.attend_grad(
+            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens, (None,)
         )
-        return (more if dq is None else dq + more), dks[0], dvs[0]
+        return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
-    accumulate = dq is not None
-    if not accumulate:
-        dq = launch.empty(q, q.shape, cu_seqlens)
+    dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, accumulate, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
-    dk, dv = launch.empty(k, k.shape, cu_seqlens), launch.empty(v, v.shape, cu_seqlens)
+    dk, adds = launch.target(into[1], k, cu_seqlens)
+    dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     window_dkv[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, False, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
     return dq, dk, dv
 
@@ -1277,7 +1299,7 @@ def _compressed_attention_fake(q, k_cmp, v_cmp, cu_seqlens, scale):
 
 def _compressed_attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out_compressed: Tensor, lse_compressed: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_compressed = _delta(d_out, out_compressed)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, None, None, None, cu_seqlens, scale)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, None, None, (None, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp
 
 
@@ -1296,7 +1318,7 @@ def _window_attention_fake(q, k, v, cu_seqlens, scale):
 
 def _window_attention_grad(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_window = _delta(d_out, out_window)
-    dq_window, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, None, None, None, cu_seqlens, scale)
+    dq_window, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, None, None, (None, None, None), cu_seqlens, scale)
     return dq_window, dk, dv
 
 
@@ -1317,8 +1339,8 @@ def _attention_fake(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
 
 def _attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, out_compressed: Tensor, lse_compressed: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (delta_compressed, delta_window), d_gates = _combine_backward(d_out, out_compressed, out_window, gates)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, gates, 0, None, cu_seqlens, scale)
-    dq_compressed, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, gates, 1, dq_compressed, cu_seqlens, scale)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, gates, 0, (None, None, None), cu_seqlens, scale)
+    dq_compressed, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, gates, 1, (dq_compressed, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp, dk, dv, d_gates
 
 
@@ -1353,7 +1375,7 @@ class Compressor(compress.MeanCompressor):
     def __init__(self, device=None, dtype=None, rope=None):
         super().__init__(
             block=32, stride=16, kv_heads=4, k_dim=128, v_dim=128,
-            device=device, dtype=dtype, rope=rope,
+            positions=False, device=device, dtype=dtype, rope=rope,
         )
 
 
@@ -1390,4 +1412,4 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
         _LAYOUT, q, k, v, gates, phi, blocks, k_raw, scale, cu_seqlens
     )
     k_cmp, v_cmp = phi(k["compressed"] if k_raw is None else k_raw, v["compressed"], cu_seqlens=cu_seqlens)
-    return _Ops.attention(q, k_cmp, v_cmp, k["window"], v["window"], gates, cu_seqlens, scale)[0]
+    return _Ops.attention(q, k_cmp, v_cmp, k["compressed"], v["compressed"], gates, cu_seqlens, scale)[0]

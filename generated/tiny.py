@@ -5,7 +5,7 @@ branch   compressed {"block": 8, "stride": 4, "pool": "mean", "positions": false
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  a30d44f2ea5e
+content  33825d04fc24
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -13,8 +13,8 @@ compressed_dkv           key_major, because dk and dv of a key tile stay in regi
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32
+row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
 """
 
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, launch, ops, torch_path, version
+from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config
 
 version.require(1, "tiny")
@@ -41,7 +41,7 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
 )
-_SPACE = "nsagen_tiny_a30d44f2ea5e"
+_SPACE = "nsagen_tiny_33825d04fc24"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -53,7 +53,7 @@ _CONFIGS = {
             Config(64, 128, 4, 3, 40960),
             Config(128, 128, 8, 3, 45056),
             Config(64, 64, 4, 2, 16384),
-            Config(32, 16, 4, 1, 3584),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 11264),
@@ -62,6 +62,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 7168),
             Config(32, 16, 4, 2, 10240),
             Config(32, 16, 4, 3, 13312),
+            Config(16, 16, 4, 1, 5120),
         ),
         ("sm_90", 16): (
             Config(64, 64, 4, 3, 22528),
@@ -70,7 +71,7 @@ _CONFIGS = {
             Config(64, 128, 4, 3, 40960),
             Config(128, 128, 8, 3, 45056),
             Config(64, 64, 4, 2, 16384),
-            Config(32, 16, 4, 1, 3584),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_90", 32): (
             Config(64, 16, 8, 1, 11264),
@@ -79,6 +80,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 7168),
             Config(32, 16, 4, 2, 10240),
             Config(32, 16, 4, 3, 13312),
+            Config(16, 16, 4, 1, 5120),
         ),
         ("sm_100", 16): (
             Config(64, 64, 4, 3, 22528),
@@ -87,7 +89,7 @@ _CONFIGS = {
             Config(64, 128, 4, 3, 40960),
             Config(128, 128, 8, 3, 45056),
             Config(64, 64, 4, 2, 16384),
-            Config(32, 16, 4, 1, 3584),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_100", 32): (
             Config(64, 16, 8, 1, 11264),
@@ -96,6 +98,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 7168),
             Config(32, 16, 4, 2, 10240),
             Config(32, 16, 4, 3, 13312),
+            Config(16, 16, 4, 1, 5120),
         ),
     },
     "compressed_dq": {
@@ -106,7 +109,7 @@ _CONFIGS = {
             Config(64, 128, 4, 3, 43008),
             Config(128, 128, 8, 3, 49152),
             Config(64, 64, 4, 2, 18432),
-            Config(32, 16, 4, 1, 4608),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 15360),
@@ -115,6 +118,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 9216),
             Config(32, 16, 4, 2, 12288),
             Config(32, 16, 4, 3, 15360),
+            Config(16, 16, 4, 1, 6144),
         ),
         ("sm_90", 16): (
             Config(64, 64, 4, 3, 24576),
@@ -123,7 +127,7 @@ _CONFIGS = {
             Config(64, 128, 4, 3, 43008),
             Config(128, 128, 8, 3, 49152),
             Config(64, 64, 4, 2, 18432),
-            Config(32, 16, 4, 1, 4608),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_90", 32): (
             Config(64, 16, 8, 1, 15360),
@@ -132,6 +136,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 9216),
             Config(32, 16, 4, 2, 12288),
             Config(32, 16, 4, 3, 15360),
+            Config(16, 16, 4, 1, 6144),
         ),
         ("sm_100", 16): (
             Config(64, 64, 4, 3, 24576),
@@ -140,7 +145,7 @@ _CONFIGS = {
             Config(64, 128, 4, 3, 43008),
             Config(128, 128, 8, 3, 49152),
             Config(64, 64, 4, 2, 18432),
-            Config(32, 16, 4, 1, 4608),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_100", 32): (
             Config(64, 16, 8, 1, 15360),
@@ -149,6 +154,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 9216),
             Config(32, 16, 4, 2, 12288),
             Config(32, 16, 4, 3, 15360),
+            Config(16, 16, 4, 1, 6144),
         ),
     },
     "compressed_dkv": {
@@ -159,7 +165,7 @@ _CONFIGS = {
             Config(64, 128, 8, 3, 47104),
             Config(128, 128, 8, 3, 81920),
             Config(64, 64, 4, 2, 26624),
-            Config(16, 32, 4, 1, 5632),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 11264),
@@ -168,6 +174,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 19456),
             Config(16, 64, 8, 2, 22528),
             Config(16, 64, 8, 3, 25600),
+            Config(16, 16, 4, 1, 7168),
         ),
         ("sm_90", 16): (
             Config(64, 64, 4, 3, 32768),
@@ -176,7 +183,7 @@ _CONFIGS = {
             Config(64, 128, 8, 3, 47104),
             Config(128, 128, 8, 3, 81920),
             Config(64, 64, 4, 2, 26624),
-            Config(16, 32, 4, 1, 5632),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_90", 32): (
             Config(16, 32, 4, 1, 11264),
@@ -185,6 +192,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 19456),
             Config(16, 64, 8, 2, 22528),
             Config(16, 64, 8, 3, 25600),
+            Config(16, 16, 4, 1, 7168),
         ),
         ("sm_100", 16): (
             Config(64, 64, 4, 3, 32768),
@@ -193,7 +201,7 @@ _CONFIGS = {
             Config(64, 128, 8, 3, 47104),
             Config(128, 128, 8, 3, 81920),
             Config(64, 64, 4, 2, 26624),
-            Config(16, 32, 4, 1, 5632),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_100", 32): (
             Config(16, 32, 4, 1, 11264),
@@ -202,6 +210,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 19456),
             Config(16, 64, 8, 2, 22528),
             Config(16, 64, 8, 3, 25600),
+            Config(16, 16, 4, 1, 7168),
         ),
     },
     "window_fwd": {
@@ -212,7 +221,7 @@ _CONFIGS = {
             Config(64, 16, 4, 2, 7168),
             Config(128, 16, 4, 2, 11264),
             Config(128, 16, 8, 2, 11264),
-            Config(32, 16, 4, 1, 3584),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 11264),
@@ -221,6 +230,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 7168),
             Config(32, 16, 4, 2, 10240),
             Config(32, 16, 4, 3, 13312),
+            Config(16, 16, 4, 1, 5120),
         ),
         ("sm_90", 16): (
             Config(64, 16, 4, 1, 5632),
@@ -229,7 +239,7 @@ _CONFIGS = {
             Config(64, 16, 4, 2, 7168),
             Config(128, 16, 4, 2, 11264),
             Config(128, 16, 8, 2, 11264),
-            Config(32, 16, 4, 1, 3584),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_90", 32): (
             Config(64, 16, 8, 1, 11264),
@@ -238,6 +248,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 7168),
             Config(32, 16, 4, 2, 10240),
             Config(32, 16, 4, 3, 13312),
+            Config(16, 16, 4, 1, 5120),
         ),
         ("sm_100", 16): (
             Config(64, 16, 4, 1, 5632),
@@ -246,7 +257,7 @@ _CONFIGS = {
             Config(64, 16, 4, 2, 7168),
             Config(128, 16, 4, 2, 11264),
             Config(128, 16, 8, 2, 11264),
-            Config(32, 16, 4, 1, 3584),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_100", 32): (
             Config(64, 16, 8, 1, 11264),
@@ -255,6 +266,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 7168),
             Config(32, 16, 4, 2, 10240),
             Config(32, 16, 4, 3, 13312),
+            Config(16, 16, 4, 1, 5120),
         ),
     },
     "window_dq": {
@@ -265,7 +277,7 @@ _CONFIGS = {
             Config(64, 16, 4, 2, 9216),
             Config(128, 16, 4, 2, 15360),
             Config(128, 16, 8, 2, 15360),
-            Config(32, 16, 4, 1, 4608),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 15360),
@@ -274,6 +286,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 9216),
             Config(32, 16, 4, 2, 12288),
             Config(32, 16, 4, 3, 15360),
+            Config(16, 16, 4, 1, 6144),
         ),
         ("sm_90", 16): (
             Config(64, 16, 4, 1, 7680),
@@ -282,7 +295,7 @@ _CONFIGS = {
             Config(64, 16, 4, 2, 9216),
             Config(128, 16, 4, 2, 15360),
             Config(128, 16, 8, 2, 15360),
-            Config(32, 16, 4, 1, 4608),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_90", 32): (
             Config(64, 16, 8, 1, 15360),
@@ -291,6 +304,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 9216),
             Config(32, 16, 4, 2, 12288),
             Config(32, 16, 4, 3, 15360),
+            Config(16, 16, 4, 1, 6144),
         ),
         ("sm_100", 16): (
             Config(64, 16, 4, 1, 7680),
@@ -299,7 +313,7 @@ _CONFIGS = {
             Config(64, 16, 4, 2, 9216),
             Config(128, 16, 4, 2, 15360),
             Config(128, 16, 8, 2, 15360),
-            Config(32, 16, 4, 1, 4608),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_100", 32): (
             Config(64, 16, 8, 1, 15360),
@@ -308,6 +322,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 9216),
             Config(32, 16, 4, 2, 12288),
             Config(32, 16, 4, 3, 15360),
+            Config(16, 16, 4, 1, 6144),
         ),
     },
     "window_dkv": {
@@ -318,15 +333,15 @@ _CONFIGS = {
             Config(64, 64, 4, 2, 26624),
             Config(32, 64, 4, 3, 19456),
             Config(64, 64, 4, 3, 32768),
-            Config(16, 32, 4, 1, 5632),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 11264),
             Config(16, 32, 4, 2, 14336),
             Config(16, 32, 4, 3, 17408),
+            Config(16, 16, 4, 1, 7168),
+            Config(16, 16, 4, 2, 10240),
             Config(32, 16, 4, 1, 11264),
-            Config(32, 16, 4, 2, 17408),
-            Config(32, 16, 4, 3, 23552),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 2, 11264),
@@ -335,15 +350,15 @@ _CONFIGS = {
             Config(64, 64, 4, 2, 26624),
             Config(32, 64, 4, 3, 19456),
             Config(64, 64, 4, 3, 32768),
-            Config(16, 32, 4, 1, 5632),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_90", 32): (
             Config(16, 32, 4, 1, 11264),
             Config(16, 32, 4, 2, 14336),
             Config(16, 32, 4, 3, 17408),
+            Config(16, 16, 4, 1, 7168),
+            Config(16, 16, 4, 2, 10240),
             Config(32, 16, 4, 1, 11264),
-            Config(32, 16, 4, 2, 17408),
-            Config(32, 16, 4, 3, 23552),
         ),
         ("sm_100", 16): (
             Config(16, 64, 4, 2, 11264),
@@ -352,18 +367,18 @@ _CONFIGS = {
             Config(64, 64, 4, 2, 26624),
             Config(32, 64, 4, 3, 19456),
             Config(64, 64, 4, 3, 32768),
-            Config(16, 32, 4, 1, 5632),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_100", 32): (
             Config(16, 32, 4, 1, 11264),
             Config(16, 32, 4, 2, 14336),
             Config(16, 32, 4, 3, 17408),
+            Config(16, 16, 4, 1, 7168),
+            Config(16, 16, 4, 2, 10240),
             Config(32, 16, 4, 1, 11264),
-            Config(32, 16, 4, 2, 17408),
-            Config(32, 16, 4, 3, 23552),
         ),
     },
-    "row_delta": {
+    "combine_fwd": {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
@@ -383,7 +398,7 @@ _CONFIGS = {
             Config(16, 1, 4, 1, 0),
         ),
     },
-    "combine_fwd": {
+    "row_delta": {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
@@ -480,10 +495,11 @@ def compressed_fwd(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 3
+    head = row % 3
     live = (t < T) & (row < BT * 3)
-    stat = first * 6 + h * 3 + row // 3 * 6 + row % 3
+    stat = first * 6 + h * 3 + row // 3 * 6 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + row % 3).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -515,7 +531,7 @@ def compressed_fwd(
     lse = tl.where(some, (m + tl.log2(z)) * 0.6931471805599453, float("-inf"))
     tl.store(lse_ptr + stat, lse, mask=live)
     out = (first * 6 + h * 3) * 16
-    out_row = (row // 3 * 6 + row % 3) * 16
+    out_row = (row // 3 * 6 + head) * 16
     d = tl.arange(0, 16)[None, :]
     acc0 = acc0 / z[:, None]
     tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -576,14 +592,15 @@ def compressed_dq(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 3
+    head = row % 3
     live = (t < T) & (row < BT * 3)
-    stat = first * 6 + h * 3 + row // 3 * 6 + row % 3
+    stat = first * 6 + h * 3 + row // 3 * 6 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + row % 3).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
-    do_row = ((first * 6 + h * 3) + (row // 3 * 6 + row % 3)) * 16
+    do_row = stat * 16
     d = tl.arange(0, 16)[None, :]
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
@@ -613,7 +630,7 @@ def compressed_dq(
             dq0, q0, do0, lse, delta, gate,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
-    dq_row = ((first * 6 + h * 3) + (row // 3 * 6 + row % 3)) * 24
+    dq_row = stat * 24
     d = tl.arange(0, 32)[None, :]
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None] & (d < 24), ACCUMULATE)
 
@@ -627,10 +644,11 @@ def compressed_dkv_step(
 ):
     """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: 4 * s <= t - 7"""
     row = tl.arange(0, BM)
+    head = row % 3
     t = t0 + row // 3
     live = (t < T) & (row < BT * 3)
-    stat = t.to(tl.int64) * 6 + row % 3
-    q_row = t.to(tl.int64) * q_st + (row % 3).to(tl.int64) * q_sh
+    stat = t.to(tl.int64) * 6 + head
+    q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 32)[None, :]
@@ -790,10 +808,11 @@ def window_fwd(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 3
+    head = row % 3
     live = (t < T) & (row < BT * 3)
-    stat = first * 6 + h * 3 + row // 3 * 6 + row % 3
+    stat = first * 6 + h * 3 + row // 3 * 6 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + row % 3).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -848,7 +867,7 @@ def window_fwd(
     lse = (m + tl.log2(z)) * 0.6931471805599453
     tl.store(lse_ptr + stat, lse, mask=live)
     out = (first * 6 + h * 3) * 16
-    out_row = (row // 3 * 6 + row % 3) * 16
+    out_row = (row // 3 * 6 + head) * 16
     d = tl.arange(0, 16)[None, :]
     acc0 = acc0 / z[:, None]
     tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -915,14 +934,15 @@ def window_dq(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 3
+    head = row % 3
     live = (t < T) & (row < BT * 3)
-    stat = first * 6 + h * 3 + row // 3 * 6 + row % 3
+    stat = first * 6 + h * 3 + row // 3 * 6 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + row % 3).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
-    do_row = ((first * 6 + h * 3) + (row // 3 * 6 + row % 3)) * 16
+    do_row = stat * 16
     d = tl.arange(0, 16)[None, :]
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
@@ -975,7 +995,7 @@ def window_dq(
             dq0, q0, do0, lse, delta, gate,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
         )
-    dq_row = ((first * 6 + h * 3) + (row // 3 * 6 + row % 3)) * 24
+    dq_row = stat * 24
     d = tl.arange(0, 32)[None, :]
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None] & (d < 24), ACCUMULATE)
 
@@ -989,10 +1009,11 @@ def window_dkv_step(
 ):
     """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     row = tl.arange(0, BM)
+    head = row % 3
     t = t0 + row // 3
     live = (t < T) & (row < BT * 3)
-    stat = t.to(tl.int64) * 6 + row % 3
-    q_row = t.to(tl.int64) * q_st + (row % 3).to(tl.int64) * q_sh
+    stat = t.to(tl.int64) * 6 + head
+    q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 32)[None, :]
@@ -1125,20 +1146,6 @@ def window_dkv(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
-    """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    live = row < rows
-    sum0 = tl.zeros([BM], dtype=tl.float32)
-    d = tl.arange(0, 16)[None, :]
-    at = row[:, None] * 16 + d
-    mask = live[:, None]
-    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
-    tl.store(delta0_ptr + row, sum0, mask=live)
-
-
-@triton.jit(do_not_specialize=["rows"])
 def combine_fwd(term0_ptr, term1_ptr, gates_ptr, out_ptr, rows, BM: tl.constexpr):
     """out = Σ_c gate_c·term_c; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -1152,6 +1159,20 @@ def combine_fwd(term0_ptr, term1_ptr, gates_ptr, out_ptr, rows, BM: tl.constexpr
     out += gate0 * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32)
     out += gate1 * tl.load(term1_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
+    """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = row < rows
+    sum0 = tl.zeros([BM], dtype=tl.float32)
+    d = tl.arange(0, 16)[None, :]
+    at = row[:, None] * 16 + d
+    mask = live[:, None]
+    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
+    tl.store(delta0_ptr + row, sum0, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -1211,7 +1232,7 @@ _WINDOW = (
 def _compressed_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 6, 16], lse [B, T, 6] float32."""
     if not launch.use_kernels(q):
-        return torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens)
+        return torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,))
     c = launch.pick(_CONFIGS["compressed_fwd"], q)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
@@ -1224,32 +1245,31 @@ def _compressed_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, dq, cu_seqlens, scale):
-    """dq (added to the dq given), dk, dv; `gate` is the branch's column of gates, or None."""
+def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
     if not launch.use_kernels(q):
         column = None if gate is None else gates[..., gate]
-        more, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _COMPRESSED, lse, delta, column, d_out, scale, cu_seqlens
+        dq, dks, dvs = torch_path.attend_grad(
+            q, (k,), (v,), _COMPRESSED, lse, delta, column, d_out, scale, cu_seqlens, (None,)
         )
-        return (more if dq is None else dq + more), dks[0], dvs[0]
+        return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
-    accumulate = dq is not None
-    if not accumulate:
-        dq = launch.empty(q, q.shape, cu_seqlens)
+    dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     compressed_dq[(tiles * 2 * batch,)](
         q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, accumulate, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
-    dk, dv = launch.empty(k, k.shape, cu_seqlens), launch.empty(v, v.shape, cu_seqlens)
+    dk, adds = launch.target(into[1], k, cu_seqlens)
+    dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     compressed_dkv[(tiles * 2 * batch,)](
         q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, False, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
     return dq, dk, dv
 
@@ -1257,7 +1277,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, dq, cu_seqlens
 def _window_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 6, 16], lse [B, T, 6] float32."""
     if not launch.use_kernels(q):
-        return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens)
+        return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens, (None,))
     c = launch.pick(_CONFIGS["window_fwd"], q)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
@@ -1270,32 +1290,31 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _window_backward(q, k, v, d_out, lse, delta, gates, gate, dq, cu_seqlens, scale):
-    """dq (added to the dq given), dk, dv; `gate` is the branch's column of gates, or None."""
+def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
     if not launch.use_kernels(q):
         column = None if gate is None else gates[..., gate]
-        more, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens
+        dq, dks, dvs = torch_path.attend_grad(
+            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens, (None,)
         )
-        return (more if dq is None else dq + more), dks[0], dvs[0]
+        return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
-    accumulate = dq is not None
-    if not accumulate:
-        dq = launch.empty(q, q.shape, cu_seqlens)
+    dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     window_dq[(tiles * 2 * batch,)](
         q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, accumulate, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
-    dk, dv = launch.empty(k, k.shape, cu_seqlens), launch.empty(v, v.shape, cu_seqlens)
+    dk, adds = launch.target(into[1], k, cu_seqlens)
+    dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     window_dkv[(tiles * 2 * batch,)](
         q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, False, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
     return dq, dk, dv
 
@@ -1346,7 +1365,7 @@ def _compressed_attention_fake(q, k_cmp, v_cmp, cu_seqlens, scale):
 
 def _compressed_attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out_compressed: Tensor, lse_compressed: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_compressed = _delta(d_out, out_compressed)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, None, None, None, cu_seqlens, scale)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, None, None, (None, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp
 
 
@@ -1365,7 +1384,7 @@ def _window_attention_fake(q, k_window, v_window, cu_seqlens, scale):
 
 def _window_attention_grad(d_out: Tensor, q: Tensor, k_window: Tensor, v_window: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_window = _delta(d_out, out_window)
-    dq_window, dk_window, dv_window = _window_backward(q, k_window, v_window, d_out, lse_window, delta_window, None, None, None, cu_seqlens, scale)
+    dq_window, dk_window, dv_window = _window_backward(q, k_window, v_window, d_out, lse_window, delta_window, None, None, (None, None, None), cu_seqlens, scale)
     return dq_window, dk_window, dv_window
 
 
@@ -1386,8 +1405,8 @@ def _attention_fake(q, k_cmp, v_cmp, k_window, v_window, gates, cu_seqlens, scal
 
 def _attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_window: Tensor, v_window: Tensor, gates: Tensor, out_compressed: Tensor, lse_compressed: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (delta_compressed, delta_window), d_gates = _combine_backward(d_out, out_compressed, out_window, gates)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, gates, 0, None, cu_seqlens, scale)
-    dq_compressed, dk_window, dv_window = _window_backward(q, k_window, v_window, d_out, lse_window, delta_window, gates, 1, dq_compressed, cu_seqlens, scale)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, gates, 0, (None, None, None), cu_seqlens, scale)
+    dq_compressed, dk_window, dv_window = _window_backward(q, k_window, v_window, d_out, lse_window, delta_window, gates, 1, (dq_compressed, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp, dk_window, dv_window, d_gates
 
 
@@ -1422,7 +1441,7 @@ class Compressor(compress.MeanCompressor):
     def __init__(self, device=None, dtype=None, rope=None):
         super().__init__(
             block=8, stride=4, kv_heads=2, k_dim=24, v_dim=16,
-            device=device, dtype=dtype, rope=rope,
+            positions=False, device=device, dtype=dtype, rope=rope,
         )
 
 

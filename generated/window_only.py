@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  e2d320324c2e
+content  4dcc1027805d
 runtime  1
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, launch, ops, torch_path, version
+from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config
 
 version.require(1, "window_only")
@@ -34,7 +34,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_e2d320324c2e"
+_SPACE = "nsagen_window_only_4dcc1027805d"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -46,7 +46,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536),
             Config(128, 32, 8, 2, 65536),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -55,6 +55,7 @@ _CONFIGS = {
             Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
             Config(64, 32, 4, 3, 65536),
@@ -63,7 +64,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536),
             Config(128, 32, 8, 2, 65536),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_90", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -72,6 +73,7 @@ _CONFIGS = {
             Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_100", 16): (
             Config(64, 32, 4, 3, 65536),
@@ -80,7 +82,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536),
             Config(128, 32, 8, 2, 65536),
-            Config(32, 16, 4, 1, 16384),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_100", 32): (
             Config(32, 16, 4, 1, 32768),
@@ -89,6 +91,7 @@ _CONFIGS = {
             Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536),
             Config(64, 16, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
     },
     "window_dq": {
@@ -99,7 +102,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 65536),
             Config(128, 32, 4, 2, 98304),
             Config(128, 32, 8, 2, 98304),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -108,6 +111,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
         ("sm_90", 16): (
             Config(64, 32, 4, 3, 81920),
@@ -116,7 +120,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 65536),
             Config(128, 32, 4, 2, 98304),
             Config(128, 32, 8, 2, 98304),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_90", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -125,6 +129,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
         ("sm_100", 16): (
             Config(64, 32, 4, 3, 81920),
@@ -133,7 +138,7 @@ _CONFIGS = {
             Config(64, 32, 4, 2, 65536),
             Config(128, 32, 4, 2, 98304),
             Config(128, 32, 8, 2, 98304),
-            Config(32, 16, 4, 1, 24576),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_100", 32): (
             Config(32, 16, 4, 1, 49152),
@@ -142,6 +147,7 @@ _CONFIGS = {
             Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304),
             Config(64, 16, 8, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
     },
     "window_dkv": {
@@ -152,7 +158,7 @@ _CONFIGS = {
             Config(32, 128, 8, 3, 122880),
             Config(32, 128, 8, 2, 106496),
             Config(16, 64, 4, 3, 59392),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -161,6 +167,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(64, 128, 8, 3, 180224),
@@ -169,7 +176,7 @@ _CONFIGS = {
             Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 3, 122880),
             Config(32, 128, 8, 2, 106496),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_90", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -178,6 +185,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_100", 16): (
             Config(64, 128, 8, 3, 180224),
@@ -186,7 +194,7 @@ _CONFIGS = {
             Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 3, 122880),
             Config(32, 128, 8, 2, 106496),
-            Config(16, 32, 4, 1, 25600),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_100", 32): (
             Config(16, 32, 4, 1, 51200),
@@ -195,6 +203,7 @@ _CONFIGS = {
             Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784),
+            Config(16, 16, 4, 1, 33792),
         ),
     },
     "row_delta": {
@@ -276,10 +285,11 @@ def window_fwd(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 16
+    head = row % 16
     live = (t < T)
-    stat = first * 64 + h * 16 + row // 16 * 64 + row % 16
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 16 + row % 16).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -319,7 +329,7 @@ def window_fwd(
     lse = (m + tl.log2(z)) * 0.6931471805599453
     tl.store(lse_ptr + stat, lse, mask=live)
     out = (first * 64 + h * 16) * 128
-    out_row = (row // 16 * 64 + row % 16) * 128
+    out_row = (row // 16 * 64 + head) * 128
     d = tl.arange(0, 128)[None, :]
     acc0 = acc0 / z[:, None]
     tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -382,14 +392,15 @@ def window_dq(
     first = rows + t0
     row = tl.arange(0, BM)
     t = t0 + row // 16
+    head = row % 16
     live = (t < T)
-    stat = first * 64 + h * 16 + row // 16 * 64 + row % 16
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 16 + row % 16).to(tl.int64) * q_sh
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
-    do_row = ((first * 64 + h * 16) + (row // 16 * 64 + row % 16)) * 128
+    do_row = stat * 128
     d = tl.arange(0, 128)[None, :]
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
@@ -427,7 +438,7 @@ def window_dq(
             dq0, q0, do0, lse, delta, gate,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
-    dq_row = ((first * 64 + h * 16) + (row // 16 * 64 + row % 16)) * 128
+    dq_row = stat * 128
     d = tl.arange(0, 128)[None, :]
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
 
@@ -441,10 +452,11 @@ def window_dkv_step(
 ):
     """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= t; C1: s > t - 512"""
     row = tl.arange(0, BM)
+    head = row % 16
     t = t0 + row // 16
-    live = t < T
-    stat = t.to(tl.int64) * 64 + row % 16
-    q_row = t.to(tl.int64) * q_st + (row % 16).to(tl.int64) * q_sh
+    live = (t < T)
+    stat = t.to(tl.int64) * 64 + head
+    q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 128)[None, :]
@@ -580,7 +592,7 @@ _WINDOW = (
 def _window_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32."""
     if not launch.use_kernels(q):
-        return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens)
+        return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens, (None,))
     c = launch.pick(_CONFIGS["window_fwd"], q)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
@@ -593,32 +605,31 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _window_backward(q, k, v, d_out, lse, delta, gates, gate, dq, cu_seqlens, scale):
-    """dq (added to the dq given), dk, dv; `gate` is the branch's column of gates, or None."""
+def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
     if not launch.use_kernels(q):
         column = None if gate is None else gates[..., gate]
-        more, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens
+        dq, dks, dvs = torch_path.attend_grad(
+            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens, (None,)
         )
-        return (more if dq is None else dq + more), dks[0], dvs[0]
+        return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
-    accumulate = dq is not None
-    if not accumulate:
-        dq = launch.empty(q, q.shape, cu_seqlens)
+    dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, accumulate, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
-    dk, dv = launch.empty(k, k.shape, cu_seqlens), launch.empty(v, v.shape, cu_seqlens)
+    dk, adds = launch.target(into[1], k, cu_seqlens)
+    dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     window_dkv[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, False, **c.options,
+        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
     )
     return dq, dk, dv
 
@@ -644,7 +655,7 @@ def _window_attention_fake(q, k, v, cu_seqlens, scale):
 
 def _window_attention_grad(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_window = _delta(d_out, out_window)
-    dq, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, None, None, None, cu_seqlens, scale)
+    dq, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, None, None, (None, None, None), cu_seqlens, scale)
     return dq, dk, dv
 
 

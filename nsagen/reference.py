@@ -67,7 +67,7 @@ class Reference:
 
         phi(k, v, cu_seqlens=…) -> k_cmp, v_cmp: for pools other than mean, or a mean with rope; k_raw: its keys.
         """
-        call = _Call(scale, cu_seqlens, dtype)
+        call = _Call(self._scale(scale), cu_seqlens, dtype)
         values = dict(inputs)
         for node in self.graph.nodes:
             if all(name in values for name in writes(node)):
@@ -107,8 +107,10 @@ class Reference:
 
     def combine(self, outs: tuple[Tensor, ...], gates: Tensor) -> Tensor:
         """Σ_c gates[…, c]·outs[c]; outs [B, T, Hq, Dv], gates [B, T, Hq, C]."""
-        terms = zip(outs, gates.to(outs[0].dtype).unbind(-1), strict=True)
-        return torch.stack([gate.unsqueeze(-1) * out for out, gate in terms]).sum(0)
+        total = torch.zeros_like(outs[0])
+        for out, gate in zip(outs, gates.to(total.dtype).unbind(-1), strict=True):
+            total = total + gate.unsqueeze(-1) * out
+        return total
 
     def pool(
         self, branch: str, x: Tensor, cu_seqlens: Tensor | None = None, dtype: torch.dtype = torch.float64
@@ -193,7 +195,7 @@ class Reference:
 
 
 class _Call(NamedTuple):
-    scale: float | None
+    scale: float
     cu_seqlens: Tensor | None
     dtype: torch.dtype
 
@@ -382,7 +384,7 @@ class _Walk:
     def attend(self, chunk: _Chunk, q: Tensor, *kv: Tensor) -> tuple[Tensor, Tensor]:
         """The softmax of `take`'s rows -> out [B, m, Hq, Dv], lse [B, m, Hq]."""
         ks, vs = kv[: len(chunk.keys)], kv[len(chunk.keys) :]
-        q = q.unflatten(2, (ks[0].shape[-2 if ks[0].ndim == 4 else 2], -1))
+        q = q.unflatten(2, (ks[0].shape[2], -1))
         parts = [_scores(q, k, one, self.scale) for k, one in zip(ks, chunk.keys, strict=True)]
         p, total, lse = _exponentials(torch.cat(parts, -1))
         shares = p.split([x.shape[-1] for x in parts], -1)
@@ -460,7 +462,7 @@ def _importance(node: Select, q: Tensor, k: Tensor, call: _Call) -> Iterator[tup
             t = torch.arange(first, last + 1, device=q.device)
             rows = slice(start + first, start + last + 1)
             keys = k[:, row : row + _count(node.axis, last + 1)].to(call.dtype)
-            p = _probabilities(node, q[:, rows].to(call.dtype), keys, t, call.scale or 0.0)
+            p = _probabilities(node, q[:, rows].to(call.dtype), keys, t, call.scale)
             yield rows, t, _by_block(node, p, blocks)
 
 
@@ -494,7 +496,7 @@ def _best(scores: Tensor, t: Tensor, node: Select) -> Tensor:
     """scores [B, m, Hkv, blocks] of queries at t [m] -> int64 [B, m, Hkv, n]; ascending, −1 last."""
     j, own, none = torch.arange(scores.shape[-1], device=t.device), (t // node.size)[:, None, None], scores.shape[-1]
     ranked = scores.masked_fill(_forced(j, own, node), float("inf")).masked_fill(j > own, -1.0)
-    value, order = ranked.sort(-1, descending=True, stable=True)  # stable: the lower block of a tie first
+    value, order = ranked.sort(dim=-1, descending=True, stable=True)  # stable: the lower block of a tie first
     chosen = torch.where(value < 0, none, order)[..., : node.count].sort(-1).values
     chosen = torch.nn.functional.pad(chosen, (0, node.count - chosen.shape[-1]), value=none)
     return torch.where(chosen == none, -1, chosen)

@@ -1,10 +1,9 @@
-"""Inputs of `nsagen verify`: lengths, tensors and what a gradient is taken of, from a seed."""
+"""Inputs of `nsagen verify`: lengths, and tensors from a seed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from nsagen.spec import Spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Leaves = dict[str, Tensor]  # by name: q, k, k.window, gates, phi.weight …
+LARGE = 1024  # numbers of a query's heads: from here on the interpreter gets few tokens
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,11 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Arguments of one call. The leaves are what gradients are taken of."""
+    """Arguments of one call. Gradients are taken of the leaves: q, k or k.window, gates, phi.weight, …"""
 
-    leaves: Leaves
+    leaves: dict[str, Tensor]
     phi: nn.Module | None
+    blocks: Tensor | None  # the caller's
     cu_seqlens: Tensor | None
     d_out: Tensor
     branches: tuple[str, ...] = field(default=())
@@ -55,17 +55,15 @@ class Inputs:
             return self.leaves[side]
         return {b: self.leaves[f"{side}.{b}"] for b in self.branches}
 
-    def of_branch(self, side: str, branch: str) -> Tensor:
-        return self.leaves.get(f"{side}.{branch}", self.leaves.get(side, self.d_out))
+    def keys_of(self, side: str, branch: str) -> Tensor:
+        return self.leaves[side] if side in self.leaves else self.leaves[f"{side}.{branch}"]
 
 
 def cases_of(spec: Spec, on_gpu: bool, lengths: tuple[int, ...], packed: bool, dtypes: tuple[str, ...]) -> list[Case]:
     """The lengths asked for, or those where things go wrong: one token, a block less one, ragged tiles, packed ones."""
+    dense, together = (lengths, lengths) if lengths else _lengths(spec, on_gpu)
     cases: list[Case] = []
     for dtype in dtypes:
-        dense, together = _lengths(spec, on_gpu)
-        if lengths:
-            dense, together = lengths, lengths
         if not packed:
             cases += [Case((n,), False, dtype, _batch(spec, n, on_gpu)) for n in dense]
         if packed or not lengths:
@@ -74,18 +72,17 @@ def cases_of(spec: Spec, on_gpu: bool, lengths: tuple[int, ...], packed: bool, d
 
 
 def _lengths(spec: Spec, on_gpu: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(one at a time, packed). The interpreter does a few thousand rows of a head a second."""
-    compressed = spec.branches.get("compressed")
-    short = getattr(compressed, "block", 8) - 1
+    """(one at a time, packed)."""
+    short = max(1, getattr(spec.branches.get("compressed"), "block", 8) - 1)  # no block has ended yet
     if on_gpu:
-        return (1, 700, 8192), (1, max(1, short), 33, 700, 1, 2050)
+        return (1, 700, 8192), (1, short, 33, 700, 1, 2050)
     if _is_large(spec):
         return (1, min(40, short + 6)), (1, 7, 33)
-    return (1, max(1, short), 45), (1, max(1, short), 33)
+    return (1, short, 45), (1, short, 33)
 
 
 def _is_large(spec: Spec) -> bool:
-    return spec.heads.query * spec.heads.qk_dim > 1024
+    return spec.heads.query * spec.heads.qk_dim > LARGE
 
 
 def _batch(spec: Spec, tokens: int, on_gpu: bool) -> int:
@@ -93,32 +90,34 @@ def _batch(spec: Spec, tokens: int, on_gpu: bool) -> int:
 
 
 def inputs_of(module: ModuleType, spec: Spec, case: Case, seed: int, device: str) -> Inputs:
-    """Standard normal q, k, v and d_out, gates in (0, 1), φ as it is made; the same on every device."""
+    """Standard normal q, k, v and d_out, gates in [0, 1), φ as it is made; the same on every device."""
     torch.manual_seed(seed)
     h, dtype, rows = spec.heads, DTYPES[case.dtype], (case.batch, case.tokens)
-    suffixes = [f".{b}" for b in spec.branches] if spec.kv == "per_branch" else [""]
     leaves = {"q": torch.randn(*rows, h.query, h.qk_dim)}
-    for suffix in suffixes:
+    for suffix in [f".{b}" for b in spec.branches] if spec.kv == "per_branch" else [""]:
         leaves["k" + suffix] = torch.randn(*rows, h.kv, h.qk_dim)
         leaves["v" + suffix] = torch.randn(*rows, h.kv, h.v_dim)
     if spec.combine == "gated_sum":
         leaves["gates"] = torch.rand(*rows, h.query, len(spec.branches))
-    d_out = torch.randn(*rows, h.query, h.v_dim)
+    d_out = torch.randn(*rows, h.query, h.v_dim).to(device, dtype)
+    phi = module.Compressor(dtype=dtype).to(device) if hasattr(module, "Compressor") else None
+    blocks = _blocks(spec, case)
     leaves = {name: x.to(device, dtype).requires_grad_() for name, x in leaves.items()}
-    phi = module.Compressor(device=device, dtype=dtype) if hasattr(module, "Compressor") else None
-    if phi is not None:
-        leaves |= {f"phi.{name}": parameter for name, parameter in phi.named_parameters()}
-    return Inputs(leaves, phi, _cu_seqlens(case, device), d_out.to(device, dtype), tuple(spec.branches))
+    leaves |= {f"phi.{name}": parameter for name, parameter in phi.named_parameters()} if phi else {}
+    cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).to(device, torch.int32) if case.packed else None
+    return Inputs(leaves, phi, None if blocks is None else blocks.to(device), cu_seqlens, d_out, tuple(spec.branches))
 
 
-def _cu_seqlens(case: Case, device: str) -> Tensor | None:
-    if not case.packed:
+def _blocks(spec: Spec, case: Case) -> Tensor | None:
+    """Random lists where the caller gives them: unique, ascending, −1 last, none after the query's own block."""
+    selected = spec.branches.get("selected")
+    if selected is None or getattr(selected, "scores", "") != "caller":
         return None
-    ends = torch.tensor([0, *case.lengths]).cumsum(0)
-    return ends.to(device, torch.int32)
-
-
-def arguments(inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
-    """Of the module's `attention`."""
-    positional = [inputs.leaves["q"], inputs.keys("k"), inputs.keys("v"), inputs.leaves.get("gates"), inputs.phi]
-    return positional, {"cu_seqlens": inputs.cu_seqlens}
+    size, count = (int(getattr(selected, name)) for name in ("block", "top_n"))
+    position = torch.cat([torch.arange(n) for n in case.lengths])
+    candidates = max(count, -(-max(case.lengths) // size))
+    rank = torch.rand(case.batch, case.tokens, spec.heads.kv, candidates)
+    late = torch.arange(candidates) > (position // size)[:, None, None]
+    order = rank.masked_fill(late, -1.0).sort(-1, descending=True)
+    chosen = order.indices[..., :count].masked_fill(order.values[..., :count] < 0, candidates).sort(-1).values
+    return chosen.masked_fill(chosen == candidates, -1).to(torch.int32)

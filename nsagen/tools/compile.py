@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 from nsagen.api import module_of
 from nsagen.compiler import Compiled
-from nsagen.errors import NsagenError
 from nsagen.ir.plan import Plan
 from nsagen.tools.aot import Job, Report, compile_job, jobs_of
 from nsagen.tools.console import table, track
+from nsagen.tools.process import compiled_kernels
 
 HEAD = (
     "kernel",
@@ -39,18 +38,12 @@ HEAD = (
 
 def compile_all(compiled: Compiled, arches: list[str], dtype: str, all_candidates: bool = False) -> list[Report]:
     """A report a kernel, architecture and candidate, in that order."""
-    without_interpreter()
+    compiled_kernels()
     jobs = [j for arch in arches for j in jobs_of(compiled.plan, arch, dtype, all_candidates)]
     module = module_of(compiled)
     # On failure Triton prints pages to stdout, where the table goes; what they say is in the report.
     with contextlib.redirect_stdout(io.StringIO()):
         return list(track(_reports(module, jobs, compiled.plan), len(jobs), "compiling"))
-
-
-def without_interpreter() -> None:
-    """Real kernels from here on, also in a shell that has TRITON_INTERPRET=1."""
-    if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0") and "triton" in sys.modules:
-        raise NsagenError("triton was imported with TRITON_INTERPRET=1: compile in a process of its own")
 
 
 def _reports(module: ModuleType, jobs: list[Job], plan: Plan) -> Iterator[Report]:
