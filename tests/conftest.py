@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import hypothesis
 import pytest
 import torch
 
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "kernels")]
 GOLDEN = Path(__file__).parent / "golden"
 FUZZ_EXAMPLES = int(os.environ.get("NSAGEN_FUZZ", "24"))
 

@@ -76,17 +76,18 @@ def _lengths(spec: Spec, on_gpu: bool) -> tuple[tuple[int, ...], tuple[int, ...]
     short = max(1, getattr(spec.branches.get("compressed"), "block", 8) - 1)  # no block has ended yet
     if on_gpu:
         return (1, 700, 8192), (1, short, 33, 700, 1, 2050)
-    if _is_large(spec):
-        return (1, min(40, short + 6)), (1, 7, 33)
+    if is_large(spec):
+        return (min(40, short + 2),), (1, 2)
     return (1, short, 45), (1, short, 33)
 
 
-def _is_large(spec: Spec) -> bool:
+def is_large(spec: Spec) -> bool:
+    """The interpreter takes about a second a token: a minute in all."""
     return spec.heads.query * spec.heads.qk_dim > LARGE
 
 
 def _batch(spec: Spec, tokens: int, on_gpu: bool) -> int:
-    return 2 if tokens <= 1024 and (on_gpu or not _is_large(spec)) else 1
+    return 2 if tokens <= 1024 and (on_gpu or not is_large(spec)) else 1
 
 
 def inputs_of(module: ModuleType, spec: Spec, case: Case, seed: int, device: str) -> Inputs:

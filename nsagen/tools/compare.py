@@ -19,7 +19,8 @@ from nsagen.tools.cases import Case, Inputs, inputs_of
 
 FORWARD = {("fp32", "cpu"): 2e-5, ("fp32", "cuda"): 1e-4}  # 16-bit ones: COARSE
 COARSE, GRADIENT, CHOICE = 1e-2, 1e-4, 1e-4
-FLOOR = 1e-3  # of the largest gradient norm: some gradients are exactly 0
+FLOOR = 1e-3  # of the largest gradient norm: some gradients are exactly 0,
+NOISE = 10  # and what a kernel has there is rounding alone: so many times the bar
 ROOM = 40 << 30  # bytes of float64 tensors that the reference may keep; it takes float32 beyond
 
 Named = dict[str, Tensor]
@@ -164,8 +165,10 @@ class _Sides:
     def _gradients(self, prefix: str, ours: Named, theirs: Named) -> Iterator[Result]:
         largest = max(float(x.norm()) for x in theirs.values())
         bar = GRADIENT if self.case.dtype == "fp32" else COARSE
+        floor = FLOOR * largest
         for name, exact in theirs.items():
-            yield Result(f"{prefix}d{name}", _error(ours[name], exact, FLOOR * largest), bar, tuple(exact.shape))
+            own_bar = bar if float(exact.norm()) >= floor else NOISE * bar
+            yield Result(f"{prefix}d{name}", _error(ours[name], exact, floor), own_bar, tuple(exact.shape))
 
     def _result(self, name: str, ours: Tensor, theirs: Tensor) -> Result:
         bar = FORWARD.get((self.case.dtype, ours.device.type), COARSE)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from nsagen.compiler import Compiled
 from nsagen.errors import NsagenError
-from nsagen.tools.cases import Case, cases_of
+from nsagen.tools.cases import Case, cases_of, is_large
 from nsagen.tools.compare import Result, compare
 from nsagen.tools.console import table, track
 from nsagen.tools.process import compiled_kernels, interpreted_kernels
@@ -51,6 +51,8 @@ def run(compiled: Compiled, request: Request) -> bool:
     cases = cases_of(compiled.spec, device == "cuda", request.lengths, request.packed, dtypes)
     outcomes = verify(compiled, cases, request.seed, device)
     print(_title(compiled, device))
+    if device == "cpu" and is_large(compiled.spec) and not request.lengths:
+        print("many wide heads, so few tokens in the interpreter: --length N for others")
     print(text(outcomes))
     for outcome in outcomes:
         print(_failures(outcome, request, device), end="")

@@ -1,0 +1,95 @@
+"""One case: a generated module beside the oracle, output and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import oracle
+import torch
+from strategies import Inputs, make_inputs
+from torch import Tensor
+
+import nsagen
+
+FORWARD, GRADIENT = 2e-5, 1e-4  # float32, of design.md's measure
+ZERO = 1e-6  # an exactly zero gradient: what rounding leaves, against the largest gradient norm of the case
+
+
+def cu_of(ends: list[int] | None, device: str) -> Tensor | None:
+    return None if ends is None else torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def blocks_of(module: Any, q: Tensor, k: Any, v: Any, phi: Any, cu: Tensor | None) -> Tensor | None:
+    """The lists that the module's own selection makes, through its public parts."""
+    if not hasattr(module, "select_blocks"):
+        return None
+    ks, vs = (x["compressed"] if isinstance(x, Mapping) else x for x in (k, v))
+    k_cmp, v_cmp = phi(ks, vs, cu_seqlens=cu)
+    _, lse = module.compressed_attention(q, k_cmp, v_cmp, cu_seqlens=cu)
+    return module.select_blocks(q, k_cmp, lse, cu_seqlens=cu)
+
+
+def caller_lists(spec: Mapping[str, Any], inputs: Inputs, seed: int, ends: list[int] | None) -> Tensor | None:
+    """Random legal lists where the spec leaves the choice to the caller: unique, ascending, −1 last, any count."""
+    options = spec["branches"].get("selected")
+    if options is None or options.get("from", "compressed") != "caller":
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    batch, length = inputs.q.shape[:2]
+    heads, count = spec["heads"]["kv"], options["top_n"]
+    lists = torch.full((batch, length, heads, count), -1, dtype=torch.int32)
+    position = torch.arange(length)
+    if ends is not None:
+        starts = torch.tensor(ends)
+        position = position - starts[torch.searchsorted(starts, position, right=True) - 1]
+    for b, t, h in torch.cartesian_prod(torch.arange(batch), torch.arange(length), torch.arange(heads)).tolist():
+        own = int(position[t]) // options["block"]
+        some = torch.randperm(own + 1, generator=generator)[: int(torch.randint(0, count + 1, (), generator=generator))]
+        lists[b, t, h, : len(some)] = some.sort().values.int()
+    return lists.to(inputs.q.device)
+
+
+def check(
+    spec: Mapping[str, Any], batch: int, tokens: int, seed: int, device: str, ends: list[int] | None = None, strided: bool = False
+) -> None:
+    """Assert that the module agrees with the oracle, under the same lists, and that its lists are best by the oracle's scores."""
+    module = nsagen.load(spec)
+    inputs = make_inputs(spec, batch, tokens, torch.float32, device, seed, strided)
+    torch.manual_seed(seed)
+    phi = module.Compressor(device=device) if hasattr(module, "Compressor") else None
+    cu, lists = cu_of(ends, device), caller_lists(spec, inputs, seed, ends)
+    q, k, v, gates = inputs
+    out = module.attention(q, k, v, gates, phi, blocks=lists, cu_seqlens=cu)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    parameters = list(phi.parameters()) if phi is not None else []
+    got = oracle.gradients(out, [*inputs.leaves, *parameters], d_out)
+
+    chosen = blocks_of(module, q, k, v, phi, cu)
+    twins = Inputs(*map(oracle.twin, inputs))
+    weights = {side: oracle.twin(dict(getattr(phi, side).named_parameters())) for side in "kv"} if phi else {}
+    pools = None
+    if phi is not None and spec["branches"]["compressed"]["pool"] != "mean":
+        pools = tuple(oracle.phi_of(spec["branches"]["compressed"]["pool"], weights[side]) for side in "kv")
+    want = oracle.attention(spec, *twins, pools, blocks=chosen if chosen is not None else lists, cu_seqlens=ends)
+    twin_weights = [x for side in weights.values() for x in side.values()]
+    right = oracle.gradients(want, [*twins.leaves, *twin_weights], d_out.double())
+
+    assert oracle.error(out, want) < FORWARD
+    largest = max(float(g.norm()) for g in right)
+    for number, (a, b) in enumerate(zip(got, right, strict=True)):
+        zero = float(b.norm()) < 1e-9 * largest
+        bound = ZERO * largest if zero else None
+        error = float(a.double().norm()) if zero else oracle.error(a, b, largest)
+        assert error < (bound if zero else GRADIENT), f"gradient {number} of {spec['name']}: {error}"
+    if chosen is not None:
+        assert_best(spec, twins, pools, chosen, ends)
+
+
+def assert_best(spec: Mapping[str, Any], twins: Inputs, pools: Any, chosen: Tensor, ends: list[int] | None) -> None:
+    c, s = spec["branches"]["compressed"], spec["branches"]["selected"]
+    ks, vs = (x["compressed"] if isinstance(x, Mapping) else x for x in (twins.k, twins.v))
+    k_cmp, _ = oracle.compress(ks, vs, c["block"], c["stride"], pools or (oracle.mean, oracle.mean), None, ends)
+    scores = oracle.importance(twins.q.detach(), k_cmp.detach(), c["block"], c["stride"], s["block"], None, ends)
+    gap = oracle.choice_gap(chosen, scores, s["block"], s["top_n"], s.get("initial", 1), s.get("local", 2), ends)
+    assert gap < 1e-4 * max(1.0, float(scores.max()))
