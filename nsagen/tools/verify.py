@@ -47,6 +47,8 @@ class Outcome:
 def run(compiled: Compiled, request: Request) -> bool:
     """Compare, print the table and every failure with the way to see it again; whether all is well."""
     device = _settle_device(request.device)
+    if device == "cpu" and request.dtype == "bf16":
+        raise NsagenError("Triton's interpreter multiplies bfloat16 as integers: use --dtype fp16 or fp32, or a GPU")
     dtypes = (request.dtype,) if request.dtype else ("bf16", "fp32") if device == "cuda" else ("fp32",)
     cases = cases_of(compiled.spec, device == "cuda", request.lengths, request.packed, dtypes)
     outcomes = verify(compiled, cases, request.seed, device)

@@ -235,5 +235,47 @@ def test_compile(here):
 def test_verify(here):
     done = shell("verify", "good.yaml", "--device", "cpu", "--length", "19", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
-    for text in ("T=19", "out", "dq", "gates", "window_attention"):
+    for text in ("T=19", "out", "dq", "dgates", "window_attention lse", "interpreter"):
         assert text in done.stdout, text
+
+
+MUTANT = """
+import dataclasses, os
+os.environ["TRITON_INTERPRET"] = "1"
+from nsagen.api import compiled_of, read
+from nsagen.tools.verify import Request, run
+good = compiled_of(read("good.yaml"))
+source = good.source.replace("s > t - 6", "s > t - 5")  # the window one token short
+assert source != good.source
+bad = dataclasses.replace(good, source=source.replace(good.digest, "0" * 12), digest="0" * 12)
+raise SystemExit(0 if run(bad, Request("good.yaml", (9,), None, 5, "cpu", True)) else 1)
+"""
+
+
+def test_verify_finds_a_wrong_mask_and_says_how_to_see_it_again(here):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", MUTANT], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED fp32 packed 9, seed 5" in done.stdout
+    assert "  out [1, 9, 2, 16]: error" in done.stdout
+    assert "again: nsagen verify good.yaml --length 9 --dtype fp32 --packed --seed 5 --device cpu" in done.stdout
+
+
+def test_verify_refuses_what_it_cannot_run():
+    import torch
+
+    done = shell("verify", "good.yaml", "--device", "cpu", "--dtype", "bf16")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    if not torch.cuda.is_available():
+        done = run("verify", "good.yaml", "--device", "cuda")
+        assert done.exit_code == 2
+        assert "no CUDA device" in done.stderr
+
+
+def test_a_case_passes_only_with_numbers():
+    from nsagen.tools.compare import Result
+
+    assert Result("out", 1e-5, 1e-4, ()).good
+    assert not Result("out", 1e-3, 1e-4, ()).good
+    assert not Result("out", float("nan"), 1e-4, ()).good
