@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  1e1cf00fabef
+content  40acb961be8b
 runtime  1
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_1e1cf00fabef"
+_SPACE = "nsagen_selected_only_40acb961be8b"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -328,7 +328,8 @@ def selected_fwd(
     out_row = (row // BM * 64 + head) * 128
     d = tl.arange(0, 128)[None, :]
     acc0 = acc0 / z[:, None]
-    tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
 
 
 @triton.jit
@@ -568,7 +569,8 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
     at = row[:, None] * 128 + d
     mask = live[:, None]
     d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
+    term = tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum0 += tl.sum(d_out * term, 1)
     tl.store(delta0_ptr + row, sum0, mask=live)
 
 
@@ -642,8 +644,8 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, gates, gate, into, cu
     return dq, dk, dv
 
 
-def _delta(d_out, out):
-    """rowsum(d_out·out), [B, T, 64] float32."""
+def _delta(d_out, out, rest):
+    """rowsum(d_out·(out + rest)), [B, T, 64] float32; rest may be None or empty."""
     if not launch.use_kernels(out):
         return torch_path.combine_grad((out,), None, d_out)[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
@@ -662,7 +664,7 @@ def _selected_attention_fake(q, k, v, blocks, cu_seqlens, scale):
 
 
 def _selected_attention_grad(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, out_selected: Tensor, lse_selected: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    delta_selected = _delta(d_out, out_selected)
+    delta_selected = _delta(d_out, out_selected, None)
     dq, dk, dv = _selected_backward(q, k, v, blocks, d_out, lse_selected, delta_selected, None, None, (None, None, None), cu_seqlens, scale)
     return dq, dk, dv
 

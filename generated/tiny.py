@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  26530baea8ba
+content  7d4d84460701
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
 )
-_SPACE = "nsagen_tiny_26530baea8ba"
+_SPACE = "nsagen_tiny_7d4d84460701"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -728,7 +728,7 @@ def compressed_fwd_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_fwd(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rest_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -791,7 +791,11 @@ def compressed_fwd(
     out_row = (row // 3 * 6 + head) * 16
     d = tl.arange(0, 16)[None, :]
     acc0 = acc0 / z[:, None]
-    tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+    if rest_ptr is not None:
+        rest = (acc0 - rounded.to(tl.float32)).to(rest_ptr.dtype.element_ty)
+        tl.store(rest_ptr + out + out_row[:, None] + d, rest, mask=live[:, None])
 
 
 @triton.jit
@@ -1225,7 +1229,8 @@ def selected_fwd(
     out_row = (row // BM * 6 + head) * 16
     d = tl.arange(0, 16)[None, :]
     acc0 = acc0 / z[:, None]
-    tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
 
 
 @triton.jit
@@ -1577,7 +1582,8 @@ def window_fwd(
     out_row = (row // 3 * 6 + head) * 16
     d = tl.arange(0, 16)[None, :]
     acc0 = acc0 / z[:, None]
-    tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
 
 
 @triton.jit
@@ -1871,7 +1877,7 @@ def combine_fwd(term0_ptr, term1_ptr, term2_ptr, gates_ptr, out_ptr, rows, BM: t
 
 
 @triton.jit(do_not_specialize=["rows"])
-def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
+def row_delta(d_out_ptr, term0_ptr, rest0_ptr, delta0_ptr, rows, BM: tl.constexpr):
     """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = row < rows
@@ -1880,12 +1886,15 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
     at = row[:, None] * 16 + d
     mask = live[:, None]
     d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
+    term = tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if rest0_ptr is not None:
+        term += tl.load(rest0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum0 += tl.sum(d_out * term, 1)
     tl.store(delta0_ptr + row, sum0, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, term2_ptr, gates_ptr, delta0_ptr, delta1_ptr, delta2_ptr, d_gates_ptr, rows, BM: tl.constexpr):
+def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, term2_ptr, rest0_ptr, gates_ptr, delta0_ptr, delta1_ptr, delta2_ptr, d_gates_ptr, rows, BM: tl.constexpr):
     """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = row < rows
@@ -1896,9 +1905,14 @@ def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, term2_ptr, gates_ptr, delta0_pt
     at = row[:, None] * 16 + d
     mask = live[:, None]
     d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
-    sum1 += tl.sum(d_out * tl.load(term1_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
-    sum2 += tl.sum(d_out * tl.load(term2_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
+    term = tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if rest0_ptr is not None:
+        term += tl.load(rest0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum0 += tl.sum(d_out * term, 1)
+    term = tl.load(term1_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum1 += tl.sum(d_out * term, 1)
+    term = tl.load(term2_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum2 += tl.sum(d_out * term, 1)
     gate = tl.load(gates_ptr + row * 3 + 0, mask=live, other=0.0).to(tl.float32)
     tl.store(d_gates_ptr + row * 3 + 0, sum0.to(d_gates_ptr.dtype.element_ty), mask=live)
     tl.store(delta0_ptr + row, sum0 * gate, mask=live)
@@ -1959,19 +1973,20 @@ _WINDOW = (
 
 
 def _compressed_forward(q, k, v, cu_seqlens, scale):
-    """out [B, T, 6, 16], lse [B, T, 6] float32."""
+    """out [B, T, 6, 16], lse [B, T, 6] float32, and what rounding took from out (16-bit dtypes; else empty)."""
     if not launch.use_kernels(q):
-        return torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,))
+        return *torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,)), launch.rest(q)
     c = launch.pick(_CONFIGS["compressed_fwd"], q)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
+    rest = launch.rest(q, out.shape, cu_seqlens)
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     compressed_fwd[(tiles * 2 * batch,)](
-        q, k, v, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, out, lse, launch.kept(rest), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
-    return out, lse
+    return out, lse, rest
 
 
 def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
@@ -2131,13 +2146,13 @@ def _select(q, k, lse, cu_seqlens, scale):
     return blocks
 
 
-def _delta(d_out, out):
-    """rowsum(d_out·out), [B, T, 6] float32."""
+def _delta(d_out, out, rest):
+    """rowsum(d_out·(out + rest)), [B, T, 6] float32; rest may be None or empty."""
     if not launch.use_kernels(out):
         return torch_path.combine_grad((out,), None, d_out)[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
-    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, sums, sums.numel(), c.bm, **c.options)
+    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
     return sums
 
 
@@ -2152,7 +2167,7 @@ def _combine(out_compressed, out_selected, out_window, gates):
     return out
 
 
-def _combine_backward(d_out, out_compressed, out_selected, out_window, gates):
+def _combine_backward(d_out, out_compressed, out_selected, out_window, rest_compressed, gates):
     """(delta_compressed, delta_selected, delta_window) float32 [B, T, 6], d_gates."""
     if not launch.use_kernels(d_out):
         return torch_path.combine_grad((out_compressed, out_selected, out_window,), gates, d_out)
@@ -2161,27 +2176,27 @@ def _combine_backward(d_out, out_compressed, out_selected, out_window, gates):
     c = launch.pick(_CONFIGS["combine_bwd"], d_out)
     rows = gates.numel() // 3
     combine_bwd[(-(-rows // c.bm),)](
-        d_out, out_compressed, out_selected, out_window, gates, delta_compressed, delta_selected, delta_window, d_gates, rows, c.bm, **c.options
+        d_out, out_compressed, out_selected, out_window, launch.kept(rest_compressed), gates, delta_compressed, delta_selected, delta_window, d_gates, rows, c.bm, **c.options
     )
     return (delta_compressed, delta_selected, delta_window), d_gates
 
 
-def _compressed_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    out_compressed, lse_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
-    return out_compressed, lse_compressed
+def _compressed_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    out_compressed, lse_compressed, rest_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
+    return out_compressed, lse_compressed, rest_compressed
 
 
 def _compressed_attention_fake(q, k_cmp, v_cmp, cu_seqlens, scale):
-    return q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q))
+    return q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q)), launch.rest(q, (*q.shape[:2], 6, 16))
 
 
-def _compressed_attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out_compressed: Tensor, lse_compressed: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    delta_compressed = _delta(d_out, out_compressed)
+def _compressed_attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out_compressed: Tensor, lse_compressed: Tensor, rest_compressed: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    delta_compressed = _delta(d_out, out_compressed, rest_compressed)
     dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, None, None, (None, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp
 
 
-def _compressed_attention_grad_fake(d_out, q, k_cmp, v_cmp, out_compressed, lse_compressed, cu_seqlens, scale):
+def _compressed_attention_grad_fake(d_out, q, k_cmp, v_cmp, out_compressed, lse_compressed, rest_compressed, cu_seqlens, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(k_cmp, memory_format=torch.contiguous_format), torch.empty_like(v_cmp, memory_format=torch.contiguous_format)
 
 
@@ -2195,7 +2210,7 @@ def _selected_attention_fake(q, k_selected, v_selected, blocks, cu_seqlens, scal
 
 
 def _selected_attention_grad(d_out: Tensor, q: Tensor, k_selected: Tensor, v_selected: Tensor, blocks: Tensor, out_selected: Tensor, lse_selected: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    delta_selected = _delta(d_out, out_selected)
+    delta_selected = _delta(d_out, out_selected, None)
     dq_selected, dk_selected, dv_selected = _selected_backward(q, k_selected, v_selected, blocks, d_out, lse_selected, delta_selected, None, None, (None, None, None), cu_seqlens, scale)
     return dq_selected, dk_selected, dv_selected
 
@@ -2214,7 +2229,7 @@ def _window_attention_fake(q, k_window, v_window, cu_seqlens, scale):
 
 
 def _window_attention_grad(d_out: Tensor, q: Tensor, k_window: Tensor, v_window: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    delta_window = _delta(d_out, out_window)
+    delta_window = _delta(d_out, out_window, None)
     dq_window, dk_window, dv_window = _window_backward(q, k_window, v_window, d_out, lse_window, delta_window, None, None, (None, None, None), cu_seqlens, scale)
     return dq_window, dk_window, dv_window
 
@@ -2232,28 +2247,28 @@ def _select_blocks_fake(q, k_cmp, lse_compressed, cu_seqlens, scale):
     return q.new_empty((*q.shape[:2], 2, 4), dtype=torch.int32)
 
 
-def _attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_selected: Tensor, v_selected: Tensor, k_window: Tensor, v_window: Tensor, gates: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out_compressed, lse_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
+def _attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_selected: Tensor, v_selected: Tensor, k_window: Tensor, v_window: Tensor, gates: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out_compressed, lse_compressed, rest_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
     blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
     out_selected, lse_selected = _selected_forward(q, k_selected, v_selected, blocks, cu_seqlens, scale)
     out_window, lse_window = _window_forward(q, k_window, v_window, cu_seqlens, scale)
     out = _combine(out_compressed, out_selected, out_window, gates)
-    return out, out_compressed, lse_compressed, out_selected, lse_selected, out_window, lse_window, blocks
+    return out, out_compressed, lse_compressed, rest_compressed, out_selected, lse_selected, out_window, lse_window, blocks
 
 
 def _attention_fake(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, cu_seqlens, scale):
-    return q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q)), q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q)), q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q)), q.new_empty((*q.shape[:2], 2, 4), dtype=torch.int32)
+    return q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q)), launch.rest(q, (*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q)), q.new_empty((*q.shape[:2], 6, 16)), q.new_empty((*q.shape[:2], 6), dtype=launch.statistics(q)), q.new_empty((*q.shape[:2], 2, 4), dtype=torch.int32)
 
 
-def _attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_selected: Tensor, v_selected: Tensor, k_window: Tensor, v_window: Tensor, gates: Tensor, out_compressed: Tensor, lse_compressed: Tensor, out_selected: Tensor, lse_selected: Tensor, out_window: Tensor, lse_window: Tensor, blocks: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (delta_compressed, delta_selected, delta_window), d_gates = _combine_backward(d_out, out_compressed, out_selected, out_window, gates)
+def _attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_selected: Tensor, v_selected: Tensor, k_window: Tensor, v_window: Tensor, gates: Tensor, out_compressed: Tensor, lse_compressed: Tensor, rest_compressed: Tensor, out_selected: Tensor, lse_selected: Tensor, out_window: Tensor, lse_window: Tensor, blocks: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (delta_compressed, delta_selected, delta_window), d_gates = _combine_backward(d_out, out_compressed, out_selected, out_window, rest_compressed, gates)
     dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, gates, 0, (None, None, None), cu_seqlens, scale)
     dq_compressed, dk_selected, dv_selected = _selected_backward(q, k_selected, v_selected, blocks, d_out, lse_selected, delta_selected, gates, 1, (dq_compressed, None, None), cu_seqlens, scale)
     dq_compressed, dk_window, dv_window = _window_backward(q, k_window, v_window, d_out, lse_window, delta_window, gates, 2, (dq_compressed, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp, dk_selected, dv_selected, dk_window, dv_window, d_gates
 
 
-def _attention_grad_fake(d_out, q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, out_compressed, lse_compressed, out_selected, lse_selected, out_window, lse_window, blocks, cu_seqlens, scale):
+def _attention_grad_fake(d_out, q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, out_compressed, lse_compressed, rest_compressed, out_selected, lse_selected, out_window, lse_window, blocks, cu_seqlens, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(k_cmp, memory_format=torch.contiguous_format), torch.empty_like(v_cmp, memory_format=torch.contiguous_format), torch.empty_like(k_selected, memory_format=torch.contiguous_format), torch.empty_like(v_selected, memory_format=torch.contiguous_format), torch.empty_like(k_window, memory_format=torch.contiguous_format), torch.empty_like(v_window, memory_format=torch.contiguous_format), torch.empty_like(gates, memory_format=torch.contiguous_format)
 
 
@@ -2299,7 +2314,7 @@ def compressed_attention(q, k_cmp, v_cmp, *, scale=None, cu_seqlens=None):
     lse [B, T, 6] float32, natural log, not differentiable. A row that sees nothing: output 0, lse −inf.
     """
     q, k_cmp, v_cmp, scale, cu_seqlens = checks.part(_LAYOUT, "compressed", q, k_cmp, v_cmp, scale, cu_seqlens)
-    out, lse = _Ops.compressed_attention(q, k_cmp, v_cmp, cu_seqlens, scale)
+    out, lse, _ = _Ops.compressed_attention(q, k_cmp, v_cmp, cu_seqlens, scale)
     return out, lse.detach()
 
 

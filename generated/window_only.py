@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  4dcc1027805d
+content  2efb62b34cc2
 runtime  1
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -34,7 +34,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_4dcc1027805d"
+_SPACE = "nsagen_window_only_2efb62b34cc2"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -332,7 +332,8 @@ def window_fwd(
     out_row = (row // 16 * 64 + head) * 128
     d = tl.arange(0, 128)[None, :]
     acc0 = acc0 / z[:, None]
-    tl.store(out_ptr + out + out_row[:, None] + d, acc0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
 
 
 @triton.jit
@@ -567,7 +568,8 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
     at = row[:, None] * 128 + d
     mask = live[:, None]
     d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    sum0 += tl.sum(d_out * tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
+    term = tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum0 += tl.sum(d_out * term, 1)
     tl.store(delta0_ptr + row, sum0, mask=live)
 
 
@@ -634,8 +636,8 @@ def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, 
     return dq, dk, dv
 
 
-def _delta(d_out, out):
-    """rowsum(d_out·out), [B, T, 64] float32."""
+def _delta(d_out, out, rest):
+    """rowsum(d_out·(out + rest)), [B, T, 64] float32; rest may be None or empty."""
     if not launch.use_kernels(out):
         return torch_path.combine_grad((out,), None, d_out)[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
@@ -654,7 +656,7 @@ def _window_attention_fake(q, k, v, cu_seqlens, scale):
 
 
 def _window_attention_grad(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    delta_window = _delta(d_out, out_window)
+    delta_window = _delta(d_out, out_window, None)
     dq, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, None, None, (None, None, None), cu_seqlens, scale)
     return dq, dk, dv
 

@@ -95,7 +95,8 @@ def _read_all(specs: list[str], each: Callable[[str, Spec], None] | None = None)
         except (NsagenError, OSError) as error:
             _complain(error)
         else:
-            each and each(name, good[-1])
+            if each:
+                each(name, good[-1])
     if len(good) < len(specs):
         raise typer.Exit(BAD_INPUT)
     return good

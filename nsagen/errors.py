@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
+
+WIDTH, MESSAGE = 160, 240  # of a rendered source line and of a message, in characters
+
+
+def short(text: str, limit: int = 60) -> str:
+    """The text, or its beginning with an ellipsis."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text on one line that no terminal obeys: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -29,12 +42,33 @@ class Diagnostic:
         """`file:line:col: error: message [rule]` on one line, then the source with a caret, then the help."""
         at = self.span
         place = f"{at.file}:{at.line}:{at.column}: " if at else ""
-        lines = [f"{place}error: {self.message} [{self.rule}]"]
+        lines = [f"{place}error: {short(printable(self.message), MESSAGE)} [{self.rule}]"]
         if at and caret and at.source.strip():
-            lines += [f"  {at.source}", "  " + " " * (at.column - 1) + "^" * max(1, at.end_column - at.column)]
+            lines += _pointed(at)
         if self.hint:
-            lines.append(f"  help: {self.hint}")
+            lines.append(f"  help: {short(printable(self.hint), MESSAGE)}")
         return "\n".join(lines)
+
+
+def _pointed(at: Span) -> list[str]:
+    """The source line, cut to what surrounds the place, and carets under the place."""
+    start, end = at.column - 1, max(at.column, at.end_column - 1)
+    cut = 0 if len(at.source) <= WIDTH else max(0, start - WIDTH // 2)
+    shown = at.source[cut : cut + WIDTH]
+    left, right = "…" * (cut > 0), "…" * (cut + WIDTH < len(at.source))
+    before, under = _visible(shown[: start - cut]), _visible(shown[start - cut : end - cut])
+    carets = "^" * max(1, _columns(under))
+    return [f"  {left}{_visible(shown)}{right}", "  " + " " * _columns(left + before) + carets]
+
+
+def _visible(source: str) -> str:
+    """One sign for each character: a tab is a space, what cannot be printed a `·`."""
+    return "".join(" " if c == "\t" else c if c.isprintable() else "·" for c in source)
+
+
+def _columns(text: str) -> int:
+    """The columns of a terminal that the text takes: wide letters and emoji take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 class NsagenError(Exception):
@@ -47,6 +81,9 @@ class SpecError(NsagenError):
     def __init__(self, diagnostics: list[Diagnostic] | tuple[Diagnostic, ...]) -> None:
         self.diagnostics = tuple(diagnostics)
         super().__init__("\n".join(d.render() for d in self.diagnostics))
+
+    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[Diagnostic, ...]]]:
+        return type(self), (self.diagnostics,)  # crosses processes with its diagnostics, not with their text
 
 
 class InputError(NsagenError, ValueError):

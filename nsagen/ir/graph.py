@@ -98,13 +98,18 @@ class Pool:
 
 @dataclass(frozen=True)
 class Attend:
-    """out, lse = softmax attention of q over the union of the sources (one softmax)."""
+    """out, lse = softmax attention of q over the union of the sources (one softmax).
+
+    rest: what rounding took from out, for dtypes of 16 bits. delta = rowsum(d_out·out) is subtracted from every key's
+    dp, so its error adds up over all that a row sees; with out + rest it has float32's.
+    """
 
     branch: str
     q: str
     sources: tuple[Source, ...]
     out: str
     lse: str
+    rest: str | None = None  # set by differentiate
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,13 @@ class Combine:
 
 @dataclass(frozen=True)
 class CombineGrad:
-    """delta_c = g_c·rowsum(d_out·term_c), d_gates_c = rowsum(d_out·term_c); without gates g_c = 1."""
+    """delta_c = g_c·rowsum(d_out·term_c), d_gates_c = rowsum(d_out·term_c); without gates g_c = 1.
+
+    term_c stands for term_c + rest_c where there is a rest.
+    """
 
     terms: tuple[str, ...]
+    rests: tuple[str | None, ...]
     gates: str | None
     d_out: str
     deltas: tuple[str, ...]
@@ -192,7 +201,7 @@ def reads(node: Node) -> tuple[str, ...]:
     if isinstance(node, Combine):
         return (*node.terms, node.gates)
     if isinstance(node, CombineGrad):
-        return (*node.terms, node.d_out, *_some(node.gates))
+        return (*node.terms, *(x for r in node.rests for x in _some(r)), node.d_out, *_some(node.gates))
     keys = tuple(x for s in node.sources for x in (s.k, s.v, *_some(s.listed.blocks if s.listed else None)))
     if isinstance(node, Attend):
         return (node.q, *keys)
@@ -204,7 +213,7 @@ def writes(node: Node) -> tuple[str, ...]:
     if isinstance(node, (Pool, Combine, Select)):
         return (node.out,)
     if isinstance(node, Attend):
-        return (node.out, node.lse)
+        return (node.out, node.lse, *_some(node.rest))
     if isinstance(node, CombineGrad):
         return (*node.deltas, *_some(node.d_gates))
     return (node.dq, *node.dk, *node.dv)

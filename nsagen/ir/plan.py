@@ -105,7 +105,7 @@ class Operand:
     name: str
     role: Literal[
         "q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term",
-        "blocks", "scores", "items", "parts",
+        "blocks", "scores", "items", "parts", "rest",
     ]  # fmt: skip
     rows: Literal["query", "key"]
     mode: Literal["load", "store", "accumulate"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Pool, Select, Source
+from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Pool, Select, Source, writes
 from nsagen.ir.plan import Access, Buffer, Kernel, Launch, Mask, Op, Plan, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
 
@@ -39,9 +39,11 @@ def _node(node: Node) -> list[str]:
     if isinstance(node, CombineGrad):
         outs = (*node.deltas, *((node.d_gates,) if node.d_gates else ()))
         gates = f" gates %{node.gates}" if node.gates else ""
-        return [f"  {_names(outs)} = combine_grad %{node.d_out} {_names(node.terms)}{gates}"]
+        rests = tuple(r for r in node.rests if r)
+        more = f" rests {_names(rests)}" if rests else ""
+        return [f"  {_names(outs)} = combine_grad %{node.d_out} {_names(node.terms)}{more}{gates}"]
     if isinstance(node, Attend):
-        head = f"  %{node.out} %{node.lse} = attend {node.branch} %{node.q}"
+        head = f"  {_names(writes(node))} = attend {node.branch} %{node.q}"
         return [head, *(line for s in node.sources for line in _source(s))]
     gate = f" gates %{node.gates}[{node.gate}]" if node.gates else ""
     head = f"  {_names((node.dq, *node.dk, *node.dv))} = attend_grad {node.branch} %{node.q} %{node.lse} %{node.delta} %{node.d_out}{gate}"

@@ -61,7 +61,7 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
     if isinstance(node, Select):
         _select(node, graph, line)
     if isinstance(node, CombineGrad):
-        _need(len(node.deltas) == len(node.terms), line, "one delta a term")
+        _need(len(node.deltas) == len(node.terms) == len(node.rests), line, "one delta and one rest, or none, a term")
         _need((node.gates is None) == (node.d_gates is None), line, "gates and their gradient come together")
 
 

@@ -86,6 +86,8 @@ def _query_tiles(sources: tuple[Source, ...]) -> tuple[Grid, Choice]:
 def _forward(node: Attend) -> Kernel:
     grid, choice = _query_tiles(node.sources)
     stores = (Operand("out", "out", "query", "store"), Operand("lse", "lse", "query", "store"))
+    if node.rest:
+        stores = (*stores, Operand("rest", "rest", "query", "store", optional=True))
     operands = (_load("q", "q"), *_key_operands(node.sources), *stores)
     return Kernel(f"{node.branch}_fwd", node.branch, "attend_fwd", grid, operands, _walks(node.sources), (choice, PACK))
 
@@ -139,10 +141,12 @@ def _combination(node: Combine | CombineGrad) -> list[Kernel]:
         out = Operand("out", "out", "query", "store")
         return [Kernel("combine_fwd", "", "combine_fwd", flat, (*terms, gates, out), (), (ONE_PASS,))]
     d_out, delta = _load("d_out", "d_out"), Operand("delta", "delta", "query", "store")
-    kernels = [Kernel("row_delta", "", "combine_bwd", flat, (d_out, _load("term", "term"), delta), (), (ONE_PASS,))]
+    rest = _load("rest", "rest", optional=True)
+    kernels = [Kernel("row_delta", "", "combine_bwd", flat, (d_out, _load("term", "term"), rest, delta), (), (ONE_PASS,))]
     if node.gates:
         deltas = tuple(replace(delta, name=f"delta{i}") for i in range(len(node.deltas)))
         d_gates = Operand("d_gates", "d_gates", "query", "store")
-        operands = (d_out, *terms, gates, *deltas, d_gates)
+        rests = tuple(replace(rest, name=f"rest{i}") for i in range(len(node.rests)))
+        operands = (d_out, *terms, *rests, gates, *deltas, d_gates)
         kernels.append(Kernel("combine_bwd", "", "combine_bwd", flat, operands, (), (ONE_PASS,)))
     return kernels

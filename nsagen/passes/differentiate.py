@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Select, Value
+from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Select, Value, writes
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,33 @@ class Differentiate:
         values = {v.name: v for v in graph.values}
         values["d_out"] = replace(graph.value(graph.output), name="d_out")
         combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
+        graph = replace(graph, nodes=tuple(_with_rest(n) if isinstance(n, Attend) else n for n in graph.nodes))
         attends = [n for n in graph.nodes if isinstance(n, Attend)]
+        for node in attends:
+            if node.rest:
+                values[node.rest] = replace(values[node.out], name=node.rest)
         terms = combine.terms if combine else tuple(n.out for n in attends)
         by_out = {n.out: n for n in attends}
         deltas = tuple(f"delta_{by_out[term].branch}" for term in terms)
         for term, delta in zip(terms, deltas, strict=True):
             values[delta] = replace(values[by_out[term].lse], name=delta)
-        grad = CombineGrad(terms, combine.gates if combine else None, "d_out", deltas, "d_gates" if combine else None)
+        rests = tuple(by_out[term].rest for term in terms)
+        grad = CombineGrad(terms, rests, combine.gates if combine else None, "d_out", deltas, "d_gates" if combine else None)
         if combine:
             values["d_gates"] = replace(values[combine.gates], name="d_gates")
         users = Counter(x for n in attends for x in (n.q, *(x for s in n.sources for x in (s.k, s.v))))
         backward = [_attend_grad(n, combine, terms.index(n.out), values, users) for n in attends]
         nodes: tuple[Node, ...] = (*graph.nodes, grad, *backward)
         chosen = tuple(n.out for n in graph.nodes if isinstance(n, Select))
-        saved = (*(x for n in attends for x in (n.out, n.lse)), *chosen)
+        saved = (*(x for n in attends for x in writes(n)), *chosen)
         grads = _grads(backward, combine)
         return replace(graph, values=tuple(values.values()), nodes=nodes, saved=saved, grads=grads)
+
+
+def _with_rest(node: Attend) -> Attend:
+    """A row of a pooled axis may average as many keys as the sequence has: there the rounding of out is kept."""
+    pooled = any(not s.axis.is_tokens for s in node.sources)
+    return replace(node, rest=f"rest_{node.branch}") if pooled else node
 
 
 def _attend_grad(

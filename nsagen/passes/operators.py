@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nsagen.ir.graph import TOKENS, Attend, AttendGrad, Combine, CombineGrad, Graph, Select, Source, Value
+from nsagen.ir.graph import TOKENS, Attend, AttendGrad, Combine, CombineGrad, Graph, Select, Source, Value, writes
 from nsagen.ir.plan import Buffer, Launch, Op
 from nsagen.sym import Expr, const, count
 
@@ -47,7 +47,7 @@ def _key_binds(sources: tuple[Source, ...]) -> Binds:
 
 
 def _forward(node: Attend) -> Launch:
-    outs = (("out", node.out), ("lse", node.lse))
+    outs = (("out", node.out), ("lse", node.lse), *((("rest", node.rest),) if node.rest else ()))
     return Launch(f"{node.branch}_fwd", (("q", node.q), *_key_binds(node.sources), *outs))
 
 
@@ -99,14 +99,15 @@ class _Gradients:
 def _part(node: Attend, grad: AttendGrad) -> list[Op]:
     keys, lists = inputs_of([node])
     inputs = (node.q, *keys, *lists)
-    delta = Launch("row_delta", (("d_out", grad.d_out), ("term", node.out), ("delta", grad.delta)))
+    rest: Binds = (("rest", node.rest),) if node.rest else ()
+    delta = Launch("row_delta", (("d_out", grad.d_out), ("term", node.out), *rest, ("delta", grad.delta)))
     gradients = _Gradients(column_of_gates=False)
     launches = (delta, *gradients.launches(node, grad))
     outputs = tuple(gradients.into[x] for x in (node.q, *keys))
     name = f"{node.branch}_attention"
     return [
-        Op(name, "part", inputs, (node.out, node.lse), (_forward(node),)),
-        Op(f"{name}_grad", "part_grad", (grad.d_out, *inputs, node.out, node.lse), outputs, launches),
+        Op(name, "part", inputs, writes(node), (_forward(node),)),
+        Op(f"{name}_grad", "part_grad", (grad.d_out, *inputs, *writes(node)), outputs, launches),
     ]
 
 
@@ -138,7 +139,8 @@ def _whole_grad(
     inputs = _whole_inputs(graph, attends, combine)
     deltas = tuple((f"delta{i}", d) for i, d in enumerate(combine_grad.deltas))
     d_gates = combine_grad.d_gates or ""
-    split = (("d_out", "d_out"), *_terms(combine), ("gates", combine.gates), *deltas, ("d_gates", d_gates))
+    rests = tuple((f"rest{i}", r) for i, r in enumerate(combine_grad.rests) if r)
+    split = (("d_out", "d_out"), *_terms(combine), *rests, ("gates", combine.gates), *deltas, ("d_gates", d_gates))
     launches = [Launch("combine_bwd", split)]
     gradients = _Gradients(column_of_gates=True)
     for node in attends:

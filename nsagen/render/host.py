@@ -51,6 +51,7 @@ class BranchView:
     fwd: str
     dq: str
     sources: tuple[KeySourceView, ...]
+    rest: bool
 
     @property
     def listed(self) -> bool:
@@ -110,6 +111,7 @@ class PartView:
     rows: str
     doc: str
     listed: BlockList | None
+    rest: bool
 
 
 def branch_views(graph: Graph, plan: Plan) -> tuple[BranchView, ...]:
@@ -119,7 +121,7 @@ def branch_views(graph: Graph, plan: Plan) -> tuple[BranchView, ...]:
 def _branch(node: Attend, plan: Plan) -> BranchView:
     pairs = enumerate(zip(node.sources, suffixes(node.sources), strict=True))
     sources = tuple(_key_source(node.branch, s, suffix, i, plan) for i, (s, suffix) in pairs)
-    return BranchView(node.branch, f"{node.branch}_fwd", f"{node.branch}_dq", sources)
+    return BranchView(node.branch, f"{node.branch}_fwd", f"{node.branch}_dq", sources, node.rest is not None)
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:
@@ -185,7 +187,8 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
         terms = [b for o, b in launch.binds if o.startswith("term")]
         if kernel.body == "attend_fwd":
             arguments = ", ".join(_arguments(kernel.branch, graph))
-            lines.append(f"{bind['out']}, {bind['lse']} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale)")
+            outs = ", ".join(bind[o] for o in ("out", "lse", "rest") if o in bind)
+            lines.append(f"{outs} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale)")
         elif kernel.body == "attend_dq":
             lines.append(_backward(op, launch, kernel.branch, bind, graph, plan))
         elif kernel.body == "select_scores":
@@ -195,9 +198,10 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
             lines.append(f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})")
         elif kernel.body == "combine_bwd" and "gates" in bind:
             deltas = ", ".join(b for o, b in launch.binds if o.startswith("delta"))
-            lines.append(f"({deltas}), {bind['d_gates']} = _combine_backward(d_out, {', '.join(terms)}, {bind['gates']})")
+            arguments = ", ".join([*terms, *(b for o, b in launch.binds if o.startswith("rest")), bind["gates"]])
+            lines.append(f"({deltas}), {bind['d_gates']} = _combine_backward(d_out, {arguments})")
         elif kernel.body == "combine_bwd":
-            lines.append(f"{bind['delta']} = _delta(d_out, {bind['term']})")
+            lines.append(f"{bind['delta']} = _delta(d_out, {bind['term']}, {bind.get('rest', 'None')})")
     return lines
 
 
@@ -225,6 +229,8 @@ def _fake(name: str, graph: Graph) -> str:
     if like is not None:
         return f"torch.empty_like({like}, memory_format=torch.contiguous_format)"
     value, heads = graph.value(name), graph.heads
+    if name.startswith("rest_"):
+        return f"launch.rest(q, (*q.shape[:2], {heads.query}, {heads.v_dim}))"
     if value.dtype == "int32":
         count = next(s.listed.count for n in graph.nodes if isinstance(n, AttendGrad) for s in n.sources if s.listed)
         return f"q.new_empty((*q.shape[:2], {heads.kv}, {count}), dtype=torch.int32)"
@@ -245,7 +251,7 @@ def _part(node: Attend) -> PartView:
     what = "key s" if source.axis.is_tokens else "block s"
     inside = " in a listed block and" if source.listed else ""
     doc = f"query t sees {what} iff{inside} {_domain(source)}"
-    return PartView(f"{node.branch}_attention", node.branch, *keys, doc, source.listed)
+    return PartView(f"{node.branch}_attention", node.branch, *keys, doc, source.listed, node.rest is not None)
 
 
 def whole_call(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> Named:

@@ -90,6 +90,8 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "gated": combine is not None,
         "terms": combine.terms if combine else (),
         "deltas": grad.deltas,
+        "rests": tuple(r for r in grad.rests if r),
+        "any_rest": any(grad.rests),
         "branches": tuple(spec["branches"]),
         "per_branch": spec["kv"] == "per_branch",
         "hq": plan.heads.query, "hkv": plan.heads.kv, "group": plan.heads.group,

@@ -118,6 +118,8 @@ class KernelView:
     conjuncts: tuple[Named, ...]
     sources: tuple[SourceView, ...]
     terms: tuple[Part, ...]  # only their numbers are asked
+    rests: tuple[Part, ...]  # the terms that may come with a rest
+    rest: bool  # whether a rest is stored
     columns: int  # of the gates
     gated: bool
     descending: bool
@@ -164,6 +166,8 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         conjuncts=tuple(conjuncts.values()),
         sources=_sources(kernel, conjuncts, plan),
         terms=terms,
+        rests=tuple(t for t in terms if _has_rest(kernel, plan, t.i)),
+        rest=any(o.role == "rest" and o.mode == "store" for o in kernel.operands),
         columns=_columns(plan),
         gated=any(o.role == "gates" for o in kernel.operands),
         descending=kernel.grid.order == "descending",
@@ -197,6 +201,12 @@ def _heads_live(kernel: Kernel, heads: Heads) -> str:
 
 def _listed_size(plan: Plan) -> int:
     return next((w.listed.size for k in plan.kernels for w in k.walks if w.listed), 0)
+
+
+def _has_rest(kernel: Kernel, plan: Plan, term: int) -> bool:
+    """Whether some launch binds a rest to the term."""
+    names = {f"rest{term}", "rest"} if term == 0 else {f"rest{term}"}
+    return any(o in names for op in plan.ops for launch in op.launches if launch.kernel == kernel.name for o, _ in launch.binds)
 
 
 def _columns(plan: Plan) -> int:

@@ -70,6 +70,20 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
+def rest(
+    q: torch.Tensor, shape: tuple[int, ...] | None = None, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Where a kernel keeps what rounding takes from its output; empty where nothing is rounded, or without a shape."""
+    if shape is None or not use_kernels(q) or q.dtype == torch.float32:
+        return q.new_empty(0)
+    return empty(q, shape, cu_seqlens)
+
+
+def kept(rest: torch.Tensor | None) -> torch.Tensor | None:
+    """A kernel's argument: the rest, or None where it is empty."""
+    return rest if rest is not None and rest.numel() else None
+
+
 def target(into: torch.Tensor | None, like: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
     """(a gradient like `like` to write, False), or (`into`, True) to add to."""
     return (empty(like, like.shape, cu_seqlens), False) if into is None else (into, True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from annotated_types import Ge, Le
 from pydantic import BaseModel, ValidationError
 
-from nsagen.errors import Diagnostic, Span, SpecError
+from nsagen.errors import Diagnostic, Span, SpecError, short
 from nsagen.spec import kinds as _builtin  # noqa: F401  registers the built-in kinds
 from nsagen.spec.model import Heads, Spec, branch_kinds
 from nsagen.spec.registry import Options
-from nsagen.spec.rules import Checked, Problem
-from nsagen.spec.source import Document, Path_, parse, read_text
+from nsagen.spec.rules import Broken, Checked
+from nsagen.spec.source import MAX_DEPTH, Document, Path_, parse, read_text
 
 Place = Callable[[Path_, bool], "Span | None"]
 
@@ -34,172 +35,218 @@ def parse_spec(text: str, file: str = "<spec>") -> Spec:
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     """The spec in a dict with the YAML's keys; its diagnostics name the key's path."""
     if not isinstance(data, Mapping):
-        raise SpecError([Diagnostic("mapping", f"a spec is a mapping, not {type(data).__name__}", None, "see `nsagen new NAME`")])
+        raise _wrong("mapping", f"a spec is a mapping, not {type(data).__name__}", "see `nsagen new NAME`")
     return _Check(_plain(data), lambda path, key: None).spec()
 
 
-def _plain(value: Any) -> Any:
-    return {str(k): _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+def _plain(value: Any, depth: int = 0) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if depth == MAX_DEPTH:
+        raise _wrong("depth", f"nesting is deeper than {MAX_DEPTH}", "a spec needs three levels")
+    keys = [str(k) for k in value]
+    if len({*keys}) < len(keys):
+        twice = next(k for k in keys if keys.count(k) > 1)
+        raise _wrong("duplicate", f"`{short(twice)}` is given twice", "remove one of them")
+    return {str(k): _plain(v, depth + 1) for k, v in value.items()}
+
+
+def _wrong(rule: str, message: str, hint: str) -> SpecError:
+    return SpecError([Diagnostic(rule, message, None, hint)])
+
+
+class _Part(NamedTuple):
+    """A model of the fields that hold, the names of those that do not, and the keys as given."""
+
+    value: Any
+    failed: set[str]
+    given: dict[str, Any]
+
+    def holds(self, *fields: str) -> bool:
+        return not self.failed & {*fields}
 
 
 class _Check:
-    """Validates part by part, so that an error in one branch hides none in another."""
+    """Validates part by part, so that an error in one hides none in another. A broken part stands in by what holds."""
 
     def __init__(self, data: dict[str, Any], place: Place) -> None:
         self.data, self.place = data, place
         self.problems: list[Diagnostic] = []
 
     def spec(self) -> Spec:
-        branches = self._branches()
-        data = {**self.data, **({"branches": branches} if branches is not None else {})}
-        if isinstance(self.data.get("heads"), dict):
-            heads = self._model(Heads, self.data["heads"], ("heads",))
-            if heads is not None:
-                data["heads"] = heads
-        if branches is not None:
-            self._across(branches)
-        spec = self._model(Spec, data, (), skip=("branches", "heads"))
+        data = {**self.data}
+        if isinstance(data.get("heads"), dict):
+            data["heads"] = self._model(Heads, data["heads"], ("heads",)).value
+        if data.get("branches") and isinstance(data["branches"], dict):
+            parts = self._branches(data["branches"])
+            self._across(parts)
+            data["branches"] = {name: parts[name].value if name in parts else Options() for name in data["branches"]}
+        spec = self._model(Spec, data, ()).value
         if self.problems:
             raise SpecError(sorted(self.problems, key=lambda d: (d.span.line, d.span.column) if d.span else (0, 0)))
-        assert spec is not None
         return spec
 
-    def _branches(self) -> dict[str, Options] | None:
+    def _branches(self, given: dict[str, Any]) -> dict[str, _Part]:
         """The options of each branch, as far as they hold."""
-        given = self.data.get("branches")
-        if not isinstance(given, dict) or not given:
-            return None
-        known, checked = branch_kinds(), {}
+        known, parts = branch_kinds(), {}
         for name, options in given.items():
             path = ("branches", name)
             if name not in known:
                 self._unknown(path, known, "branch kind")
             elif not isinstance(options, dict):
-                self._add("type", path, f"branch {name} takes a mapping of options, not {_show(options)}", _example(known[name]))
+                message = f"branch {name} takes a mapping of options, not {_show(options)}"
+                self._add("type", path, message, _example(known[name]))
             else:
-                checked[name] = self._model(known[name], self._defaults(name, options), path)
-        return {name: options for name, options in checked.items() if options is not None}
+                parts[name] = self._model(known[name], options, path)
+        return parts
 
-    def _defaults(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        """A selection without a compressed branch has no default for its scores."""
-        if name == "selected" and "from" not in options and "compressed" not in self.data["branches"]:
-            self._add("from", ("branches", name), "selected does not say where its scores come from, and there is no compressed branch",
-                      "add a compressed branch, or from: pooled | caller")  # fmt: skip
-        return options
-
-    def _across(self, branches: dict[str, Any]) -> None:
-        """d | l' and l <= l' where compressed blocks score the selection."""
-        selected, compressed = branches.get("selected"), branches.get("compressed")
-        if selected is None or selected.scores != "compressed":
+    def _across(self, parts: dict[str, _Part]) -> None:
+        """A selection by compressed scores needs the compressed branch, d | l' and l <= l'."""
+        selected, compressed = parts.get("selected"), parts.get("compressed")
+        if selected is None or not selected.holds("scores") or selected.value.scores != "compressed":
             return
-        at = ("branches", "selected", "block")
-        if compressed is None:
-            if "compressed" not in self.data["branches"] and "from" in self.data["branches"]["selected"]:
-                self._add("from", ("branches", "selected", "from"), "from: compressed without a compressed branch",
-                          "add a compressed branch, or from: pooled | caller")  # fmt: skip
-            return
-        if selected.block % compressed.stride:
-            self._add("divides", at, f"stride {compressed.stride} does not divide selected block {selected.block} (d | l')",
-                      f"use a selected block that is a multiple of {compressed.stride}")  # fmt: skip
-        if compressed.block > selected.block:
-            self._add("order", at, f"compressed block {compressed.block} is longer than selected block {selected.block} (l <= l')",
-                      f"use a selected block of {compressed.block} or more")  # fmt: skip
+        if "compressed" not in self.data["branches"]:
+            self._no_scores("from" in selected.given)
+        elif compressed and selected.holds("block"):
+            self._block_fits(selected, compressed)
 
-    def _model(self, model: type[Checked], data: Any, path: Path_, skip: tuple[str, ...] = ()) -> Any:
+    def _no_scores(self, said: bool) -> None:
+        message = ("from: compressed without a compressed branch" if said else
+                   "selected does not say where its scores come from, and there is no compressed branch")  # fmt: skip
+        path = ("branches", "selected", *(("from",) if said else ()))
+        self._add("from", path, message, "add a compressed branch, or from: pooled | caller")
+
+    def _block_fits(self, selected: _Part, compressed: _Part) -> None:
+        (block, l, d), holds = (selected.value.block, compressed.value.block, compressed.value.stride), compressed.holds
+        at = lambda other: ("branches", *_given(selected, compressed, other))  # noqa: E731
+        if holds("stride") and block % d:
+            self._add("divides", at("stride"), f"stride {d} does not divide selected block {block} (d | l')",
+                      f"use a selected block that is a multiple of {d}")  # fmt: skip
+        if holds("block") and l > block:
+            self._add("order", at("block"), f"compressed block {l} is longer than selected block {block} (l <= l')",
+                      f"use a selected block of {l} or more")  # fmt: skip
+
+    def _model(self, model: type[Checked], data: dict[str, Any], path: Path_) -> _Part:
         try:
-            return model.model_validate(data)
+            return _Part(model.model_validate(data), set(), data)
         except ValidationError as error:
             items = error.errors(include_url=False)
-            failed = {str(item["loc"][0]) for item in items if item["loc"]}
-            for item in items:
-                where = tuple(str(x) for x in item["loc"])
-                if where and where[0] in skip and isinstance(self.data.get(where[0]), dict) and self.data[where[0]]:
-                    continue  # said already, part by part
-                if where == ("v_dim",) and "v_dim" not in self.data["heads"]:
-                    continue  # it is qk_dim's value
-                self._say(item, model, (*path, *where))
-            if failed:
-                self._rules_between_the_rest(model, data, path, failed)
-        return None
+        failed = {str(item["loc"][0]) for item in items if item["loc"]}
+        holding = {name: value for name, value in data.items() if name not in failed and name in _names(model)}
+        part = _Part(model.model_construct(**model.filled(holding)), {_field(model, f) for f in failed}, data)
+        for item in items:
+            self._say(item, model, (*path, *map(str, item["loc"])), part)
+        if failed:  # pydantic asks for the rules between fields only where every field holds
+            self._rules(part, part.value.broken(part.failed), path)
+        return part
 
-    def _rules_between_the_rest(self, model: type[Checked], data: Any, path: Path_, failed: set[str]) -> None:
-        """The rules between fields run only where all types hold: ask again without the fields that failed."""
-        names = {f.alias or n: n for n, f in model.model_fields.items()}
-        values = {names[k]: v for k, v in data.items() if k in names and k not in failed}
-        rest = model.model_construct(**values)
-        try:
-            problems = [p for p in rest.rules() if not failed & {p.field, *p.involves}]
-        except (AttributeError, TypeError):  # a rule speaks of a field that is not there
-            return
-        for problem in problems:
-            self._problem(problem, path)
-
-    def _say(self, item: Any, model: type[BaseModel], path: Path_) -> None:
+    def _say(self, item: Any, model: type[BaseModel], path: Path_, part: _Part) -> None:
         kind, context = item["type"], item.get("ctx", {})
+        field = str(path[-1]) if path else "spec"
         if kind == "nsagen_rules":
-            for problem in context["problems"]:
-                self._problem(problem, path)
-            return None
-        if kind == "extra_forbidden":
-            return self._unknown(path, _names(model), "key")
-        field = path[-1] if path else "spec"
-        if kind == "missing":
-            return self._add("missing", path, f"`{field}` is missing", f"add `{field}: …`", key=True)
-        rule, message, hint = _explain(kind, context, str(field), item["input"])
-        self._add(rule, path, message, hint)
+            self._rules(part, context["broken"], path)
+        elif kind == "extra_forbidden":
+            self._unknown(path, _names(model), "key")
+        elif kind == "missing":
+            self._add("missing", path, f"`{field}` is missing", f"add `{field}: …`", key=True)
+        elif field in part.given:  # not a default that stands for another key's value
+            rule, message, hint = explain(item, field, model)
+            self._add(rule, path, message, hint)
 
-    def _problem(self, problem: Problem, path: Path_) -> None:
-        self._add(problem.rule, (*path, problem.field), problem.message, problem.hint)
+    def _rules(self, part: _Part, broken: tuple[Broken, ...], path: Path_) -> None:
+        for fields, problem in broken:
+            names = [_alias(type(part.value), f) for f in fields]
+            at = next((n for n in names if n in part.given), names[0])
+            self._add(problem.rule, (*path, at), problem.message, problem.hint)
 
     def _unknown(self, path: Path_, known: Any, what: str) -> None:
-        close = difflib.get_close_matches(str(path[-1]), list(known), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(path[-1])[:60], list(known), n=1, cutoff=0.5)
         hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
-        self._add("unknown", path, f"unknown {what} `{str(path[-1])[:60]}`", hint, key=True)
+        self._add("unknown", path, f"unknown {what} `{short(str(path[-1]))}`", hint, key=True)
 
     def _add(self, rule: str, path: Path_, message: str, hint: str, key: bool = False) -> None:
         span = self.place(path, key)
-        prefix = "" if span or not path else ".".join(map(str, path)) + ": "
+        prefix = "" if span or not path else short(".".join(map(str, path))) + ": "
         self.problems.append(Diagnostic(rule, prefix + message, span, hint))
 
 
+def _given(selected: _Part, compressed: _Part, other: str) -> tuple[str, str]:
+    """Where the caret goes for a rule between selected.block and a key of compressed: to one that the spec gives."""
+    return ("compressed", other) if other in compressed.given and "block" not in selected.given else ("selected", "block")
+
+
+def _alias(model: type[BaseModel], field: str) -> str:
+    return model.model_fields[field].alias or field
+
+
+def _field(model: type[BaseModel], key: str) -> str:
+    return next((name for name, f in model.model_fields.items() if f.alias == key), key)
+
+
 def _names(model: type[BaseModel]) -> list[str]:
-    return [f.alias or name for name, f in model.model_fields.items()]
-
-
-def _show(value: Any) -> str:
-    text = {True: "true", False: "false", None: "null"}.get(value, repr(value)) if isinstance(value, (bool, type(None))) else repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+    return [_alias(model, name) for name in model.model_fields]
 
 
 def _example(options: type[Options]) -> str:
     return "write it as {" + ", ".join(f"{n}: …" for n in _names(options)) + "}"
 
 
+def _show(value: Any) -> str:
+    """A value as YAML has it, in 40 characters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    try:
+        return short(repr(value), 40)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a bottomless list
+        return f"such {type(value).__name__}"
+
+
 TYPES = {
-    "int_type": "an integer", "string_type": "a string", "bool_type": "true or false", "dict_type": "a mapping",
-    "model_type": "a mapping", "model_attributes_type": "a mapping",
+    "int_type": "an integer", "float_type": "a number", "string_type": "a string", "bool_type": "true or false",
+    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping", "list_type": "a list",
 }  # fmt: skip
+BOUNDS = {
+    "greater_than_equal": ("ge", "is below {}", "use {} or more"),
+    "less_than_equal": ("le", "is above {}", "use {} or less"),
+    "greater_than": ("gt", "is not above {}", "use more than {}"),
+    "less_than": ("lt", "is not below {}", "use less than {}"),
+}
 
 
-def _explain(kind: str, context: dict[str, Any], field: str, value: Any) -> tuple[str, str, str]:
+def explain(item: Any, field: str, model: type[BaseModel]) -> tuple[str, str, str]:
     """(rule, message, hint) of one of pydantic's own errors."""
-    shown = _show(value)
+    kind, context, value, shown = item["type"], item.get("ctx", {}), item["input"], _show(item["input"])
     if kind in TYPES:
-        hint = "integers are written plain: 64, not \"64\", 64.0 or true" if kind == "int_type" else f"give {TYPES[kind]}"
+        hint = 'integers are written plain: 64, not "64", 64.0 or true' if kind == "int_type" else f"give {TYPES[kind]}"
         return "type", f"{field} must be {TYPES[kind]}, not {shown}", hint
-    if kind in ("greater_than_equal", "less_than_equal"):
-        low = kind == "greater_than_equal"
-        bound = context["ge" if low else "le"]
-        return "range", f"{field} {shown} is {'below' if low else 'above'} {bound}", f"use {bound} or {'more' if low else 'less'}"
+    if kind in BOUNDS:
+        key, message, hint = BOUNDS[kind]
+        return "range", f"{field} {shown} {message.format(context[key])}", hint.format(context[key])
     if kind == "multiple_of":
         step = context["multiple_of"]
-        near = [x for x in (value // step * step, -(-value // step) * step) if 16 <= x <= 256]
-        return "multiple", f"{field} {shown} is no multiple of {step}", f"use {' or '.join(map(str, near)) or '16 to 256'}"
+        return "multiple", f"{field} {shown} is no multiple of {step}", f"use {_nearest(value, step, model, field)}"
     if kind == "literal_error":
-        close = difflib.get_close_matches(str(value), [e.strip("'") for e in context["expected"].replace(" or ", ", ").split(", ")], n=1)
-        return "choice", f"{field} {shown} is none of {context['expected']}", f"did you mean {close[0]}?" if close else "use one of them"
-    if kind == "string_pattern_mismatch":
+        hint = _nearest_choice(value, context["expected"])
+        return "choice", f"{field} {shown} is none of {context['expected']}", hint
+    if kind == "string_pattern_mismatch" and model is Spec:
         return "name", f"{field} {shown} is no module name", "lower case letters, digits and _, a letter first, 63 at most"
     if kind == "too_short":
-        return "empty", f"{field} is empty", "one or more"
-    return kind, f"{field}: {shown} is not allowed", "see `nsagen schema`"
+        return "empty", f"{field} is empty", f"one or more of {', '.join(branch_kinds())}" if model is Spec else "one or more"
+    return kind, f"{field} {shown}: {short(item['msg'], 160)}", "see `nsagen schema`"
+
+
+def _nearest(value: Any, step: Any, model: type[BaseModel], field: str) -> str:
+    """The multiples of `step` on both sides of a value, inside the field's bounds."""
+    bounds = model.model_fields[_field(model, field)].metadata
+    low = next((-(-b.ge // step) * step for b in bounds if isinstance(b, Ge)), None)
+    high = next((b.le // step * step for b in bounds if isinstance(b, Le)), None)
+    near = {value // step * step, -(-value // step) * step}
+    near = {max(n, low) if low is not None else n for n in near}
+    near = {min(n, high) if high is not None else n for n in near}
+    return " or ".join(_show(n) for n in sorted(near))
+
+
+def _nearest_choice(value: Any, expected: str) -> str:
+    choices = [e.strip("'") for e in expected.replace(" or ", ", ").split(", ")]
+    close = difflib.get_close_matches(_show(value).strip("'"), choices, n=1)
+    return f"did you mean {close[0]}?" if close else "use one of them"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nsagen.spec.lower import lower_compressed, lower_selected, lower_window
 from nsagen.spec.registry import BranchKind, Options, register
-from nsagen.spec.rules import Problem
+from nsagen.spec.rules import Problem, rule
 
 Block = Annotated[int, Field(ge=1, le=4096)]
 
@@ -22,21 +22,24 @@ class Compressed(Options):
     pool: Literal["mean", "weighted", "linear", "mlp"] = Field("mlp", description="φ")
     positions: bool = Field(default=True, description="learned positions inside the block (mean has none)")
 
-    @model_validator(mode="before")
     @classmethod
-    def _mean_has_no_positions(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("pool") == "mean" and "positions" not in data:
-            return {**data, "positions": False}
-        return data
+    def filled(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**data, "positions": False} if data.get("pool") == "mean" and "positions" not in data else data
 
-    def rules(self) -> Iterable[Problem]:
-        if self.block % self.stride:
-            fitting = [d for d in range(1, self.block + 1) if self.block % d == 0][-6:]
-            yield Problem("stride", "divides", f"stride {self.stride} does not divide block {self.block} (d | l)",
-                          f"use a stride of {_either(fitting)}, or another block", ("block",))  # fmt: skip
-        if self.pool == "mean" and self.positions:
-            yield Problem("positions", "positions", "positions true with pool mean: a mean of positions is a constant",
-                          "remove positions, or use pool: mlp", ("pool",))  # fmt: skip
+    @rule("stride", "block")
+    def _stride_divides_block(self) -> Problem | None:
+        if self.block % self.stride == 0:
+            return None
+        fitting = [d for d in range(1, self.block + 1) if self.block % d == 0][-6:]
+        return Problem("divides", f"stride {self.stride} does not divide block {self.block} (d | l)",
+                       f"use a stride of {_either(fitting)}, or another block")  # fmt: skip
+
+    @rule("positions", "pool")
+    def _mean_has_no_positions(self) -> Problem | None:
+        if self.pool != "mean" or not self.positions:
+            return None
+        return Problem("positions", "positions true with pool mean: a mean of positions is a constant",
+                       "remove positions, or use pool: mlp")  # fmt: skip
 
 
 class Selected(Options):
@@ -50,12 +53,14 @@ class Selected(Options):
         "compressed", alias="from", description="where the block scores come from"
     )
 
-    def rules(self) -> Iterable[Problem]:
+    @rule("top_n", "initial", "local")
+    def _forced_blocks_fit(self) -> Problem | None:
         forced = self.initial + self.local
-        if forced > self.top_n:
-            count = f"initial {self.initial} + local {self.local} = {forced} forced blocks"
-            yield Problem("top_n", "forced", f"{count}, but top_n is {self.top_n} (initial + local <= n)",
-                          f"forced blocks count in top_n: raise it to {forced} or more", ("initial", "local"))  # fmt: skip
+        if forced <= self.top_n:
+            return None
+        count = f"initial {self.initial} + local {self.local} = {forced} forced blocks"
+        return Problem("forced", f"{count}, but top_n is {self.top_n} (initial + local <= n)",
+                       f"forced blocks count in top_n: raise it to {forced} or more")  # fmt: skip
 
 
 class Window(Options):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import keyword
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny
 
+from nsagen.errors import short
 from nsagen.spec.registry import Options, kinds
-from nsagen.spec.rules import Checked, Problem
+from nsagen.spec.rules import Checked, Problem, rule
 
 TAKEN = {"torch", "triton", "nsagen"}
 NAME_HINT = "choose another; it becomes a module's name"
@@ -27,21 +28,20 @@ class Heads(Checked):
     qk_dim: Dim = Field(description="dim of q and k, 16–256 in steps of 8")
     v_dim: Dim = Field(description="dim of v; qk_dim where it is not given")
 
-    @model_validator(mode="before")
     @classmethod
-    def _same_dims(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "v_dim" not in data and "qk_dim" in data:
-            return {**data, "v_dim": data["qk_dim"]}
-        return data
+    def filled(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"v_dim": data.get("qk_dim", 16), **data}  # without either, only qk_dim is missing
 
-    def rules(self) -> Iterable[Problem]:
+    @rule("kv", "query")
+    def _groups(self) -> Problem | None:
         if self.query % self.kv:
-            yield Problem("kv", "group", f"kv {self.kv} does not divide query {self.query} (kv | query)",
-                          "every KV head serves the same number of query heads", ("query",))  # fmt: skip
-        elif self.group > MAX_GROUP:
+            return Problem("group", f"kv {self.kv} does not divide query {self.query} (kv | query)",
+                           "every KV head serves the same number of query heads")  # fmt: skip
+        if self.group > MAX_GROUP:
             group = f"a group of {self.group} query heads (query {self.query} / kv {self.kv})"
-            yield Problem("kv", "group", f"{group} passes {MAX_GROUP}",
-                          f"use at least {-(-self.query // MAX_GROUP)} KV heads", ("query",))  # fmt: skip
+            fitting = next(n for n in range(-(-self.query // MAX_GROUP), self.query + 1) if self.query % n == 0)
+            return Problem("group", f"{group} passes {MAX_GROUP}", f"use {fitting} KV heads or more")
+        return None
 
     @property
     def group(self) -> int:
@@ -57,22 +57,25 @@ class Spec(Checked):
     branches: dict[str, SerializeAsAny[Options]] = Field(min_length=1, description="one or more, in the order of the gates")
     combine: Literal["gated_sum", "one_softmax", "single"] = Field(description="how the branches become one output")
 
-    @model_validator(mode="before")
     @classmethod
-    def _default_combine(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "combine" not in data and isinstance(data.get("branches"), dict):
-            return {**data, "combine": "single" if len(data["branches"]) == 1 else "gated_sum"}
-        return data
+    def filled(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"combine": "single" if _one(data.get("branches")) else "gated_sum", **data}
 
-    def rules(self) -> Iterable[Problem]:
+    @rule("name")
+    def _name_is_free(self) -> Problem | None:
         if keyword.iskeyword(self.name) or keyword.issoftkeyword(self.name):
-            yield Problem("name", "name", f"name {self.name!r} is a Python keyword", NAME_HINT)
-        elif self.name in sys.stdlib_module_names or self.name in TAKEN:
-            yield Problem("name", "name", f"name {self.name!r} would hide the module {self.name}", NAME_HINT)
-        if self.combine == "single" and len(self.branches) != 1:
-            count = f"{len(self.branches)} branches ({', '.join(self.branches)})"
-            yield Problem("combine", "single", f"combine single with {count}",
-                          "single takes one branch: use gated_sum or one_softmax")  # fmt: skip
+            return Problem("name", f"name {self.name!r} is a Python keyword", NAME_HINT)
+        if self.name in sys.stdlib_module_names or self.name in TAKEN:
+            return Problem("name", f"name {self.name!r} would hide the module {self.name}", NAME_HINT)
+        return None
+
+    @rule("combine", "branches")
+    def _single_has_one_branch(self) -> Problem | None:
+        if self.combine != "single" or len(self.branches) <= 1:
+            return None
+        names = short(", ".join(self.branches), 80)
+        count = f"{len(self.branches)} branches ({names})"
+        return Problem("single", f"combine single with {count}", "single takes one branch: use gated_sum or one_softmax")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict: the YAML's keys with the defaults filled in."""
@@ -81,3 +84,7 @@ class Spec(Checked):
 
 def branch_kinds() -> dict[str, type[Options]]:
     return {name: kind.options for name, kind in kinds().items()}
+
+
+def _one(branches: Any) -> bool:
+    return isinstance(branches, Mapping) and len(branches) == 1

@@ -1,9 +1,12 @@
-"""Models that list every rule they break, each with the field it stands at."""
+"""Models that list every rule they break, each with the fields it stands between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,27 +14,59 @@ from pydantic_core import PydanticCustomError
 
 @dataclass(frozen=True)
 class Problem:
-    """A rule between fields that does not hold; `field` is where the caret goes."""
+    """A rule that does not hold: its id, a message with the values at odds, and the way out."""
 
-    field: str
     rule: str
     message: str
     hint: str
-    involves: tuple[str, ...] = ()  # the other fields whose values the message speaks of
+
+
+class Broken(NamedTuple):
+    """A problem and the fields it speaks of; the caret goes to the first of them that the spec gives."""
+
+    fields: tuple[str, ...]
+    problem: Problem
+
+
+FIELDS = "nsagen_fields"
+Rule = Callable[[Any], "Problem | None"]
+
+
+def rule(*fields: str) -> Callable[[Rule], Rule]:
+    """Marks a method of a Checked model as a rule between these fields; it runs where each of them holds by itself."""
+
+    def mark(method: Rule) -> Rule:
+        setattr(method, FIELDS, fields)
+        return method
+
+    return mark
 
 
 class Checked(BaseModel):
     """Base of every model of a spec: strict types, no unknown keys, immutable, rules between fields."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    def rules(self) -> Iterable[Problem]:
-        """Every rule between fields that these values break."""
-        return ()
+    @classmethod
+    def filled(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keys with the defaults that depend on other keys."""
+        return data
+
+    def broken(self, failed: AbstractSet[str] = frozenset()) -> tuple[Broken, ...]:
+        """Every rule that these values break, but for those that speak of a failed field."""
+        members = {name: member for base in reversed(type(self).__mro__) for name, member in vars(base).items()}
+        rules = [m for m in members.values() if isinstance(m, FunctionType) and hasattr(m, FIELDS)]
+        open_ = [m for m in rules if not failed & {*getattr(m, FIELDS)}]
+        return tuple(Broken(getattr(m, FIELDS), problem) for m in open_ if (problem := m(self)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        return cls.filled(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _hold(self):
-        problems = tuple(self.rules())
-        if problems:
-            raise PydanticCustomError("nsagen_rules", "{text}", {"text": problems[0].message, "problems": problems})
+        broken = self.broken()
+        if broken:
+            raise PydanticCustomError("nsagen_rules", "{text}", {"text": broken[0].problem.message, "broken": broken})
         return self

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
-from nsagen.errors import Diagnostic, Span, SpecError
+from nsagen.errors import Diagnostic, Span, SpecError, short
 
 MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 65_536, 16, 18
-INTEGER = re.compile(r"[-+]?[0-9]+\Z")
-FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
+BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # YAML's line ends, no more
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")  # 010 is 8 to one YAML and 10 to the next: a string to us
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z")
+NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
 LITERALS: dict[str, Any] = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
@@ -54,7 +57,9 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise _plain("file", f"{path} does not exist", "check the path; `nsagen list` shows the ready specs") from None
     except OSError as error:
-        raise _plain("file", f"{path} cannot be read: {error.strerror}", "check its permissions") from None
+        raise _plain("file", f"{short(str(path))} cannot be read: {error.strerror}", "check its permissions") from None
+    except ValueError as error:  # a NUL in the path
+        raise _plain("file", f"{short(str(path))} cannot be read: {error}", "check the path") from None
     if len(data) > MAX_BYTES:
         raise _plain("size", f"{path} is larger than {MAX_BYTES} bytes", "a spec is a page of YAML at most")
     try:
@@ -78,15 +83,23 @@ class _Reader:
     def __init__(self, text: str, file: str) -> None:
         if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
             raise _plain("size", f"{file} is larger than {MAX_BYTES} bytes", "a spec is a page of YAML at most")
-        self.text, self.file, self.lines = text, file, text.splitlines() or [""]
+        self.text, self.file = text, file
+        self.lines = BREAK.split(text)
+        if len(self.lines) > 1 and not self.lines[-1]:  # after the last line's end
+            self.lines.pop()
         self.problems: list[Diagnostic] = []
         self.values: dict[Path_, Span] = {}
         self.keys: dict[Path_, Span] = {}
 
     def place(self, start: Any, end: Any) -> Span:
-        source = self.lines[start.line] if start.line < len(self.lines) else ""
-        last = end.column if end.line == start.line else len(source)
-        return Span(self.file, start.line + 1, start.column + 1, max(last, start.column + 1) + 1, source)
+        if start.line >= len(self.lines):  # the end of the file: behind the last thing in it
+            return self._at(len(self.lines) - 1, len(self.lines[-1]))
+        last = end.column if end.line == start.line else len(self.lines[start.line].rstrip())
+        return self._at(start.line, start.column, last)
+
+    def _at(self, line: int, column: int, end: int = 0) -> Span:
+        """The place at 0-based line and columns, one column wide or more."""
+        return Span(self.file, line + 1, column + 1, max(end, column + 1) + 1, self.lines[line])
 
     def refuse(self, rule: str, message: str, at: Any, hint: str) -> None:
         self.problems.append(Diagnostic(rule, message, self.place(at.start_mark, at.end_mark), hint))
@@ -111,24 +124,35 @@ class _Reader:
         self._stop()
 
     def _events(self) -> Iterator[Any]:
+        loader: Any = None
         try:
-            yield from yaml.parse(self.text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            self._syntax(error)
+            loader = yaml.SafeLoader(self.text)
+            while loader.check_event():
+                yield loader.get_event()
+        except ReaderError as error:
+            self._unprintable(error)
+        except yaml.MarkedYAMLError as error:
+            self._syntax(error.problem or error.context or "it breaks off", error.problem_mark or error.context_mark)
+        except (ValueError, OverflowError):  # PyYAML's own: "\UFFFFFFFF", %YAML with thousands of digits
+            self._syntax("a number is too large here", loader.get_mark())
         except RecursionError:
             raise _plain("depth", f"{self.file} is nested too deeply", "a spec needs three levels") from None
 
-    def _syntax(self, error: yaml.YAMLError) -> None:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
-        span = self.place(mark, mark) if mark else None
-        self.problems.append(Diagnostic("syntax", f"not YAML: {what}", span, "check indentation, colons and quotes"))
+    def _syntax(self, what: str, mark: Any) -> None:
+        hint = "indent with spaces" if "'\\t'" in what else "check indentation, colons and quotes"
+        self.problems.append(Diagnostic("syntax", f"not YAML: {short(what, 160)}", self.place(mark, mark), hint))
+
+    def _unprintable(self, error: ReaderError) -> None:
+        before = BREAK.split(self.text[: error.position])
+        span = self._at(min(len(before), len(self.lines)) - 1, len(before[-1]))
+        message = f"not YAML: the character U+{ord(self.text[error.position]):04X} is not allowed"
+        self.problems.append(Diagnostic("syntax", message, span, "save it as plain text"))
 
     def _check_event(self, event: Any) -> None:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            self.refuse("alias", f"anchors and aliases are not allowed (`{event.anchor}`)", event, "write the value out")
+            self.refuse("alias", f"anchors and aliases are not allowed (`{short(event.anchor)}`)", event, "write the value out")
         elif getattr(event, "tag", None):
-            self.refuse("tag", f"tags are not allowed (`{event.tag[:60]}`)", event, "remove the tag")
+            self.refuse("tag", f"tags are not allowed (`{short(event.tag)}`)", event, "remove the tag")
 
     def _stop(self) -> None:
         if self.problems:
@@ -160,9 +184,12 @@ class _Reader:
             if key is None:
                 self.refuse("key", "a key must be a word", key_node, "write `name: value`")
                 continue
+            if key == "<<" and key_node.style is None:
+                self.refuse("merge", "merge keys are not allowed (`<<`)", key_node, "write the keys out")
+                continue
             if key in result:
                 first = self.keys[(*path, key)]
-                self.refuse("duplicate", f"`{key[:60]}` is given twice (first in line {first.line})", key_node, "remove one of them")
+                self.refuse("duplicate", f"`{short(key)}` is given twice (first in line {first.line})", key_node, "remove one of them")
                 continue
             self.keys[(*path, key)] = self.place(key_node.start_mark, key_node.end_mark)
             result[key] = self._value(value_node, (*path, key))
@@ -175,8 +202,11 @@ class _Reader:
         if text in LITERALS:
             return LITERALS[text]
         if INTEGER.match(text):
-            if len(text.lstrip("+-0")) > MAX_DIGITS:
-                self.refuse("number", f"a number of {len(text)} digits", node, "no field needs more than seven digits")
+            digits = len(text.lstrip("+-"))
+            if digits > MAX_DIGITS:
+                self.refuse("number", f"a number of {digits} digits, over {MAX_DIGITS}", node, "no field needs more than seven")
                 return None
             return int(text)
-        return float(text.replace(".inf", "inf").replace(".nan", "nan")) if FLOAT.match(text) else text
+        if NOT_FINITE.match(text):
+            return float(text.lower().replace(".", ""))
+        return float(text) if FLOAT.match(text) else text

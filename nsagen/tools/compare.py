@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,14 +17,13 @@ from nsagen.errors import NsagenError
 from nsagen.ir.graph import Attend, Select
 from nsagen.reference import Reference
 from nsagen.tools.cases import Case, Inputs, inputs_of
+from nsagen.tools.measure import Named, error, finite_where_both_are, gradients
 
 FORWARD = {("fp32", "cpu"): 2e-5, ("fp32", "cuda"): 1e-4}  # 16-bit ones: COARSE
 COARSE, GRADIENT, CHOICE = 1e-2, 1e-4, 1e-4
 FLOOR = 1e-3  # of the largest gradient norm: some gradients are exactly 0,
 NOISE = 10  # and what a kernel has there is rounding alone: so many times the bar
 ROOM = 40 << 30  # bytes of float64 tensors that the reference may keep; it takes float32 beyond
-
-Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ def compare(compiled: Compiled, module: ModuleType, case: Case, seed: int, devic
                 torch.cuda.empty_cache()
 
 
-class _exact_float32:
+@contextmanager
+def _exact_float32() -> Iterator[None]:
     """float32 products in full precision, in the kernels and in the reference."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _require_kernels(q: Tensor) -> None:
@@ -97,15 +97,15 @@ class _Sides:
         own = [x.detach().clone().requires_grad_() for x in (self.inputs.leaves["q"], *self._keys(node))]
         lists = (self.blocks,) if listed else ()
         out, lse = getattr(self.module, name)(*own, *lists, **self.call)
-        ours = _gradients(out, dict(zip("qkv", own, strict=True)), self.inputs.d_out)
+        ours = gradients(out, dict(zip("qkv", own, strict=True)), self.inputs.d_out)
         exact = [x.detach().to(self.dtype).requires_grad_() for x in own]
         q, k, v = exact
         ref, ref_lse = self.reference.attend(
             node.branch, q, (k,), (v,), blocks=self.blocks, dtype=self.dtype, **self.call
         )
-        theirs = _gradients(ref, dict(zip("qkv", exact, strict=True)), self.inputs.d_out)
+        theirs = gradients(ref, dict(zip("qkv", exact, strict=True)), self.inputs.d_out)
         yield self._result(f"{name} out", out, ref)
-        yield self._result(f"{name} lse", *_finite_where_both_are(lse, ref_lse))
+        yield self._result(f"{name} lse", *finite_where_both_are(lse, ref_lse))
         yield from self._gradients(f"{name} ", ours, theirs)
 
     def _ours(self, inputs: Inputs) -> Named:
@@ -113,7 +113,7 @@ class _Sides:
             inputs.leaves["q"], inputs.keys("k"), inputs.keys("v"), inputs.leaves.get("gates"), inputs.phi,
             blocks=inputs.blocks, **self.call,
         )  # fmt: skip
-        return {"out": out.detach()} | _gradients(out, inputs.leaves, inputs.d_out)
+        return {"out": out.detach()} | gradients(out, inputs.leaves, inputs.d_out)
 
     def _theirs(self, leaves: Named) -> Named:
         i = Inputs(leaves, None, None, None, self.inputs.d_out, self.inputs.branches)
@@ -122,12 +122,12 @@ class _Sides:
         )
         phi = self._exact_phi(leaves)
         out = self.reference.attention(named, phi=phi, dtype=self.dtype, **self.call)
-        return {"out": out.detach()} | _gradients(out, leaves, self.inputs.d_out)
+        return {"out": out.detach()} | gradients(out, leaves, self.inputs.d_out)
 
     def _exact_phi(self, leaves: Named) -> Any:
         """φ with the reference's leaves for parameters; None where it has none and the reference pools itself."""
         names = [name for name in leaves if name.startswith("phi.")]
-        if not names:
+        if not names or self.inputs.phi is None:
             return None
         phi = copy.deepcopy(self.inputs.phi).to(self.dtype)
         parameters = {name.removeprefix("phi."): leaves[name] for name in names}
@@ -168,38 +168,13 @@ class _Sides:
         floor = FLOOR * largest
         for name, exact in theirs.items():
             own_bar = bar if float(exact.norm()) >= floor else NOISE * bar
-            yield Result(f"{prefix}d{name}", _error(ours[name], exact, floor), own_bar, tuple(exact.shape))
+            yield Result(f"{prefix}d{name}", error(ours[name], exact, floor), own_bar, tuple(exact.shape))
 
     def _result(self, name: str, ours: Tensor, theirs: Tensor) -> Result:
         bar = FORWARD.get((self.case.dtype, ours.device.type), COARSE)
-        return Result(name, _error(ours, theirs, 0.0), bar, tuple(theirs.shape))
+        return Result(name, error(ours, theirs, 0.0), bar, tuple(theirs.shape))
 
 
 def _reference_dtype(q: Tensor) -> torch.dtype:
     """A graph of three branches keeps about sixteen tensors like q."""
     return torch.float64 if 16 * 8 * q.numel() <= ROOM else torch.float32
-
-
-def _gradients(out: Tensor, leaves: Named, d_out: Tensor) -> Named:
-    """Gradients of every leaf; zeros of one that the output does not depend on (φ before the first block)."""
-    if not out.requires_grad:
-        return {name: torch.zeros_like(x) for name, x in leaves.items()}
-    grads = torch.autograd.grad(out, list(leaves.values()), d_out.to(out.dtype), allow_unused=True)
-    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), grads, strict=True)}
-
-
-def _finite_where_both_are(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """lse without the rows that see nothing, if both sides agree on which those are; NaN for ours if not."""
-    never = theirs == float("-inf")
-    if not torch.equal(never, ours == float("-inf")):
-        return torch.full_like(ours, float("nan")), theirs.masked_fill(never, 0.0)
-    return ours.masked_fill(never, 0.0), theirs.masked_fill(never, 0.0)
-
-
-def _error(ours: Tensor, theirs: Tensor, floor: float) -> float:
-    theirs = theirs.detach()
-    difference = float((ours.detach().to(theirs.dtype) - theirs).norm())
-    if difference == 0.0:
-        return 0.0
-    size = max(float(theirs.norm()), floor)
-    return difference / size if size else float("inf")

@@ -15,9 +15,10 @@ from typing import Any
 from nsagen.api import module_of
 from nsagen.compiler import Compiled
 from nsagen.ir.plan import Plan
-from nsagen.tools.aot import Job, Report, compile_job, jobs_of
+from nsagen.tools.aot import Report, compile_job, jobs_of
 from nsagen.tools.console import table, track
 from nsagen.tools.process import compiled_kernels
+from nsagen.tools.signature import Job
 
 HEAD = (
     "kernel",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nsagen.errors import NsagenError
-from nsagen.ir.graph import TOKENS, Attend, Graph, KeyAxis, Piece
+from nsagen.ir.graph import TOKENS, Attend, Graph, KeyAxis, Piece, Source
 from nsagen.sym import AtLeast, Conjunct, evaluate, to_text
 
 SMALLEST, LARGEST = 64, 2048  # tokens of a picture
@@ -18,11 +18,11 @@ def plot(graph: Graph, file: str | Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError:
         raise NsagenError("--plot needs matplotlib: install it with `pip install matplotlib`") from None
-    panels = [(n.branch, s.axis, s.pieces) for n in graph.nodes if isinstance(n, Attend) for s in n.sources]
+    panels = [(_title(n.branch, s), s.axis, s.pieces) for n in graph.nodes if isinstance(n, Attend) for s in n.sources]
     tokens = _tokens(panels)
     figure = Figure(figsize=(4.6 * len(panels), 4.8), layout="constrained")
-    for (branch, axis, pieces), axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        _panel(axes, branch, axis, pieces, tokens)
+    for (title, axis, pieces), axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        _panel(axes, title, axis, pieces, tokens)
     figure.suptitle(f"{graph.name}: keys that a query sees")
     try:
         figure.savefig(file, dpi=150)
@@ -31,7 +31,13 @@ def plot(graph: Graph, file: str | Path) -> Path:
     return Path(file)
 
 
-def _panel(axes: Any, branch: str, axis: KeyAxis, pieces: tuple[Piece, ...], tokens: int) -> None:
+def _title(branch: str, source: Source) -> str:
+    """A list is made of the data: what is drawn is where its blocks may lie."""
+    listed = source.listed
+    return f"{branch}: {listed.count} blocks of {listed.size} out of" if listed else branch
+
+
+def _panel(axes: Any, title: str, axis: KeyAxis, pieces: tuple[Piece, ...], tokens: int) -> None:
     """Each piece in its own shade, so that a key counted twice would show."""
     import numpy as np
 
@@ -43,7 +49,7 @@ def _panel(axes: Any, branch: str, axis: KeyAxis, pieces: tuple[Piece, ...], tok
         picture += shade * seen
     axes.imshow(picture, cmap="Blues", vmin=0, vmax=len(pieces) + 2, aspect="auto", interpolation="nearest")
     unit = "token" if axis.is_tokens else f"block of {axis.block} tokens, one every {axis.stride}"
-    axes.set(title=branch, xlabel=f"key ({unit})", ylabel="query t")
+    axes.set(title=title, xlabel=f"key ({unit})", ylabel="query t")
 
 
 def _holds(c: Conjunct, t: Any, s: Any) -> Any:

@@ -279,3 +279,23 @@ def test_a_case_passes_only_with_numbers():
     assert Result("out", 1e-5, 1e-4, ()).good
     assert not Result("out", 1e-3, 1e-4, ()).good
     assert not Result("out", float("nan"), 1e-4, ()).good
+
+
+def test_pairs_are_the_keys_that_the_predicate_holds():
+    from nsagen.ir.graph import BlockList, KeyAxis, Piece
+    from nsagen.sym import KEY, QUERY, le, lt, multiple
+    from nsagen.tools.costs import pairs
+
+    tokens, blocks = KeyAxis("T"), KeyAxis("c", 8, 4)
+    window = Piece("window", (le(KEY, QUERY), lt(QUERY - 7, KEY)))
+    sinks = Piece("sinks", (lt(KEY, 3), le(KEY, QUERY - 7)))
+    ended = Piece("ended", (le(KEY * 4 + 7, QUERY),))
+    thinned = Piece("thinned", (le(KEY, QUERY), multiple(QUERY - KEY, 3)))
+    for length in (1, 6, 29):
+        for piece, axis in ((window, tokens), (sinks, tokens), (ended, blocks), (thinned, tokens)):
+            keys = length if axis is tokens else max(0, (length - 8) // 4 + 1)
+            held = [all(c.holds({"t": t, "s": s}) for c in piece.where) for t in range(length) for s in range(keys)]
+            assert pairs(piece, axis, length) == sum(held), (piece.name, length)
+    causal = Piece("causal", (le(KEY, QUERY),))
+    listed = sum(min(t + 1, 4 + t % 4 + 1) for t in range(29))  # a full block and the query's own, up to itself
+    assert pairs(causal, tokens, 29, BlockList("blocks", 4, 2)) == listed

@@ -1,0 +1,223 @@
+"""A (differentiated) graph, run densely: every value a float64 array [B, T, H, D], every domain a boolean one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from nsagen.errors import IRError, Refused
+from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Piece, Pool, Select, Source
+from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, as_int, evaluate
+
+Array = np.ndarray[Any, Any]
+Values = dict[str, Array]
+
+
+def run_graph(graph: Graph, inputs: Mapping[str, Array]) -> Values:
+    """Every value of the graph, and the gradient of its input x under "grad:x" (partial sums of x's terms).
+
+    inputs: by value name, `d_out` among them if the graph has gradient nodes. A pooled value that is given is used
+    as it is; otherwise it is computed, which only the mean can be here.
+    """
+    values: Values = {name: _exact(x) for name, x in inputs.items()}
+    scale = graph.heads.qk_dim**-0.5
+    for node in graph.nodes:
+        _run(node, values, scale)
+    for name, terms in graph.grads:
+        values[f"grad:{name}"] = sum((values[x] for x in terms[1:]), values[terms[0]])
+    return values
+
+
+def _exact(x: Array) -> Array:
+    x = np.asarray(x)
+    return x if x.dtype.kind in "iu" else x.astype(np.float64)
+
+
+def _run(node: Node, values: Values, scale: float) -> None:
+    """Define what the node writes."""
+    if isinstance(node, Pool):
+        _pool(node, values)
+    elif isinstance(node, Attend):
+        values[node.out], values[node.lse] = _attend(node, values, scale)
+    elif isinstance(node, Select):
+        values[node.out] = _select(node, values, scale)
+    elif isinstance(node, Combine):
+        values[node.out] = sum(
+            (values[node.gates][..., i : i + 1] * values[term] for i, term in enumerate(node.terms)), np.float64(0.0)
+        )
+    elif isinstance(node, CombineGrad):
+        _combine_grad(node, values)
+    else:
+        _attend_grad(node, values, scale)
+
+
+def _pool(node: Pool, values: Values) -> None:
+    if node.out in values:
+        return
+    if node.pool != "mean":
+        raise Refused(f"%{node.out}: pool {node.pool} has parameters that the graph does not hold; give its result")
+    src, axis = values[node.src], node.axis
+    blocks = evaluate(axis.length(), {"T": src.shape[1]})
+    means = [src[:, i * axis.stride : i * axis.stride + axis.block].mean(1) for i in range(blocks)]
+    values[node.out] = np.stack(means, 1) if means else src[:, :0]
+
+
+# --- domains
+
+
+def sees(where: tuple[Conjunct, ...], t: Array, s: Array) -> Array:
+    """Where every conjunct holds, for broadcast arrays of queries and keys."""
+    seen = np.ones(np.broadcast(t, s).shape, bool)
+    for conjunct in where:
+        seen &= holds(conjunct, t, s)
+    return seen
+
+
+def holds(conjunct: Conjunct, t: Array, s: Array, sizes: Mapping[str, int] | None = None) -> Array:
+    """The conjunct on broadcast arrays of queries and keys; `sizes` binds what else it names (T, N)."""
+    value = _linear(conjunct, t, s, dict(sizes or {}))
+    return value >= 0 if isinstance(conjunct, AtLeast) else value % conjunct.modulus == 0
+
+
+def _linear(conjunct: Conjunct, t: Array, s: Array, env: dict[str, int]) -> Array:
+    """The left side, from its value at the origin and its two integer slopes."""
+    names = (QUERY.name, KEY.name)
+
+    def at(query: int, key: int) -> int:
+        return evaluate(conjunct.expr, {**env, names[0]: query, names[1]: key})
+
+    origin = at(0, 0)
+    return origin + (at(1, 0) - origin) * t + (at(0, 1) - origin) * s
+
+
+def union(pieces: tuple[Piece, ...], tokens: int, keys: int) -> Array:
+    """[T, keys]: keys inside some piece."""
+    t, s = np.arange(tokens)[:, None], np.arange(keys)[None, :]
+    seen = np.zeros((tokens, keys), bool)
+    for piece in pieces:
+        seen |= sees(piece.where, t, s)
+    return seen
+
+
+def _visible(source: Source, values: Values, tokens: int) -> Array:
+    """[B, T, Hkv, keys]: what the queries may see of a source."""
+    batch, keys, heads = values[source.k].shape[:3]
+    seen = np.broadcast_to(union(source.pieces, tokens, keys)[None, :, None], (batch, tokens, heads, keys))
+    if source.listed is None:
+        return seen
+    block = np.arange(keys) // source.listed.size
+    return seen & (values[source.listed.blocks][..., None] == block).any(3)
+
+
+# --- attention and its gradient
+
+
+def _grouped(x: Array, kv_heads: int) -> Array:
+    """[B, T, Hq, …] -> [B, T, Hkv, group, …]."""
+    return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
+
+
+def _scores(q: Array, source: Source, values: Values, scale: float) -> Array:
+    """[B, T, Hkv, group, keys]: scale·q·k, −inf where the query does not see the key."""
+    k = values[source.k]
+    scores = np.einsum("bthgd,bshd->bthgs", _grouped(q, k.shape[2]), k) * scale
+    return np.where(_visible(source, values, q.shape[1])[:, :, :, None], scores, -np.inf)
+
+
+def _attend(node: Attend, values: Values, scale: float) -> tuple[Array, Array]:
+    """One softmax over the keys of all sources."""
+    q = values[node.q]
+    scores = np.concatenate([_scores(q, s, values, scale) for s in node.sources], -1)
+    v = np.concatenate([values[s.v] for s in node.sources], 1)
+    top = np.max(scores, -1, keepdims=True, initial=-np.inf)  # there may be no key at all
+    p = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
+    total = p.sum(-1, keepdims=True)
+    out = np.einsum("bthgs,bshd->bthgd", p / np.where(total > 0, total, 1.0), v)
+    lse = np.full(total.shape, -np.inf)
+    np.log(total, out=lse, where=total > 0)
+    lse += np.where(np.isneginf(top), 0.0, top)
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+
+def _combine_grad(node: CombineGrad, values: Values) -> None:
+    sums = [(values[node.d_out] * values[term]).sum(-1) for term in node.terms]
+    for i, (delta, row_sum) in enumerate(zip(node.deltas, sums, strict=True)):
+        values[delta] = row_sum if node.gates is None else row_sum * values[node.gates][..., i]
+    if node.d_gates:
+        values[node.d_gates] = np.stack(sums, -1)
+
+
+def _attend_grad(node: AttendGrad, values: Values, scale: float) -> None:
+    """p from lse, so that each source stands alone: dv = (g·p)ᵀd_out, ds = p·(g·d_out·vᵀ − delta)."""
+    q, d_out = values[node.q], values[node.d_out]
+    if node.gates is not None and node.gate is not None:
+        d_out = d_out * values[node.gates][..., node.gate, None]
+    dq = np.zeros_like(q)
+    for source, dk, dv in zip(node.sources, node.dk, node.dv, strict=True):
+        part, values[dk], values[dv] = _source_grad(node, source, values, d_out, scale)
+        dq += part
+    values[node.dq] = dq
+
+
+def _source_grad(
+    node: AttendGrad, source: Source, values: Values, d_out: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) from the keys of one source."""
+    q, k, v = values[node.q], values[source.k], values[source.v]
+    heads = k.shape[2]
+    rows, above = _grouped(q, heads), _grouped(d_out, heads)
+    p = _probabilities(_scores(q, source, values, scale), _grouped(values[node.lse], heads))
+    dp = np.einsum("bthgd,bshd->bthgs", above, v)
+    ds = p * (dp - _grouped(values[node.delta], heads)[..., None]) * scale
+    dq = np.einsum("bthgs,bshd->bthgd", ds, k).reshape(q.shape)
+    return dq, np.einsum("bthgs,bthgd->bshd", ds, rows), np.einsum("bthgs,bthgd->bshd", p, above)
+
+
+def _probabilities(scores: Array, lse: Array) -> Array:
+    """exp(scores − lse); 0 for a row that sees nothing."""
+    return np.exp(scores - np.where(np.isneginf(lse), np.inf, lse)[..., None])
+
+
+# --- selection
+
+
+def _select(node: Select, values: Values, scale: float) -> Array:
+    """int32 [B, T, Hkv, count]: ascending, −1 last."""
+    p = _group_probabilities(node, values, scale)
+    batch, tokens, heads = p.shape[:3]
+    chosen = np.full((batch, tokens, heads, node.count), -1, np.int32)
+    for b, t, h in np.ndindex(batch, tokens, heads):
+        best = best_blocks(node, t, importance(node, p[b, t, h], t // node.size + 1))
+        chosen[b, t, h, : len(best)] = best
+    return chosen
+
+
+def _group_probabilities(node: Select, values: Values, scale: float) -> Array:
+    """[B, T, Hkv, keys]: exp(scale·q·k − lse), summed over the heads of the group; 0 for blocks that have not ended."""
+    q, k = values[node.q], values[node.k]
+    scores = np.einsum("bthgd,bshd->bthgs", _grouped(q, k.shape[2]), k) * scale
+    ends = np.arange(k.shape[1]) * node.axis.stride + node.axis.block - 1
+    ended = ends[None, :] <= np.arange(q.shape[1])[:, None]
+    p = _probabilities(scores, _grouped(values[node.lse], k.shape[2])).sum(3)
+    return np.where(ended[None, :, None], p, 0.0)
+
+
+def importance(node: Select, p: Array, blocks: int) -> Array:
+    """[blocks] from p [keys]: Σ weights·p of the keys that overlap each block; keys outside p count nothing."""
+    step = node.size // node.axis.stride
+    total = np.zeros(blocks)
+    for j in range(blocks):
+        for i, weight in enumerate(node.weights, node.first + j * step):
+            if 0 <= i < len(p):
+                total[j] += weight * p[i]
+    return total
+
+
+def best_blocks(node: Select, t: int, scores: Array) -> list[int]:
+    """The blocks of the query t, ascending: forced ones, then the best of scores [own + 1], ties to the lower block."""
+    own = t // node.size
+    forced = [j for j in range(own + 1) if j < node.initial or j > own - node.local]
+    others = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-scores[j], j))
+    return sorted((forced + others)[: node.count])

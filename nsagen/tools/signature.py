@@ -1,0 +1,115 @@
+"""A kernel's arguments as Triton's compiler wants them: types, constants and alignment, from the plan.
+
+What a parameter is follows from the plan: X_ptr holds the buffer that the launch binds to the operand X, X_sb, X_st
+and X_sh are that operand's strides. What is left are scalars of the launch, never specialised, and int32 indices that
+the host makes of cu_seqlens and block lists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nsagen.errors import CompileError
+from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
+
+DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
+CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
+ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
+INDICES = ("list", "first", "items")  # int32, made by the host from block lists (runtime/lists.py)
+LENGTH = 65536  # tokens, where a compile-time size depends on them
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel in one tile configuration for one architecture and dtype."""
+
+    kernel: Kernel
+    launch: Launch
+    arch: str
+    dtype: str
+    tile: TileConfig
+
+
+@dataclass
+class Signature:
+    """Triton's view of a kernel's arguments; the indices are the parameters'."""
+
+    types: dict[str, str] = field(default_factory=dict)
+    constants: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    attributes: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+
+def signature_of(function: Any, job: Job, plan: Plan) -> Signature:
+    """Types, constants and alignment of the kernel's arguments, from the plan's operands and buffers."""
+    signature, constants = Signature(), _constants(job)
+    for index, parameter in enumerate(function.params):
+        name: str = parameter.name
+        if parameter.is_constexpr:
+            if name not in constants:
+                raise CompileError(f"kernel {job.kernel.name}: nothing sets its parameter {name}")
+            kind, aligned = "constexpr", False
+        else:
+            kind, aligned = _argument(name, job, plan)
+        signature.types[name] = kind
+        if kind == "constexpr":
+            signature.constants[(index,)] = constants.get(name)
+        elif aligned and not parameter.do_not_specialize:
+            signature.attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature
+
+
+def _constants(job: Job) -> dict[str, Any]:
+    """float32 dots in full precision, torch's default; a selection among the blocks of LENGTH tokens."""
+    tile, launch, select = job.tile, job.launch, job.kernel.select
+    constants = {
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "PRECISION": "ieee",
+        "GATE": launch.gate,
+        "ACCUMULATE": launch.accumulate,
+    }
+    return constants | ({"CANDIDATES": _power_of_two(-(-LENGTH // select.size))} if select else {})
+
+
+def _power_of_two(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
+    """(type, whether 16 divides it) of an argument at run time; an absent one is the constant None."""
+    stem, _, what = name.rpartition("_")
+    if what == "ptr":
+        return _pointer(stem, job, plan)
+    if what in ("sb", "st", "sh"):
+        operand = _operand(stem, job.kernel)
+        return "i32", operand is not None and operand.role in CALLERS and _stride(operand, what, plan) % 16 == 0
+    return ("fp32" if name == "scale" else "i32"), False
+
+
+def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
+    if stem == "cu":
+        return "constexpr", False  # None: one sequence a batch entry
+    operand = _operand(stem, job.kernel)
+    if stem in INDICES:
+        return "*i32", True
+    if operand is None:
+        raise CompileError(f"kernel {job.kernel.name}: no operand of the plan is behind its parameter {stem}_ptr")
+    bound = dict(job.launch.binds)
+    if operand.name not in bound:
+        return "constexpr", False  # an optional operand left out is None
+    kept = {"float32": "fp32", "int32": "i32"}  # the rest, gates too, is in the inputs' dtype here
+    return "*" + kept.get(plan.buffer(bound[operand.name]).dtype, DTYPES[job.dtype][0]), True
+
+
+def _operand(stem: str, kernel: Kernel) -> Operand | None:
+    """The operand that a parameter's stem means; a kernel numbers its terms and deltas even where there is one."""
+    operands = {o.name: o for o in kernel.operands}
+    return next((operands[x] for x in (stem, ALIASES.get(stem, ""), stem.removesuffix("0")) if x in operands), None)
+
+
+def _stride(operand: Operand, what: str, plan: Plan) -> int:
+    """Of a contiguous [B, rows, heads, dim] whose row count is anything."""
+    h = plan.heads
+    dim = h.v_dim if operand.role == "v" else h.qk_dim
+    return dim if what == "sh" else dim * (h.query if operand.role == "q" else h.kv)
