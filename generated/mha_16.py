@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  5df9792268aa
+content  39c7b93b5911
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="mha_16", query_heads=16, kv_heads=16, qk_dim=128, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_mha_16_5df9792268aa"
+_SPACE = "nsagen_mha_16_39c7b93b5911"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -807,10 +807,10 @@ def compressed_fwd(
 @triton.jit
 def compressed_dq_step(
     dq0,
-    q0, do0, lse, delta, gate, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(gate·dp − delta), dq += ds·k. C0: 16 * s <= t - 31"""
+    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -827,7 +827,7 @@ def compressed_dq_step(
         p = tl.where(16 * s <= t - 31, p, 0.0)
     if EXTENT:
         p = tl.where(s < n, p, 0.0)
-    ds = p * (dp * gate - delta)
+    ds = p * (dp - delta)
     dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
     return dq0
 
@@ -873,10 +873,11 @@ def compressed_dq(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
-    lse, delta, gate = lse[:, None], delta[:, None], gate[:, None]
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
+    lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = max(0, T - 16) // 16  # keys, whole blocks only
     key_row = start // 16
@@ -889,12 +890,12 @@ def compressed_dq(
     c3 = (BN + some_hi - 1) // BN * BN
     for s0 in range(0, c2, BN):  # mid: no mask
         dq0 = compressed_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
         dq0 = compressed_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
     dq_row = stat * 128
@@ -909,7 +910,7 @@ def compressed_dkv_step(
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: 16 * s <= t - 31"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: 16 * s <= t - 31"""
     row = tl.arange(0, BM)
     head = row % 1
     t = t0 + row // 1
@@ -924,9 +925,10 @@ def compressed_dkv_step(
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, EXTENT).to(tl.float32)
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -934,8 +936,8 @@ def compressed_dkv_step(
     d = tl.arange(0, 128)[None, :]
     do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
-    dv0 = tl.dot((p * gate[None, :]).to(do0.dtype), do0, dv0, input_precision=PRECISION)
-    ds = p * (dp * gate[None, :] - delta[None, :])
+    dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
     return dk0, dv0
 
@@ -990,24 +992,30 @@ def compressed_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: 16 * s <= t - 31, t < T
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: 16 * s <= t - 31, t < T
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
-        )
+    if c1 > c0:  # lo: 16 * s <= t - 31, t < T
+        tl.assume(c1 > c0)
+        for t0 in range(c0, c1, BT):
+            dk0, dv0 = compressed_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
+            )
+    if c2 > c1:  # mid: no mask
+        tl.assume(c2 > c1)
+        for t0 in range(c1, c2, BT):
+            dk0, dv0 = compressed_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, EXTENT=False,
+            )
+    if c3 > c2:  # hi: 16 * s <= t - 31, t < T
+        tl.assume(c3 > c2)
+        for t0 in range(c2, c3, BT):
+            dk0, dv0 = compressed_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
+            )
     key_row = ((b * key_rows + start // 16 + row) * 16 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + key_row * 128 + d, dk0 * scale, inside, ACCUMULATE)
@@ -1242,10 +1250,10 @@ def selected_fwd(
 @triton.jit
 def selected_dq_step(
     dq0,
-    q0, do0, lse, delta, gate, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(gate·dp − delta), dq += ds·k. C0: s <= t"""
+    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1262,7 +1270,7 @@ def selected_dq_step(
         p = tl.where(s <= t, p, 0.0)
     if EXTENT:
         p = tl.where(s < n, p, 0.0)
-    ds = p * (dp * gate - delta)
+    ds = p * (dp - delta)
     dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
     return dq0
 
@@ -1308,10 +1316,11 @@ def selected_dq(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
-    lse, delta, gate = lse[:, None], delta[:, None], gate[:, None]
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
+    lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
     key_row = start
@@ -1326,7 +1335,7 @@ def selected_dq(
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)
         s0 = block * 64 + step % tiles_of_block * BN
         dq0 = selected_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
     dq_row = stat * 128
@@ -1341,7 +1350,7 @@ def selected_dkv_step(
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= t"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= t"""
     row = tl.arange(0, BM)
     head = row % 1
     entry = t0 + row // 1  # of the inverse list
@@ -1357,9 +1366,10 @@ def selected_dkv_step(
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, EXTENT).to(tl.float32)
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -1367,8 +1377,8 @@ def selected_dkv_step(
     d = tl.arange(0, 128)[None, :]
     do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
-    dv0 = tl.dot((p * gate[None, :]).to(do0.dtype), do0, dv0, input_precision=PRECISION)
-    ds = p * (dp * gate[None, :] - delta[None, :])
+    dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
     return dk0, dv0
 
@@ -1576,10 +1586,10 @@ def window_fwd(
 @triton.jit
 def window_dq_step(
     dq0,
-    q0, do0, lse, delta, gate, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(gate·dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
+    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1598,7 +1608,7 @@ def window_dq_step(
         p = tl.where(s > t - 512, p, 0.0)
     if EXTENT:
         p = tl.where(s < n, p, 0.0)
-    ds = p * (dp * gate - delta)
+    ds = p * (dp - delta)
     dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
     return dq0
 
@@ -1643,10 +1653,11 @@ def window_dq(
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
-    lse, delta, gate = lse[:, None], delta[:, None], gate[:, None]
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
+    lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
     key_row = start
@@ -1663,17 +1674,17 @@ def window_dq(
     c2 = max(all_hi // BN * BN, c1)
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
     dq_row = stat * 128
@@ -1688,7 +1699,7 @@ def window_dkv_step(
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
     C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= t; C1: s > t - 512"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= t; C1: s > t - 512"""
     row = tl.arange(0, BM)
     head = row % 1
     t = t0 + row // 1
@@ -1702,9 +1713,10 @@ def window_dkv_step(
     x = tl.dot(k0, tl.trans(q0), x, input_precision=PRECISION)
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, EXTENT).to(tl.float32)
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -1714,8 +1726,8 @@ def window_dkv_step(
     d = tl.arange(0, 128)[None, :]
     do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
-    dv0 = tl.dot((p * gate[None, :]).to(do0.dtype), do0, dv0, input_precision=PRECISION)
-    ds = p * (dp * gate[None, :] - delta[None, :])
+    dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
     return dk0, dv0
 
@@ -1770,24 +1782,30 @@ def window_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: s <= t, s > t - 512, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=BN + BT > 514, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: s <= t, s > t - 512, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, EXTENT=True,
-        )
+    if c1 > c0:  # lo: s <= t, s > t - 512, t < T
+        tl.assume(c1 > c0)
+        for t0 in range(c0, c1, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=BN + BT > 514, EXTENT=True,
+            )
+    if c2 > c1:  # mid: no mask
+        tl.assume(c2 > c1)
+        for t0 in range(c1, c2, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, EXTENT=False,
+            )
+    if c3 > c2:  # hi: s <= t, s > t - 512, t < T
+        tl.assume(c3 > c2)
+        for t0 in range(c2, c3, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, EXTENT=True,
+            )
     key_row = ((b * key_rows + start + row) * 16 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + key_row * 128 + d, dk0 * scale, inside, ACCUMULATE)

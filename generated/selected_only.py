@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  40acb961be8b
+content  c4f608860e89
 runtime  1
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_40acb961be8b"
+_SPACE = "nsagen_selected_only_c4f608860e89"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -335,10 +335,10 @@ def selected_fwd(
 @triton.jit
 def selected_dq_step(
     dq0,
-    q0, do0, lse, delta, gate, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(gate·dp − delta), dq += ds·k. C0: s <= t"""
+    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -355,7 +355,7 @@ def selected_dq_step(
         p = tl.where(s <= t, p, 0.0)
     if EXTENT:
         p = tl.where(s < n, p, 0.0)
-    ds = p * (dp * gate - delta)
+    ds = p * (dp - delta)
     dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
     return dq0
 
@@ -401,10 +401,11 @@ def selected_dq(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 1 + GATE, live, True).to(tl.float32)
-    lse, delta, gate = lse[:, None], delta[:, None], gate[:, None]
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
+    lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
     key_row = start
@@ -419,7 +420,7 @@ def selected_dq(
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)
         s0 = block * 64 + step % tiles_of_block * BN
         dq0 = selected_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
     dq_row = stat * 128
@@ -434,7 +435,7 @@ def selected_dkv_step(
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= t"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= t"""
     row = tl.arange(0, BM)
     head = row % 16
     entry = t0 + row // 16  # of the inverse list
@@ -450,9 +451,10 @@ def selected_dkv_step(
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 1 + GATE, live, EXTENT).to(tl.float32)
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -460,8 +462,8 @@ def selected_dkv_step(
     d = tl.arange(0, 128)[None, :]
     do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
-    dv0 = tl.dot((p * gate[None, :]).to(do0.dtype), do0, dv0, input_precision=PRECISION)
-    ds = p * (dp * gate[None, :] - delta[None, :])
+    dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
     return dk0, dv0
 

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  7d4d84460701
+content  d680c974c8ab
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
 )
-_SPACE = "nsagen_tiny_7d4d84460701"
+_SPACE = "nsagen_tiny_d680c974c8ab"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -801,10 +801,10 @@ def compressed_fwd(
 @triton.jit
 def compressed_dq_step(
     dq0,
-    q0, do0, lse, delta, gate, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(gate·dp − delta), dq += ds·k. C0: 4 * s <= t - 7"""
+    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -821,7 +821,7 @@ def compressed_dq_step(
         p = tl.where(4 * s <= t - 7, p, 0.0)
     if EXTENT:
         p = tl.where(s < n, p, 0.0)
-    ds = p * (dp * gate - delta)
+    ds = p * (dp - delta)
     dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
     return dq0
 
@@ -867,10 +867,11 @@ def compressed_dq(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
-    lse, delta, gate = lse[:, None], delta[:, None], gate[:, None]
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
+    lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 32], dtype=tl.float32)
     n = max(0, T - 4) // 4  # keys, whole blocks only
     key_row = start // 4
@@ -883,12 +884,12 @@ def compressed_dq(
     c3 = (BN + some_hi - 1) // BN * BN
     for s0 in range(0, c2, BN):  # mid: no mask
         dq0 = compressed_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 4 * s <= t - 7, s < N
         dq0 = compressed_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
     dq_row = stat * 24
@@ -903,7 +904,7 @@ def compressed_dkv_step(
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: 4 * s <= t - 7"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: 4 * s <= t - 7"""
     row = tl.arange(0, BM)
     head = row % 3
     t = t0 + row // 3
@@ -918,9 +919,10 @@ def compressed_dkv_step(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -928,8 +930,8 @@ def compressed_dkv_step(
     d = tl.arange(0, 16)[None, :]
     do0 = device.load(do_ptr + stat[:, None] * 16 + d, live[:, None], True)  # [BM, 16]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
-    dv0 = tl.dot((p * gate[None, :]).to(do0.dtype), do0, dv0, input_precision=PRECISION)
-    ds = p * (dp * gate[None, :] - delta[None, :])
+    dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
     return dk0, dv0
 
@@ -984,24 +986,30 @@ def compressed_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: 4 * s <= t - 7, t < T
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: 4 * s <= t - 7, t < T
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
-        )
+    if c1 > c0:  # lo: 4 * s <= t - 7, t < T
+        tl.assume(c1 > c0)
+        for t0 in range(c0, c1, BT):
+            dk0, dv0 = compressed_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
+            )
+    if c2 > c1:  # mid: no mask
+        tl.assume(c2 > c1)
+        for t0 in range(c1, c2, BT):
+            dk0, dv0 = compressed_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, EXTENT=False,
+            )
+    if c3 > c2:  # hi: 4 * s <= t - 7, t < T
+        tl.assume(c3 > c2)
+        for t0 in range(c2, c3, BT):
+            dk0, dv0 = compressed_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
+            )
     key_row = ((b * key_rows + start // 4 + row) * 2 + h)[:, None]
     d = tl.arange(0, 32)[None, :]
     device.add_to(dk_ptr + key_row * 24 + d, dk0 * scale, inside & (d < 24), ACCUMULATE)
@@ -1236,10 +1244,10 @@ def selected_fwd(
 @triton.jit
 def selected_dq_step(
     dq0,
-    q0, do0, lse, delta, gate, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(gate·dp − delta), dq += ds·k. C0: s <= t"""
+    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1256,7 +1264,7 @@ def selected_dq_step(
         p = tl.where(s <= t, p, 0.0)
     if EXTENT:
         p = tl.where(s < n, p, 0.0)
-    ds = p * (dp * gate - delta)
+    ds = p * (dp - delta)
     dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
     return dq0
 
@@ -1302,10 +1310,11 @@ def selected_dq(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
-    lse, delta, gate = lse[:, None], delta[:, None], gate[:, None]
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
+    lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 32], dtype=tl.float32)
     n = T  # keys
     key_row = start
@@ -1320,7 +1329,7 @@ def selected_dq(
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)
         s0 = block * 16 + step % tiles_of_block * BN
         dq0 = selected_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
     dq_row = stat * 24
@@ -1335,7 +1344,7 @@ def selected_dkv_step(
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= t"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= t"""
     row = tl.arange(0, BM)
     head = row % 3
     entry = t0 + row // 3  # of the inverse list
@@ -1351,9 +1360,10 @@ def selected_dkv_step(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -1361,8 +1371,8 @@ def selected_dkv_step(
     d = tl.arange(0, 16)[None, :]
     do0 = device.load(do_ptr + stat[:, None] * 16 + d, live[:, None], True)  # [BM, 16]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
-    dv0 = tl.dot((p * gate[None, :]).to(do0.dtype), do0, dv0, input_precision=PRECISION)
-    ds = p * (dp * gate[None, :] - delta[None, :])
+    dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
     return dk0, dv0
 
@@ -1589,10 +1599,10 @@ def window_fwd(
 @triton.jit
 def window_dq_step(
     dq0,
-    q0, do0, lse, delta, gate, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(gate·dp − delta), dq += ds·k. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
+    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1615,7 +1625,7 @@ def window_dq_step(
         p = tl.where(s > t - 12, p, 0.0)
     if EXTENT:
         p = tl.where(s < n, p, 0.0)
-    ds = p * (dp * gate - delta)
+    ds = p * (dp - delta)
     dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
     return dq0
 
@@ -1660,10 +1670,11 @@ def window_dq(
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
-    lse, delta, gate = lse[:, None], delta[:, None], gate[:, None]
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
+    lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 32], dtype=tl.float32)
     n = T  # keys
     key_row = start
@@ -1676,12 +1687,12 @@ def window_dq(
     c3 = (BN + some_hi - 1) // BN * BN
     for s0 in range(0, c2, BN):  # mid: no mask
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= 2, s <= t - 12, s < T
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
         )
     # window: s <= t, s > t - 12
@@ -1695,17 +1706,17 @@ def window_dq(
     c2 = max(all_hi // BN * BN, c1)
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 12, s < T
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, C1=False, C2=BN + BT > 14, C3=True, EXTENT=BN + BT > 14,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 12, s < T
         dq0 = window_dq_step(
-            dq0, q0, do0, lse, delta, gate,
+            dq0, q0, do0, lse, delta,
             k_base, v_base, k_st, v_st, t, s0, n, scale2, BN, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
         )
     dq_row = stat * 24
@@ -1720,7 +1731,7 @@ def window_dkv_step(
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += (p·gate)ᵀ·d_out, dk += dsᵀ·q. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     row = tl.arange(0, BM)
     head = row % 3
     t = t0 + row // 3
@@ -1734,9 +1745,10 @@ def window_dkv_step(
     x = tl.dot(k0, tl.trans(q0), x, input_precision=PRECISION)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, True)
-    gate = tl.full([BM], 1.0, dtype=tl.float32)
     if GATE is not None:
         gate = device.load(gates_ptr + stat * 3 + GATE, live, True).to(tl.float32)
+        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
+        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -1750,8 +1762,8 @@ def window_dkv_step(
     d = tl.arange(0, 16)[None, :]
     do0 = device.load(do_ptr + stat[:, None] * 16 + d, live[:, None], True)  # [BM, 16]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
-    dv0 = tl.dot((p * gate[None, :]).to(do0.dtype), do0, dv0, input_precision=PRECISION)
-    ds = p * (dp * gate[None, :] - delta[None, :])
+    dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
     return dk0, dv0
 
@@ -1806,24 +1818,30 @@ def window_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: s <= 2, s <= t - 12, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: s <= 2, s <= t - 12, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
-        )
+    if c1 > c0:  # lo: s <= 2, s <= t - 12, t < T
+        tl.assume(c1 > c0)
+        for t0 in range(c0, c1, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
+            )
+    if c2 > c1:  # mid: no mask
+        tl.assume(c2 > c1)
+        for t0 in range(c1, c2, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+            )
+    if c3 > c2:  # hi: s <= 2, s <= t - 12, t < T
+        tl.assume(c3 > c2)
+        for t0 in range(c2, c3, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
+            )
     # window: s <= t, s > t - 12
     some_lo = s0
     some_hi = min(BN + s0 + 11, T)
@@ -1833,24 +1851,30 @@ def window_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: s <= t, s > t - 12, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: s <= t, s > t - 12, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=True, C3=True, EXTENT=True,
-        )
+    if c1 > c0:  # lo: s <= t, s > t - 12, t < T
+        tl.assume(c1 > c0)
+        for t0 in range(c0, c1, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
+            )
+    if c2 > c1:  # mid: no mask
+        tl.assume(c2 > c1)
+        for t0 in range(c1, c2, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+            )
+    if c3 > c2:  # hi: s <= t, s > t - 12, t < T
+        tl.assume(c3 > c2)
+        for t0 in range(c2, c3, BT):
+            dk0, dv0 = window_dkv_step(
+                dk0, dv0, k0, v0,
+                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 3 if GATE is not None else None,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, C2=True, C3=True, EXTENT=True,
+            )
     key_row = ((b * key_rows + start + row) * 2 + h)[:, None]
     d = tl.arange(0, 32)[None, :]
     device.add_to(dk_ptr + key_row * 24 + d, dk0 * scale, inside & (d < 24), ACCUMULATE)

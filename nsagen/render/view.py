@@ -76,11 +76,19 @@ class WalkView:
         """Where keys end: with the sequence, or with the listed block."""
         return f"min(n, block * {self.listed.size} + {self.listed.size})" if self.listed else "n"
 
-    def loop(self, segment: SegmentView, variable: str) -> str:
-        """The head of a segment's loop over tiles."""
-        step = "BN" if variable == "s0" else "BT"
+    def query_loop(self, segment: SegmentView) -> str:
+        """The head of a segment's loop over query tiles, one level deeper.
+
+        With the trip count known to be positive ptxas does not serialise the wgmma of the accumulators (C7515).
+        """
+        lo, hi = segment.lo, segment.hi
+        head = f"    if {hi} > {lo}:  # {segment.comment}\n        tl.assume({hi} > {lo})\n"
+        return head + f"        for t0 in range({lo}, {hi}, BT):"
+
+    def key_loop(self, segment: SegmentView) -> str:
+        """The head of a segment's loop over key tiles."""
         if self.listed is None:
-            return f"    for {variable} in range({segment.lo}, {segment.hi}, {step}):  # {segment.comment}"
+            return f"    for s0 in range({segment.lo}, {segment.hi}, BN):  # {segment.comment}"
         of = self.listed
         return "\n".join(
             (
