@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 from types import ModuleType
 from typing import Any
 
@@ -18,15 +19,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsagen.runtime.launch import Config
 
-CANDIDATES = {  # part of a kernel's name -> BM, BN, warps, stages
-    "selected_fwd": [(16, 64, 2, 3), (16, 64, 2, 2), (16, 32, 1, 3), (16, 32, 2, 3), (16, 64, 4, 3), (16, 64, 1, 2), (16, 32, 1, 2)],
-    "selected_dq": [(16, 64, 2, 2), (16, 32, 2, 2), (16, 32, 1, 2), (16, 64, 4, 2), (16, 32, 2, 3), (16, 64, 2, 3), (16, 32, 4, 2)],
-    "selected_dkv": [(64, 64, 8, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (32, 64, 4, 2), (128, 64, 8, 2), (16, 64, 4, 2)],
-    "select_scores": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
-    "_fwd": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2)],
-    "_dq": [(64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)],
-    "_dkv": [(64, 128, 8, 3), (32, 64, 4, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3), (64, 64, 8, 2), (32, 64, 4, 2)],
-}  # fmt: skip
+CANDIDATES = {  # part of a kernel's name -> BM×BN w(arps) s(tages)
+    "selected_fwd": "16x64w2s3 16x64w2s2 16x32w1s3 16x32w2s3 16x64w4s3 16x64w1s2 16x32w1s2",
+    "selected_dq": "16x64w2s2 16x32w2s2 16x32w1s2 16x64w4s2 16x32w2s3 16x64w2s3 16x32w4s2",
+    "selected_dkv": "64x64w8s2 32x64w4s3 64x64w4s2 64x64w8s3 32x64w4s2 128x64w8s2 16x64w4s2",
+    "select_scores": "64x64w4s3 128x64w8s3 128x128w8s3 64x128w4s3 128x64w4s3 64x64w4s2 128x128w8s2",
+    "_fwd": "64x64w4s3 64x64w4s2 128x32w4s3 64x32w4s3 128x64w8s3 128x128w8s2 128x64w4s2",
+    "_dq": "64x64w4s2 64x32w4s3 128x64w8s3 64x64w4s3 128x32w8s3 128x64w8s2 64x32w4s2",
+    "_dkv": "64x128w8s3 32x64w4s3 64x128w8s2 64x64w4s2 32x128w8s3 64x64w8s2 32x64w4s2",
+}
 
 
 def load(path: str) -> ModuleType:
@@ -70,7 +71,8 @@ def whole(module: Any, length: int, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def candidates(kernel: str) -> list[tuple[int, ...]]:
-    return next((shapes for part, shapes in CANDIDATES.items() if part in kernel), [])
+    shapes = next((shapes for part, shapes in CANDIDATES.items() if part in kernel), "")
+    return [tuple(map(int, re.findall(r"[0-9]+", shape))) for shape in shapes.split()]
 
 
 def kernel_times(run: Any, names: list[str], repeats: int) -> dict[str, float]:

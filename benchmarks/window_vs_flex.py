@@ -1,6 +1,6 @@
 """The window branch beside FlexAttention, in one run: forward and backward, medians.
 
-    nsagen build window_only && python benchmarks/window_vs_flex.py --module generated/window_only.py
+nsagen build window_only && python benchmarks/window_vs_flex.py --module generated/window_only.py
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import triton
+from tiles import inputs, load
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
-
-from tiles import inputs, load
 
 
 def timed(forward: Any, leaves: list[torch.Tensor], d_out: torch.Tensor, rep: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Import a generated module and run it forward and backward on real tensors: on the GPU if there is one, else on the CPU.
+"""Import a generated module and run it forward and backward on real tensors, on the GPU if there is one.
 
-    nsagen build nsa_compressed_window && python examples/demo.py
+nsagen build nsa_compressed_window && python examples/demo.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from generated import nsa_compressed_window as nsa
 
 
 def main() -> None:
-    device, dtype, length = ("cuda", torch.bfloat16, 16384) if torch.cuda.is_available() else ("cpu", torch.float32, 1024)
+    device, dtype, length = (
+        ("cuda", torch.bfloat16, 16384) if torch.cuda.is_available() else ("cpu", torch.float32, 1024)
+    )
     heads = nsa.SPEC["heads"]
     torch.manual_seed(0)
 
@@ -24,7 +26,9 @@ def main() -> None:
         return torch.randn(1, length, count, dim, device=device, dtype=dtype, requires_grad=True)
 
     q, k, v = new(heads["query"], heads["qk_dim"]), new(heads["kv"], heads["qk_dim"]), new(heads["kv"], heads["v_dim"])
-    gates = torch.rand(1, length, heads["query"], len(nsa.SPEC["branches"]), device=device, dtype=dtype, requires_grad=True)
+    gates = torch.rand(
+        1, length, heads["query"], len(nsa.SPEC["branches"]), device=device, dtype=dtype, requires_grad=True
+    )
     phi = nsa.Compressor(device=device, dtype=dtype)
     for run in ("first run (compiles)" if device == "cuda" else "first run", "second run"):
         start = time.perf_counter()
@@ -32,7 +36,10 @@ def main() -> None:
         out.float().square().mean().backward()
         if device == "cuda":
             torch.cuda.synchronize()
-        print(f"{run:22} {1e3 * (time.perf_counter() - start):8.1f} ms forward and backward, T = {length}, {device}, {dtype}")
+        print(
+            f"{run:22} {1e3 * (time.perf_counter() - start):8.1f} ms",
+            f"forward and backward, T = {length}, {device}, {dtype}",
+        )
     norms = {name: x.grad.float().norm().item() for name, x in (("q", q), ("k", k), ("v", v), ("gates", gates))}
     print("out", tuple(out.shape), "gradient norms", {name: f"{norm:.3e}" for name, norm in norms.items()})
     assert torch.isfinite(out).all() and all(0 < norm < float("inf") for norm in norms.values())

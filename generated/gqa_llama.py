@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  11283ce7dd79
+content  2e0d98b50749
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="gqa_llama", query_heads=32, kv_heads=8, qk_dim=128, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_gqa_llama_11283ce7dd79"
+_SPACE = "nsagen_gqa_llama_2e0d98b50749"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -1225,7 +1225,8 @@ def selected_fwd(
     # causal: s <= t, in the listed blocks
     listed = (first * 8 + h) * 16
     entry = tl.arange(0, 16)
-    blocks = tl.sum((tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1) >= 0).to(tl.int32))
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
     tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
     for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)
@@ -1329,7 +1330,8 @@ def selected_dq(
     # causal: s <= t, in the listed blocks
     listed = (first * 8 + h) * 16
     entry = tl.arange(0, 16)
-    blocks = tl.sum((tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1) >= 0).to(tl.int32))
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
     tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
     for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  c4f608860e89
+content  4007022c9374
 runtime  1
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_c4f608860e89"
+_SPACE = "nsagen_selected_only_4007022c9374"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -310,7 +310,8 @@ def selected_fwd(
     # causal: s <= t, in the listed blocks
     listed = (first * 4 + h) * 16
     entry = tl.arange(0, 16)
-    blocks = tl.sum((tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1) >= 0).to(tl.int32))
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
     tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
     for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)
@@ -414,7 +415,8 @@ def selected_dq(
     # causal: s <= t, in the listed blocks
     listed = (first * 4 + h) * 16
     entry = tl.arange(0, 16)
-    blocks = tl.sum((tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1) >= 0).to(tl.int32))
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
     tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
     for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  d680c974c8ab
+content  c558a7531bd3
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
 )
-_SPACE = "nsagen_tiny_d680c974c8ab"
+_SPACE = "nsagen_tiny_c558a7531bd3"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -1219,7 +1219,8 @@ def selected_fwd(
     # causal: s <= t, in the listed blocks
     listed = (first * 2 + h) * 4
     entry = tl.arange(0, 4)
-    blocks = tl.sum((tl.load(blocks_ptr + listed + entry, mask=entry < 4, other=-1) >= 0).to(tl.int32))
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 4, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
     tiles_of_block: tl.constexpr = (16 + BN - 1) // BN
     for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)
@@ -1323,7 +1324,8 @@ def selected_dq(
     # causal: s <= t, in the listed blocks
     listed = (first * 2 + h) * 4
     entry = tl.arange(0, 4)
-    blocks = tl.sum((tl.load(blocks_ptr + listed + entry, mask=entry < 4, other=-1) >= 0).to(tl.int32))
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 4, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
     tiles_of_block: tl.constexpr = (16 + BN - 1) // BN
     for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
         block = tl.load(blocks_ptr + listed + step // tiles_of_block)

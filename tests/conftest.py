@@ -56,12 +56,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs are NaN before a launch, so that a row which nobody writes shows."""
     from nsagen.runtime import launch
 
     monkeypatch.setattr(launch, "POISON", True)
-    yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from nsagen.errors import IRError, Refused
+from nsagen.errors import Refused
 from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Piece, Pool, Select, Source
-from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, as_int, evaluate
+from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, evaluate
 
 Array = np.ndarray[Any, Any]
 Values = dict[str, Array]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Pool, Select, Source, writes
+from nsagen.ir.graph import Attend, Combine, CombineGrad, Graph, Node, Pool, Select, Source, writes
 from nsagen.ir.plan import Access, Buffer, Kernel, Launch, Mask, Op, Plan, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
 
@@ -16,7 +16,10 @@ def dump(ir: Graph | Plan) -> str:
 def _graph(graph: Graph) -> str:
     h = graph.heads
     lines = [f"graph {graph.name}  heads {h.query}/{h.kv}  dims {h.qk_dim}/{h.v_dim}"]
-    lines += [f"  {'input' if v.name in graph.inputs else 'value'} %{v.name} [{', '.join(v.axes)}] {v.dtype}" for v in graph.values]
+    lines += [
+        f"  {'input' if v.name in graph.inputs else 'value'} %{v.name} [{', '.join(v.axes)}] {v.dtype}"
+        for v in graph.values
+    ]
     lines += ["", *(line for n in graph.nodes for line in _node(n)), f"  return %{graph.output}"]
     if graph.saved:
         lines.append("  saved " + _names(graph.saved))
@@ -46,7 +49,8 @@ def _node(node: Node) -> list[str]:
         head = f"  {_names(writes(node))} = attend {node.branch} %{node.q}"
         return [head, *(line for s in node.sources for line in _source(s))]
     gate = f" gates %{node.gates}[{node.gate}]" if node.gates else ""
-    head = f"  {_names((node.dq, *node.dk, *node.dv))} = attend_grad {node.branch} %{node.q} %{node.lse} %{node.delta} %{node.d_out}{gate}"
+    outs, read = (node.dq, *node.dk, *node.dv), (node.q, node.lse, node.delta, node.d_out)
+    head = f"  {_names(outs)} = attend_grad {node.branch} {_names(read)}{gate}"
     return [head, *(line for s in node.sources for line in _source(s))]
 
 
@@ -96,7 +100,10 @@ def _kernel(kernel: Kernel) -> list[str]:
     rows = "rows" if grid.axis is None else f"{grid.axis.name} tiles, KV heads, batch, {grid.order}"
     lines = [f"kernel {kernel.name:24} template {kernel.body}", f"  grid     {grid.step} per program: {rows}"]
     lines += [f"  strategy {c.what:18} because {c.because}" for c in kernel.choices]
-    lines += [f"  operand  {o.name} ({o.role}, {o.rows} rows, {o.mode}{', optional' if o.optional else ''})" for o in kernel.operands]
+    lines += [
+        f"  operand  {o.name} ({o.role}, {o.rows} rows, {o.mode}{', optional' if o.optional else ''})"
+        for o in kernel.operands
+    ]
     lines += [line for w in kernel.walks for line in _walk(w)]
     if kernel.qk_parts:
         lines.append(f"  parts    qk {'+'.join(map(str, kernel.qk_parts))}  v {'+'.join(map(str, kernel.v_parts))}")
@@ -108,7 +115,9 @@ def _kernel(kernel: Kernel) -> list[str]:
 def _walk(walk: Walk) -> list[str]:
     where = ", ".join(map(conjunct_text, walk.piece.where))
     listed = f" listed n {walk.listed.count} l' {walk.listed.size}" if walk.listed else ""
-    lines = [f"  walk     {walk.piece.name} {walk.direction} source {walk.source} axis {walk.axis.name}{listed}: {where}"]
+    lines = [
+        f"  walk     {walk.piece.name} {walk.direction} source {walk.source} axis {walk.axis.name}{listed}: {where}"
+    ]
     if walk.some:
         every = f"all {_interval(walk.all)}" if walk.all else f"all refused: {walk.refused}"
         lines.append(f"    range  some {_interval(walk.some)}  {every}")

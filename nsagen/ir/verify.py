@@ -54,7 +54,9 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
         _need(name not in defined, line, f"%{name} is defined twice")
     defined.update(writes(node))
     if isinstance(node, Pool):
-        _need(node.axis.block % node.axis.stride == 0, line, f"d = {node.axis.stride} must divide l = {node.axis.block}")
+        _need(
+            node.axis.block % node.axis.stride == 0, line, f"d = {node.axis.stride} must divide l = {node.axis.block}"
+        )
         _need(not (node.positions and node.pool == "mean"), line, "mean pooling has no positions")
     if isinstance(node, (Attend, AttendGrad)):
         _attend(node, graph, line)
@@ -67,11 +69,23 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
 
 def _select(node: Select, graph: Graph, line: str) -> None:
     _need(graph.value(node.out).dtype == "int32", line, "blocks are int32")
-    _need(0 <= node.initial and 0 <= node.local and node.initial + node.local <= node.count, line, "too many forced blocks")
+    _need(
+        node.initial >= 0 and node.local >= 0 and node.initial + node.local <= node.count,
+        line,
+        "too many forced blocks",
+    )
     _need(node.axis.stride <= node.axis.block <= node.size, line, "needs d <= l <= l'")
     if node.weights:
-        _need(len(node.weights) == node.size // node.axis.stride - node.first, line, "one weight for each block that overlaps")
-        _need(sum(node.weights) * node.axis.stride == node.size * (node.axis.block // node.axis.stride), line, "weights miss tokens")
+        _need(
+            len(node.weights) == node.size // node.axis.stride - node.first,
+            line,
+            "one weight for each block that overlaps",
+        )
+        _need(
+            sum(node.weights) * node.axis.stride == node.size * (node.axis.block // node.axis.stride),
+            line,
+            "weights miss tokens",
+        )
 
 
 def _attend(node: Attend | AttendGrad, graph: Graph, line: str) -> None:
@@ -137,7 +151,7 @@ def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], 
     _need(not keys, line, f"guard on {keys} compares with nothing")
     for name, buffer in bound.items():
         _need(buffer in buffers, line, f"%{buffer} is not declared")
-        reading = operands[name].mode == "load" or launch.accumulate and operands[name].mode == "accumulate"
+        reading = operands[name].mode == "load" or (launch.accumulate and operands[name].mode == "accumulate")
         _need(not reading or buffer in known, line, f"%{buffer} is read before it is written")
     return {b for n, b in bound.items() if operands[n].mode != "load"}
 
@@ -147,7 +161,11 @@ def _kernel(kernel: Kernel, reached: int) -> None:
     _need(bool(kernel.choices) and all(c.what and c.because for c in kernel.choices), line, "a choice has no reason")
     _need(kernel.grid.axis is not None or not kernel.walks, line, "a kernel over flat rows walks nothing")
     _need(not kernel.body.startswith("attend") or bool(kernel.branch), line, "attention kernels belong to a branch")
-    _need((kernel.select is None) == (not kernel.body.startswith("select")), line, "selection kernels say what they select")
+    _need(
+        (kernel.select is None) == (not kernel.body.startswith("select")),
+        line,
+        "selection kernels say what they select",
+    )
     _need(str(kernel.grid.step) in ("BT", "BN", "BM"), line, "the grid steps by a tile size")
     _need(kernel.grid.order in ("ascending", "descending"), line, "tiles run up or down")
     _need(all(f in FACTS for f in kernel.facts), line, f"unknown facts {kernel.facts}")

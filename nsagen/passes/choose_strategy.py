@@ -5,23 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nsagen.errors import Refused
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, KeyAxis, Piece, Select, Source
+from nsagen.ir.graph import Attend, Combine, CombineGrad, Graph, KeyAxis, Piece, Select, Source
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
 from nsagen.passes.operators import buffers, operators, suffixes
 from nsagen.sym import KEY, QUERY, le
 
 TOKEN_AXIS = KeyAxis("T")
-PACK = Choice("head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head")
-QUERY_MAJOR = Choice("query_major", "mode=train: every query tile has BM rows, enough for the tensor cores at any group")
-ONE_QUERY = Choice("one_query_a_tile", "every query lists blocks of its own; the group's heads share the list and fill the rows")
+PACK = Choice(
+    "head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head"
+)
+QUERY_MAJOR = Choice(
+    "query_major", "mode=train: every query tile has BM rows, enough for the tensor cores at any group"
+)
+ONE_QUERY = Choice(
+    "one_query_a_tile", "every query lists blocks of its own; the group's heads share the list and fill the rows"
+)
 KEY_MAJOR = Choice("key_major", "dk and dv of a key tile stay in registers: no atomics, the same bits on every run")
-INVERSE = Choice("inverse_lists", "the queries of a key block come from a sort of the lists, on the device, in a fixed order")
-ITEMS = Choice("items", "a hot block (the first: every query lists it) is split; float32 partial sums are added in order")
+INVERSE = Choice(
+    "inverse_lists", "the queries of a key block come from a sort of the lists, on the device, in a fixed order"
+)
+ITEMS = Choice(
+    "items", "a hot block (the first: every query lists it) is split; float32 partial sums are added in order"
+)
 RECOMPUTE = Choice("recompute_scores", "p = exp(s − lse) costs one dot; keeping it would take T × keys values")
-EXACT = Choice("second_pass", "with lse known, the heads of a group add up in registers, exactly: no score per head is stored")
+EXACT = Choice(
+    "second_pass", "with lse known, the heads of a group add up in registers, exactly: no score per head is stored"
+)
 CHUNKS = Choice("query_chunks", "scores of all queries would be T × T/d values; a chunk's are bounded")
 ONE_PASS = Choice("one_pass", "bound by memory: every term is read once, sums in float32")
-ROW = Choice("row_a_program", "a row of scores fits the registers; ties go to the lower block, so the choice is deterministic")
+ROW = Choice(
+    "row_a_program", "a row of scores fits the registers; ties go to the lower block, so the choice is deterministic"
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,12 @@ def _forward(node: Attend) -> Kernel:
 
 def _query_grad(node: Attend) -> Kernel:
     grid, choice = _query_tiles(node.sources)
-    operands = (_load("q", "q"), *_key_operands(node.sources), *ROW_STATISTICS, Operand("dq", "dq", "query", "accumulate"))
+    operands = (
+        _load("q", "q"),
+        *_key_operands(node.sources),
+        *ROW_STATISTICS,
+        Operand("dq", "dq", "query", "accumulate"),
+    )
     choices = (choice, PACK, RECOMPUTE)
     return Kernel(f"{node.branch}_dq", node.branch, "attend_dq", grid, operands, _walks(node.sources), choices)
 
@@ -129,7 +148,9 @@ def _selection(node: Select) -> list[Kernel]:
     rows = Grid(None, BM, "ascending")
     return [
         Kernel("select_scores", "", "select_scores", tiles, (*loads, scores), (walk,), (EXACT, CHUNKS), select=node),
-        Kernel("select_best", "", "select_blocks", rows, (replace(scores, mode="load"), blocks), (), (ROW,), select=node),
+        Kernel(
+            "select_best", "", "select_blocks", rows, (replace(scores, mode="load"), blocks), (), (ROW,), select=node
+        ),
     ]
 
 
@@ -142,7 +163,9 @@ def _combination(node: Combine | CombineGrad) -> list[Kernel]:
         return [Kernel("combine_fwd", "", "combine_fwd", flat, (*terms, gates, out), (), (ONE_PASS,))]
     d_out, delta = _load("d_out", "d_out"), Operand("delta", "delta", "query", "store")
     rest = _load("rest", "rest", optional=True)
-    kernels = [Kernel("row_delta", "", "combine_bwd", flat, (d_out, _load("term", "term"), rest, delta), (), (ONE_PASS,))]
+    kernels = [
+        Kernel("row_delta", "", "combine_bwd", flat, (d_out, _load("term", "term"), rest, delta), (), (ONE_PASS,))
+    ]
     if node.gates:
         deltas = tuple(replace(delta, name=f"delta{i}") for i in range(len(node.deltas)))
         d_gates = Operand("d_gates", "d_gates", "query", "store")

@@ -63,7 +63,7 @@ def _flat(kernel: Kernel, bits: int) -> TileConfig:
 
 
 def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
-    """Rows hold a whole group. A listed block is walked alone: no tile is wider, and one query's rows keep few warps busy."""
+    """Rows hold a whole group. A listed block is walked alone: no tile is wider, and one query's rows feed few warps."""
     listed = next((w.listed for w in kernel.walks if w.listed), None)
     rows = [m for m in (16, 32, 64, 128) if m >= heads.group]
     columns = [n for n in (16, 32, 64, 128) if listed is None or n < 2 * listed.size or n == 16]
@@ -77,7 +77,9 @@ def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _judge(kernel: Kernel, heads: Heads, arch: Arch, bits: int, bm: int, bn: int, warps: int, stages: int) -> TileConfig:
+def _judge(
+    kernel: Kernel, heads: Heads, arch: Arch, bits: int, bm: int, bn: int, warps: int, stages: int
+) -> TileConfig:
     use = resources(kernel, bits, bm, bn, warps, stages)
     waste, trips = loop_shape(kernel, heads, bm, bn)
     cost = round(waste / arch.efficiency(kernel.body, bits, bm, bn, warps, stages, trips), 3)

@@ -36,7 +36,9 @@ class Differentiate:
         for term, delta in zip(terms, deltas, strict=True):
             values[delta] = replace(values[by_out[term].lse], name=delta)
         rests = tuple(by_out[term].rest for term in terms)
-        grad = CombineGrad(terms, rests, combine.gates if combine else None, "d_out", deltas, "d_gates" if combine else None)
+        grad = CombineGrad(
+            terms, rests, combine.gates if combine else None, "d_out", deltas, "d_gates" if combine else None
+        )
         if combine:
             values["d_gates"] = replace(values[combine.gates], name="d_gates")
         users = Counter(x for n in attends for x in (n.q, *(x for s in n.sources for x in (s.k, s.v))))

@@ -75,7 +75,9 @@ def _walk_shape(walk: Walk, bt: int, bm: int, group: int, bn: int) -> tuple[floa
     if walk.listed:
         tiles = -(-walk.listed.size // bn)
         padding = bm / group if walk.direction == "forward" else bm / (bt * group)
-        entries = walk.listed.count * tiles if walk.direction == "forward" else walk.listed.size * walk.listed.count / bt
+        entries = (
+            walk.listed.count * tiles if walk.direction == "forward" else walk.listed.size * walk.listed.count / bt
+        )
         return tiles * bn / walk.listed.size * padding, entries
     tokens = 65536
     length = evaluate(walk.axis.length(), {TOKENS.name: tokens})

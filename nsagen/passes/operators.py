@@ -13,7 +13,7 @@ Binds = tuple[tuple[str, str], ...]
 
 
 def operators(graph: Graph) -> tuple[Op, ...]:
-    """A part and its gradient for every attention, the selection, and the whole with its gradient if gates join parts."""
+    """A part and its gradient for every attention, the selection, and the whole with its gradient if there are gates."""
     attends = [n for n in graph.nodes if isinstance(n, Attend)]
     grads = {n.branch: n for n in graph.nodes if isinstance(n, AttendGrad)}
     ops = [op for n in attends for op in _part(n, grads[n.branch])]
@@ -74,12 +74,16 @@ class _Gradients:
             rows = (*rows, ("gates", grad.gates))
         column = grad.gate if self.gated else None
         adds, dq = self._target(node.q, grad.dq)
-        result = [Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds, column)]
+        result = [
+            Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds, column)
+        ]
         for source, suffix, dk, dv in zip(node.sources, suffixes(node.sources), grad.dk, grad.dv, strict=True):
             adds, dk = self._target(source.k, dk)
             dv = self._target(source.v, dv)[1]
             keys: Binds = (("q", node.q), ("k", source.k), ("v", source.v))
-            result += self._keys(f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds, column)
+            result += self._keys(
+                f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds, column
+            )
         return result
 
     def _keys(
@@ -185,5 +189,7 @@ def _workspaces(graph: Graph, sizes: dict[str, Expr]) -> list[Buffer]:
             found.append(Buffer("scores", ("B", "chunk", "Hkv", node.axis.name), shape, "float32", "workspace"))
         if isinstance(node, Attend) and any(s.listed for s in node.sources):
             width = const(graph.heads.qk_dim + graph.heads.v_dim)
-            found.append(Buffer("parts", ("items", "l'", "D"), (count("items"), sizes["l'"], width), "float32", "workspace"))
+            found.append(
+                Buffer("parts", ("items", "l'", "D"), (count("items"), sizes["l'"], width), "float32", "workspace")
+            )
     return found

@@ -8,7 +8,7 @@ from nsagen.ir.graph import TOKENS, Attend, AttendGrad, BlockList, Graph, Pool, 
 from nsagen.ir.plan import BT, T0, Launch, N, Op, Plan, Walk
 from nsagen.passes.operators import suffixes
 from nsagen.render.view import Named
-from nsagen.sym import Expr, conjunct_text, expand, substitute, symbol, to_text
+from nsagen.sym import Expr, Symbol, conjunct_text, expand, substitute, symbol, to_text
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class KeySourceView:
     @property
     def blocks(self) -> str:
         return "blocks" + self.suffix if self.listed else "None"
-
 
     @property
     def dk(self) -> str:
@@ -148,7 +147,7 @@ def _range(walk: Walk) -> str:
     """The walk's `some` range for the queries [t0, t1), from the same bounds as the kernels."""
     assert walk.some is not None
     n, t1 = symbol("n"), symbol("t1")
-    at: dict[Expr, Expr] = {BT: t1 - T0, N: n, TOKENS: n}
+    at: dict[Symbol, Expr] = {BT: t1 - T0, N: n, TOKENS: n}
     if walk.listed:
         return "(0, min(n, t1))"
     lo, hi = (to_text(_flat(substitute(x, at))) for x in (walk.some.lo, walk.some.hi))

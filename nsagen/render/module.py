@@ -6,11 +6,11 @@ import json
 import pprint
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph
 from nsagen.ir.plan import Kernel, Plan, TileTable
 from nsagen.render.host import branch_views, op_views, part_views, pool_node, select_node, whole_call
@@ -29,17 +29,12 @@ class KernelText:
     configs: tuple[TileTable, ...]
 
 
-def template_dir() -> Path:
-    """templates/ in the source tree, or beside the package's own files where it is installed."""
-    package = Path(__file__).resolve().parent.parent
-    installed = package / "templates"
-    return installed if installed.is_dir() else package.parent / "templates"
-
-
 @lru_cache(maxsize=1)
 def environment() -> jinja2.Environment:
     env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template_dir()), undefined=jinja2.StrictUndefined, keep_trailing_newline=False
+        loader=jinja2.FileSystemLoader(data_dir("templates")),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=False,
     )
     env.filters["each"] = _each
     return env
@@ -118,7 +113,9 @@ def _choices(kernel: Kernel) -> str:
 
 def _spec_text(spec: dict[str, Any]) -> str:
     h = spec["heads"]
-    lines = [f"heads    {h['query']} query, {h['kv']} KV, dims {h['qk_dim']} (q, k) and {h['v_dim']} (v); K/V {spec['kv']}"]
+    lines = [
+        f"heads    {h['query']} query, {h['kv']} KV, dims {h['qk_dim']} (q, k) and {h['v_dim']} (v); K/V {spec['kv']}"
+    ]
     lines += [f"branch   {name} {json.dumps(options)}" for name, options in spec["branches"].items()]
     return "\n".join([*lines, f"combine  {spec['combine']}"])
 

@@ -214,7 +214,9 @@ def _listed_size(plan: Plan) -> int:
 def _has_rest(kernel: Kernel, plan: Plan, term: int) -> bool:
     """Whether some launch binds a rest to the term."""
     names = {f"rest{term}", "rest"} if term == 0 else {f"rest{term}"}
-    return any(o in names for op in plan.ops for launch in op.launches if launch.kernel == kernel.name for o, _ in launch.binds)
+    return any(
+        o in names for op in plan.ops for launch in op.launches if launch.kernel == kernel.name for o, _ in launch.binds
+    )
 
 
 def _columns(plan: Plan) -> int:
@@ -229,7 +231,9 @@ def _parts(widths: tuple[int, ...], dim: int) -> tuple[Part, ...]:
 
 def _conjuncts(kernel: Kernel) -> dict[Conjunct, Named]:
     """Every conjunct that some segment of the kernel may have to test, named C0, C1, …"""
-    tested = dict.fromkeys(c for w in kernel.walks for s in w.segments for c in (m.conjunct for m in s.masks if not m.extent))
+    tested = dict.fromkeys(
+        c for w in kernel.walks for s in w.segments for c in (m.conjunct for m in s.masks if not m.extent)
+    )
     return {c: Named(f"C{i}", conjunct_text(c)) for i, c in enumerate(tested)}
 
 
@@ -274,7 +278,8 @@ def _listed_walk(walk: Walk, segments: tuple[SegmentView, ...], suffix: str, hea
         f"# {walk.piece.name}: {', '.join(map(conjunct_text, walk.piece.where))}, in the listed blocks",
         f"listed = (first * {heads.kv} + h) * {of.count}",
         f"entry = tl.arange(0, {of.width})",
-        f"blocks = tl.sum((tl.load({of.pointer} + listed + entry, mask=entry < {of.count}, other=-1) >= 0).to(tl.int32))",
+        f"named = tl.load({of.pointer} + listed + entry, mask=entry < {of.count}, other=-1)",
+        "blocks = tl.sum((named >= 0).to(tl.int32))",
     )
     return WalkView("\n".join("    " + line for line in lines), segments, of)
 

@@ -1,7 +1,1 @@
-"""All that a generated module imports besides torch and triton. It knows nothing of the compiler."""
-
-from __future__ import annotations
-
-from nsagen.runtime import checks, compress, ops, torch_path, version
-
-__all__ = ["checks", "compress", "ops", "torch_path", "version"]
+"""Layer 1: all that a generated module imports. Knows nothing of the compiler. Submodules load when they are used."""

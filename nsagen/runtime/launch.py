@@ -30,7 +30,7 @@ def use_kernels(x: torch.Tensor) -> bool:
     """Kernels run on GPU tensors, and on CPU tensors under TRITON_INTERPRET=1; float64 takes the torch path."""
     if x.dtype == torch.float64:
         return False
-    return x.is_cuda or triton.knobs.runtime.interpret
+    return x.is_cuda or triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def pick(configs: Configs, x: torch.Tensor) -> Config:
@@ -70,9 +70,7 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def rest(
-    q: torch.Tensor, shape: tuple[int, ...] | None = None, cu_seqlens: torch.Tensor | None = None
-) -> torch.Tensor:
+def rest(q: torch.Tensor, shape: tuple[int, ...] | None = None, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
     """Where a kernel keeps what rounding takes from its output; empty where nothing is rounded, or without a shape."""
     if shape is None or not use_kernels(q) or q.dtype == torch.float32:
         return q.new_empty(0)
@@ -89,9 +87,7 @@ def target(into: torch.Tensor | None, like: torch.Tensor, cu_seqlens: torch.Tens
     return (empty(like, like.shape, cu_seqlens), False) if into is None else (into, True)
 
 
-def added(
-    gradients: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor, ...]:
+def added(gradients: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
     """Each gradient, plus its tensor of `into` if there is one."""
     return tuple(g if before is None else g + before for g, before in zip(gradients, into, strict=True))
 
@@ -132,7 +128,11 @@ def empty(
     dtype = dtype or like.dtype
     if cu_seqlens is not None:
         return torch.full(shape, unused, dtype=dtype, device=like.device)
-    return torch.full(shape, float("nan"), dtype=dtype, device=like.device) if POISON else like.new_empty(shape, dtype=dtype)
+    return (
+        torch.full(shape, float("nan"), dtype=dtype, device=like.device)
+        if POISON
+        else like.new_empty(shape, dtype=dtype)
+    )
 
 
 POISON = False  # tests: outputs are NaN before a launch, so that a row nobody wrote shows

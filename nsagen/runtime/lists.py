@@ -51,7 +51,9 @@ def _keys(blocks: Tensor, size: int, cu_seqlens: Tensor | None, slots: int, tota
         base = cu_seqlens.long()[sequence.clamp(max=cu_seqlens.shape[0] - 1)] // size + sequence
     head = torch.arange(batch * heads, device=device).view(batch, 1, heads, 1) * slots
     keys = head + base.view(1, -1, 1, 1) + blocks
-    return torch.where((blocks < 0) | (blocks >= slots), total, keys).to(torch.int32 if total < 2**31 - 1 else torch.int64)
+    return torch.where((blocks < 0) | (blocks >= slots), total, keys).to(
+        torch.int32 if total < 2**31 - 1 else torch.int64
+    )
 
 
 def _items(bounds: Tensor, per_item: int, most: int) -> tuple[Tensor, Tensor]:

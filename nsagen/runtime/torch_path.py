@@ -210,7 +210,12 @@ def _clip(ranges: list[_Range], keys: int) -> list[_Range]:
 
 
 def _pieces(
-    sources: tuple[KeySource, ...], ranges: list[list[_Range]], queries: range, start: int, lists: Lists, device: torch.device
+    sources: tuple[KeySource, ...],
+    ranges: list[list[_Range]],
+    queries: range,
+    start: int,
+    lists: Lists,
+    device: torch.device,
 ) -> list[_Piece]:
     t = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1)
     pieces: list[_Piece] = []
@@ -220,7 +225,9 @@ def _pieces(
             s = torch.arange(lo, hi, device=device).unsqueeze(0)
             mask = source.mask(t, s).expand(len(queries), hi - lo)
             if blocks is not None:
-                mask = mask & _listed(blocks[:, start + queries.start : start + queries.stop], s[0] // source.block_size)
+                mask = mask & _listed(
+                    blocks[:, start + queries.start : start + queries.stop], s[0] // source.block_size
+                )
             pieces.append(_Piece(index, slice(row + lo, row + hi), mask))
     return pieces
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ _BUDGET = 1 << 26  # bytes of one chunk's probabilities
 
 
 class Selection(NamedTuple):
-    """l' = size, n = count, forced first and last blocks; block j's importance is Σ weights[i]·p[first + j·step + i]."""
+    """l' = size, n = count, forced first and last blocks; importance of j: Σ weights[i]·p[first + j·step + i]."""
 
     block: int  # l, d: the compressed axis
     stride: int
@@ -24,11 +25,13 @@ class Selection(NamedTuple):
 
 
 @torch.no_grad()
-def select(q: Tensor, k_cmp: Tensor, lse: Tensor, selection: Selection, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+def select(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, selection: Selection, scale: float, cu_seqlens: Tensor | None
+) -> Tensor:
     """q [B, T, Hq, D], k_cmp [B, N, Hkv, D], lse [B, T, Hq] -> blocks int32 [B, T, Hkv, n], ascending, −1 last."""
     blocks = torch.full((*q.shape[:2], k_cmp.shape[2], selection.count), -1, dtype=torch.int32, device=q.device)
     ends = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         keys = max(0, (end - start - selection.block) // selection.stride + 1)
         row = start // selection.stride
         k = k_cmp[:, row : row + keys]

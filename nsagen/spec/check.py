@@ -172,7 +172,9 @@ class _Check:
 
 def _given(selected: _Part, compressed: _Part, other: str) -> tuple[str, str]:
     """Where the caret goes for a rule between selected.block and a key of compressed: to one that the spec gives."""
-    return ("compressed", other) if other in compressed.given and "block" not in selected.given else ("selected", "block")
+    return (
+        ("compressed", other) if other in compressed.given and "block" not in selected.given else ("selected", "block")
+    )
 
 
 def _alias(model: type[BaseModel], field: str) -> str:
@@ -229,15 +231,27 @@ def explain(item: Any, field: str, model: type[BaseModel]) -> tuple[str, str, st
         hint = _nearest_choice(value, context["expected"])
         return "choice", f"{field} {shown} is none of {context['expected']}", hint
     if kind == "string_pattern_mismatch" and model is Spec:
-        return "name", f"{field} {shown} is no module name", "lower case letters, digits and _, a letter first, 63 at most"
+        return (
+            "name",
+            f"{field} {shown} is no module name",
+            "lower case letters, digits and _, a letter first, 63 at most",
+        )
     if kind == "too_short":
-        return "empty", f"{field} is empty", f"one or more of {', '.join(branch_kinds())}" if model is Spec else "one or more"
+        return (
+            "empty",
+            f"{field} is empty",
+            f"one or more of {', '.join(branch_kinds())}" if model is Spec else "one or more",
+        )
     return kind, f"{field} {shown}: {short(item['msg'], 160)}", "see `nsagen schema`"
+
+
+def _kinds() -> str:
+    return ", ".join(branch_kinds())
 
 
 def _nearest(value: Any, step: Any, model: type[BaseModel], field: str) -> str:
     """The multiples of `step` on both sides of a value, inside the field's bounds."""
-    bounds = model.model_fields[_field(model, field)].metadata
+    bounds: list[Any] = model.model_fields[_field(model, field)].metadata
     low = next((-(-b.ge // step) * step for b in bounds if isinstance(b, Ge)), None)
     high = next((b.le // step * step for b in bounds if isinstance(b, Le)), None)
     near = {value // step * step, -(-value // step) * step}

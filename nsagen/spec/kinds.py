@@ -48,7 +48,9 @@ class Selected(Options):
     block: Block = Field(64, description="l': tokens of a selection block")
     top_n: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="n: blocks a query attends to")
     initial: Annotated[int, Field(ge=0, le=1024)] = Field(1, description="first blocks that are always taken")
-    local: Annotated[int, Field(ge=0, le=1024)] = Field(2, description="last blocks that are always taken, the query's own first")
+    local: Annotated[int, Field(ge=0, le=1024)] = Field(
+        2, description="last blocks that are always taken, the query's own first"
+    )
     scores: Literal["compressed", "pooled", "caller"] = Field(
         "compressed", alias="from", description="where the block scores come from"
     )

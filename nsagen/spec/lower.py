@@ -95,10 +95,20 @@ def lower_selected(options: Any, low: Lowering) -> None:
     if options.scores == "caller":
         low.inputs.append("blocks")
     elif options.scores == "compressed" and low.spec.combine == "gated_sum":
-        scores = low.spec.branches["compressed"]
+        scores: Any = low.spec.branches["compressed"]
         axis = KeyAxis("compressed", scores.block, scores.stride)
         low.selects.append(
-            Select("blocks", "q", "k_cmp", "lse_compressed", axis, options.block, options.top_n, options.initial, options.local)
+            Select(
+                "blocks",
+                "q",
+                "k_cmp",
+                "lse_compressed",
+                axis,
+                options.block,
+                options.top_n,
+                options.initial,
+                options.local,
+            )
         )
     else:
         raise Refused(f"selected: from {options.scores} under combine {low.spec.combine} has no lowering yet")
@@ -137,7 +147,9 @@ def _one_softmax(low: Lowering) -> str:
         pieces = source.pieces
         for earlier in union:
             if earlier.listed and (earlier.k, earlier.axis) == (source.k, source.axis):
-                raise Refused("one_softmax: name the selected branch last, so that earlier domains are taken out of its blocks")
+                raise Refused(
+                    "one_softmax: name the selected branch last, so that earlier domains are taken out of its blocks"
+                )
             if (earlier.k, earlier.axis) == (source.k, source.axis):
                 for taken in earlier.pieces:
                     pieces = tuple(rest for p in pieces for rest in _without(p, taken))

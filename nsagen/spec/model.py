@@ -54,7 +54,9 @@ class Spec(Checked):
     name: str = Field(description="becomes the module's name", pattern=r"^[a-z][a-z0-9_]{0,62}$")
     heads: Heads
     kv: Literal["per_branch", "shared"] = Field("shared", description="own K/V for each branch, or one pair")
-    branches: dict[str, SerializeAsAny[Options]] = Field(min_length=1, description="one or more, in the order of the gates")
+    branches: dict[str, SerializeAsAny[Options]] = Field(
+        min_length=1, description="one or more, in the order of the gates"
+    )
     combine: Literal["gated_sum", "one_softmax", "single"] = Field(description="how the branches become one output")
 
     @classmethod
@@ -75,7 +77,9 @@ class Spec(Checked):
             return None
         names = short(", ".join(self.branches), 80)
         count = f"{len(self.branches)} branches ({names})"
-        return Problem("single", f"combine single with {count}", "single takes one branch: use gated_sum or one_softmax")
+        return Problem(
+            "single", f"combine single with {count}", "single takes one branch: use gated_sum or one_softmax"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict: the YAML's keys with the defaults filled in."""

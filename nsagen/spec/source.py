@@ -150,7 +150,9 @@ class _Reader:
 
     def _check_event(self, event: Any) -> None:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            self.refuse("alias", f"anchors and aliases are not allowed (`{short(event.anchor)}`)", event, "write the value out")
+            self.refuse(
+                "alias", f"anchors and aliases are not allowed (`{short(event.anchor)}`)", event, "write the value out"
+            )
         elif getattr(event, "tag", None):
             self.refuse("tag", f"tags are not allowed (`{short(event.tag)}`)", event, "remove the tag")
 
@@ -163,7 +165,9 @@ class _Reader:
         if node is None:
             raise _plain("empty", f"{self.file} is empty", "start with `nsagen new NAME`")
         if not isinstance(node, yaml.MappingNode):
-            self.refuse("mapping", "a spec is a mapping with the keys name, heads and branches", node, "see `nsagen new NAME`")
+            self.refuse(
+                "mapping", "a spec is a mapping with the keys name, heads and branches", node, "see `nsagen new NAME`"
+            )
             self._stop()
         value = self._value(node, ())
         self._stop()
@@ -189,7 +193,12 @@ class _Reader:
                 continue
             if key in result:
                 first = self.keys[(*path, key)]
-                self.refuse("duplicate", f"`{short(key)}` is given twice (first in line {first.line})", key_node, "remove one of them")
+                self.refuse(
+                    "duplicate",
+                    f"`{short(key)}` is given twice (first in line {first.line})",
+                    key_node,
+                    "remove one of them",
+                )
                 continue
             self.keys[(*path, key)] = self.place(key_node.start_mark, key_node.end_mark)
             result[key] = self._value(value_node, (*path, key))
@@ -204,7 +213,9 @@ class _Reader:
         if INTEGER.match(text):
             digits = len(text.lstrip("+-"))
             if digits > MAX_DIGITS:
-                self.refuse("number", f"a number of {digits} digits, over {MAX_DIGITS}", node, "no field needs more than seven")
+                self.refuse(
+                    "number", f"a number of {digits} digits, over {MAX_DIGITS}", node, "no field needs more than seven"
+                )
                 return None
             return int(text)
         if NOT_FINITE.match(text):

@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.errors import Refused
-from nsagen.sym.expr import Expr, Given, Symbol, const, expand, floordiv, linear_coefficient, maximum, minimum, substitute
+from nsagen.sym.expr import (
+    Expr,
+    Given,
+    Symbol,
+    const,
+    expand,
+    floordiv,
+    linear_coefficient,
+    maximum,
+    minimum,
+    substitute,
+)
 from nsagen.sym.predicate import AtLeast, Conjunct, Multiple
 
 
@@ -79,4 +90,3 @@ def _coefficient(x: Expr, var: Symbol) -> int:
     if a is None:
         raise Refused(f"{x} is not linear in {var}")
     return a
-

@@ -35,7 +35,7 @@ class FloorDiv(sp.Function):
 
     @classmethod
     def eval(cls, a: Expr, b: Expr) -> Expr | None:
-        if a == 0 or b == 1:
+        if as_int(a) == 0 or as_int(b) == 1:
             return a
         if a.is_Integer and b.is_Integer:
             return sp.Integer(int(a) // int(b))

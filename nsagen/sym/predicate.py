@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsagen.sym.expr import Expr, Symbol, const, evaluate, expand, symbol, to_text
+from nsagen.sym.expr import Expr, Symbol, as_int, const, evaluate, expand, symbol, to_text
 
 QUERY: Symbol = symbol("t")  # position of the query in its sequence
 KEY: Symbol = symbol("s")  # index of the key on its axis (a token, or a compressed block)
@@ -71,4 +71,4 @@ def conjunct_text(c: Conjunct) -> str:
 def _upper(bound: Expr) -> str:
     """s <= bound; a bound that ends in −1 reads as a strict one."""
     constant, _ = bound.as_coeff_Add()
-    return f"s < {to_text(bound + 1)}" if constant == -1 else f"s <= {to_text(bound)}"
+    return f"s < {to_text(bound + 1)}" if as_int(constant) == -1 else f"s <= {to_text(bound)}"

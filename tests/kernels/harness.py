@@ -51,9 +51,15 @@ def caller_lists(spec: Mapping[str, Any], inputs: Inputs, seed: int, ends: list[
 
 
 def check(
-    spec: Mapping[str, Any], batch: int, tokens: int, seed: int, device: str, ends: list[int] | None = None, strided: bool = False
+    spec: Mapping[str, Any],
+    batch: int,
+    tokens: int,
+    seed: int,
+    device: str,
+    ends: list[int] | None = None,
+    strided: bool = False,
 ) -> None:
-    """Assert that the module agrees with the oracle, under the same lists, and that its lists are best by the oracle's scores."""
+    """Assert that the module agrees with the oracle under the same lists, and that its lists are best by its scores."""
     module = nsagen.load(spec)
     inputs = make_inputs(spec, batch, tokens, torch.float32, device, seed, strided)
     torch.manual_seed(seed)

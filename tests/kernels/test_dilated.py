@@ -59,7 +59,10 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tens
 def test_forward_and_backward(tokens: int, dtype: torch.dtype, device: str) -> None:
     module = nsagen.load(SPEC)
     torch.manual_seed(tokens)
-    leaves = [torch.randn(2, tokens, h, d, dtype=dtype, device=device, requires_grad=True) for h, d in ((6, 16), (2, 16), (2, 24))]
+    leaves = [
+        torch.randn(2, tokens, h, d, dtype=dtype, device=device, requires_grad=True)
+        for h, d in ((6, 16), (2, 16), (2, 24))
+    ]
     out, lse = module.dilated_attention(*leaves)
     d_out = torch.randn_like(out)
     out.backward(d_out)

@@ -1,0 +1,100 @@
+"""The whole op, forward and backward, beside dense attention (SDPA with cuDNN) on the same q, k, v: medians, peak memory.
+
+    nsagen build nsa_128 && python benchmarks/whole.py --module generated/nsa_128.py --lengths 8192,65536
+
+Says also whether a second backward gives the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from triton.testing import do_bench
+
+from tiles import inputs, load
+
+MOST_DENSE = 65536  # tokens; beyond, dense attention takes seconds
+
+
+def timed(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], d_out: torch.Tensor) -> dict[str, Any]:
+    torch.cuda.reset_peak_memory_stats()
+    out = forward()
+    first = torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+    again = torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+    same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finite = all(bool(g.isfinite().all()) for g in first)
+    del first, again
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    fwd = do_bench(forward, warmup=50, rep=300, return_mode="median")
+    bwd = do_bench(
+        lambda: out.backward(d_out, retain_graph=True), warmup=50, rep=400, grad_to_none=leaves, return_mode="median"
+    )
+    return {
+        "forward_ms": round(fwd, 3),
+        "backward_ms": round(bwd, 3),
+        "peak_gib": round(peak, 2),
+        "repeatable": same,
+        "finite": finite,
+    }
+
+
+def ours(module: Any, length: int) -> dict[str, Any]:
+    q, k, v, d_out = inputs(module, length, length, torch.bfloat16)
+    branches = list(module.SPEC["branches"])
+    leaves = [q.requires_grad_()]
+    if module.SPEC["kv"] == "per_branch":
+        k, v = ({b: torch.randn_like(x).requires_grad_() for b in branches} for x in (k, v))
+        leaves += [*k.values(), *v.values()]
+    else:
+        leaves += [k.requires_grad_(), v.requires_grad_()]
+    gates = None
+    if module._LAYOUT.gated:
+        gates = torch.rand(1, length, q.shape[2], len(branches), device="cuda", dtype=q.dtype).requires_grad_()
+        leaves.append(gates)
+    phi = module.Compressor(device="cuda", dtype=q.dtype) if module._LAYOUT.pooled else None
+    leaves += list(phi.parameters()) if phi is not None else []
+    return timed(lambda: module.attention(q, k, v, gates, phi), leaves, d_out)
+
+
+def dense(module: Any, length: int) -> dict[str, Any]:
+    q, k, v, d_out = (x.transpose(1, 2) for x in inputs(module, length, length, torch.bfloat16))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def forward() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return timed(forward, leaves, d_out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--module", required=True)
+    parser.add_argument("--lengths", default="8192,65536")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    module: Any = load(args.module)
+    results: list[dict[str, Any]] = []
+    for length in map(int, args.lengths.split(",")):
+        for name, run in (("nsagen", ours), ("dense cuDNN", dense)):
+            if run is dense and length > MOST_DENSE:
+                continue
+            torch.cuda.empty_cache()
+            row = {"impl": name, "spec": module.SPEC["name"], "length": length, **run(module, length)}
+            results.append(row)
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if args.json:
+        environment = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        with open(args.json, "w") as f:
+            json.dump({**environment, "results": results}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
