@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 import torch
+import torch._functorch.config
 import triton
 from tiles import inputs, load
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -34,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     module: Any = load(args.module)
     window = module.SPEC["branches"]["window"]["size"]
+    torch._functorch.config.donated_buffer = False  # so that its backward can be repeated
     flex = torch.compile(flex_attention)
     results: list[dict[str, Any]] = []
     for length in map(int, args.lengths.split(",")):

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  0dbd70100fa9
+content  07e50d14edb9
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -41,7 +41,7 @@ _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_0dbd70100fa9"
+_SPACE = "nsagen_nsa_compressed_window_07e50d14edb9"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -550,7 +550,7 @@ def compressed_dq_step(
     q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: 16 * s <= t - 31"""
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -574,10 +574,10 @@ def compressed_dq_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, dq_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
     T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dq from the scores recomputed with lse; one program: BM // 16 queries × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16  # queries of a tile, each with the 16 heads of its group
@@ -613,10 +613,6 @@ def compressed_dq(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 2 + GATE, live, True).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = max(0, T - 16) // 16  # keys, whole blocks only
@@ -646,11 +642,11 @@ def compressed_dq(
 @triton.jit
 def compressed_dkv_step(
     dk0, dv0,
-    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, q_st, q_sh, s, t0, T, scale,
-    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale,
+    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: 16 * s <= t - 31"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q. C0: 16 * s <= t - 31"""
     row = tl.arange(0, BM)
     head = row % 16
     t = t0 + row // 16
@@ -665,10 +661,6 @@ def compressed_dkv_step(
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 2 + GATE, live, EXTENT).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -684,9 +676,9 @@ def compressed_dkv_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, key_rows,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16
@@ -737,24 +729,24 @@ def compressed_dkv(
         for t0 in range(c0, c1, BT):
             dk0, dv0 = compressed_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 2 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
             )
     if c2 > c1:  # mid: no mask
         tl.assume(c2 > c1)
         for t0 in range(c1, c2, BT):
             dk0, dv0 = compressed_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 2 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, EXTENT=False,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, EXTENT=False,
             )
     if c3 > c2:  # hi: 16 * s <= t - 31, t < T
         tl.assume(c3 > c2)
         for t0 in range(c2, c3, BT):
             dk0, dv0 = compressed_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 2 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
             )
     key_row = ((b * key_rows + start // 16 + row) * 4 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
@@ -876,7 +868,7 @@ def window_dq_step(
     q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= t; C1: s > t - 512"""
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -902,10 +894,10 @@ def window_dq_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, dq_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
     T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dq from the scores recomputed with lse; one program: BM // 16 queries × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16  # queries of a tile, each with the 16 heads of its group
@@ -940,10 +932,6 @@ def window_dq(
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, True)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 2 + GATE, live, True).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
@@ -982,11 +970,11 @@ def window_dq(
 @triton.jit
 def window_dkv_step(
     dk0, dv0,
-    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, q_st, q_sh, s, t0, T, scale,
-    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale,
+    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= t; C1: s > t - 512"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q. C0: s <= t; C1: s > t - 512"""
     row = tl.arange(0, BM)
     head = row % 16
     t = t0 + row // 16
@@ -1000,10 +988,6 @@ def window_dkv_step(
     x = tl.dot(k0, tl.trans(q0), x, input_precision=PRECISION)
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 2 + GATE, live, EXTENT).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -1021,9 +1005,9 @@ def window_dkv_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, key_rows,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16
@@ -1074,24 +1058,24 @@ def window_dkv(
         for t0 in range(c0, c1, BT):
             dk0, dv0 = window_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 2 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=BN + BT > 514, EXTENT=True,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
             )
     if c2 > c1:  # mid: no mask
         tl.assume(c2 > c1)
         for t0 in range(c1, c2, BT):
             dk0, dv0 = window_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 2 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, EXTENT=False,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, EXTENT=False,
             )
     if c3 > c2:  # hi: s <= t, s > t - 512, t < T
         tl.assume(c3 > c2)
         for t0 in range(c2, c3, BT):
             dk0, dv0 = window_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 2 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, EXTENT=True,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, EXTENT=True,
             )
     key_row = ((b * key_rows + start + row) * 4 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
@@ -1134,7 +1118,7 @@ def row_delta(d_out_ptr, term0_ptr, rest0_ptr, delta0_ptr, rows, BM: tl.constexp
 
 
 @triton.jit(do_not_specialize=["rows"])
-def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, rest0_ptr, gates_ptr, delta0_ptr, delta1_ptr, d_gates_ptr, rows, BM: tl.constexpr):
+def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, rest0_ptr, lse0_ptr, lse1_ptr, gates_ptr, delta0_ptr, delta1_ptr, shift0_ptr, shift1_ptr, d_gates_ptr, rows, BM: tl.constexpr):
     """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = row < rows
@@ -1150,12 +1134,18 @@ def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, rest0_ptr, gates_ptr, delta0_pt
     sum0 += tl.sum(d_out * term, 1)
     term = tl.load(term1_ptr + at, mask=mask, other=0.0).to(tl.float32)
     sum1 += tl.sum(d_out * term, 1)
-    gate = tl.load(gates_ptr + row * 2 + 0, mask=live, other=0.0).to(tl.float32)
+    tl.store(delta0_ptr + row, sum0, mask=live)
     tl.store(d_gates_ptr + row * 2 + 0, sum0.to(d_gates_ptr.dtype.element_ty), mask=live)
-    tl.store(delta0_ptr + row, sum0 * gate, mask=live)
-    gate = tl.load(gates_ptr + row * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gates_ptr + row * 2 + 0, mask=live, other=0.0).to(tl.float32)
+    lse = tl.load(lse0_ptr + row, mask=live, other=0.0)
+    shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
+    tl.store(shift0_ptr + row, shift, mask=live)
+    tl.store(delta1_ptr + row, sum1, mask=live)
     tl.store(d_gates_ptr + row * 2 + 1, sum1.to(d_gates_ptr.dtype.element_ty), mask=live)
-    tl.store(delta1_ptr + row, sum1 * gate, mask=live)
+    gate = tl.load(gates_ptr + row * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    lse = tl.load(lse1_ptr + row, mask=live, other=0.0)
+    shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
+    tl.store(shift1_ptr + row, shift, mask=live)
 
 
 # The same domains for the path without kernels.
@@ -1208,12 +1198,11 @@ def _compressed_forward(q, k, v, cu_seqlens, scale):
     return out, lse, rest
 
 
-def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
+def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one."""
     if not launch.use_kernels(q):
-        column = None if gate is None else gates[..., gate]
         dq, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _COMPRESSED, lse, delta, column, d_out, scale, cu_seqlens, (None,)
+            q, (k,), (v,), _COMPRESSED, lse, delta, d_out, scale, cu_seqlens, (None,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
@@ -1221,18 +1210,18 @@ def _compressed_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqle
     c = launch.pick(_CONFIGS["compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_dq[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
+        c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     compressed_dkv[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
+        c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
     return dq, dk, dv
 
@@ -1253,12 +1242,11 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
+def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one."""
     if not launch.use_kernels(q):
-        column = None if gate is None else gates[..., gate]
         dq, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens, (None,)
+            q, (k,), (v,), _WINDOW, lse, delta, d_out, scale, cu_seqlens, (None,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
@@ -1266,18 +1254,18 @@ def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, 
     c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_dq[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
+        c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     window_dkv[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
+        c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
     return dq, dk, dv
 
@@ -1285,7 +1273,7 @@ def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, 
 def _delta(d_out, out, rest):
     """rowsum(d_out·(out + rest)), [B, T, 64] float32; rest may be None or empty."""
     if not launch.use_kernels(out):
-        return torch_path.combine_grad((out,), None, d_out)[0][0]
+        return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
     row_delta[(-(-sums.numel() // c.bm),)](d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
@@ -1303,18 +1291,18 @@ def _combine(out_compressed, out_window, gates):
     return out
 
 
-def _combine_backward(d_out, out_compressed, out_window, rest_compressed, gates):
-    """(delta_compressed, delta_window) float32 [B, T, 64], d_gates."""
+def _combine_backward(d_out, out_compressed, out_window, rest_compressed, lse_compressed, lse_window, gates):
+    """(delta_compressed, delta_window), (shift_compressed, shift_window) float32 [B, T, 64], d_gates."""
     if not launch.use_kernels(d_out):
-        return torch_path.combine_grad((out_compressed, out_window,), gates, d_out)
+        return torch_path.combine_grad((out_compressed, out_window,), gates, d_out, (lse_compressed, lse_window,))
     d_gates = launch.empty(gates, gates.shape, None)
-    delta_compressed, delta_window = (launch.empty(d_out, d_out.shape[:3], None, torch.float32), launch.empty(d_out, d_out.shape[:3], None, torch.float32))
+    deltas, shifts = ([launch.empty(lse, lse.shape, None) for lse in (lse_compressed, lse_window,)] for _ in range(2))
     c = launch.pick(_CONFIGS["combine_bwd"], d_out)
     rows = gates.numel() // 2
     combine_bwd[(-(-rows // c.bm),)](
-        d_out, out_compressed, out_window, launch.kept(rest_compressed), gates, delta_compressed, delta_window, d_gates, rows, c.bm, **c.options
+        d_out, out_compressed, out_window, launch.kept(rest_compressed), lse_compressed, lse_window, gates, *deltas, *shifts, d_gates, rows, c.bm, **c.options
     )
-    return (delta_compressed, delta_window), d_gates
+    return deltas, shifts, d_gates
 
 
 def _compressed_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -1328,7 +1316,7 @@ def _compressed_attention_fake(q, k_cmp, v_cmp, cu_seqlens, scale):
 
 def _compressed_attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out_compressed: Tensor, lse_compressed: Tensor, rest_compressed: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_compressed = _delta(d_out, out_compressed, rest_compressed)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, None, None, (None, None, None), cu_seqlens, scale)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, (None, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp
 
 
@@ -1347,7 +1335,7 @@ def _window_attention_fake(q, k, v, cu_seqlens, scale):
 
 def _window_attention_grad(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_window = _delta(d_out, out_window, None)
-    dq_window, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, None, None, (None, None, None), cu_seqlens, scale)
+    dq_window, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, (None, None, None), cu_seqlens, scale)
     return dq_window, dk, dv
 
 
@@ -1367,9 +1355,9 @@ def _attention_fake(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
 
 
 def _attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, out_compressed: Tensor, lse_compressed: Tensor, rest_compressed: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (delta_compressed, delta_window), d_gates = _combine_backward(d_out, out_compressed, out_window, rest_compressed, gates)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, lse_compressed, delta_compressed, gates, 0, (None, None, None), cu_seqlens, scale)
-    dq_compressed, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, gates, 1, (dq_compressed, None, None), cu_seqlens, scale)
+    (delta_compressed, delta_window,), (shift_compressed, shift_window,), d_gates = _combine_backward(d_out, out_compressed, out_window, rest_compressed, lse_compressed, lse_window, gates)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, shift_compressed, delta_compressed, (None, None, None), cu_seqlens, scale)
+    dq_compressed, dk, dv = _window_backward(q, k, v, d_out, shift_window, delta_window, (dq_compressed, None, None), cu_seqlens, scale)
     return dq_compressed, dk_cmp, dv_cmp, dk, dv, d_gates
 
 

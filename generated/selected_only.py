@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  4007022c9374
+content  d3d49f46ca21
 runtime  1
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_4007022c9374"
+_SPACE = "nsagen_selected_only_d3d49f46ca21"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -339,7 +339,7 @@ def selected_dq_step(
     q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= t"""
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -363,10 +363,10 @@ def selected_dq_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_dq(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, dq_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
     T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dq from the scores recomputed with lse; one program: one query × the 16 heads of one KV head."""
     BT: tl.constexpr = 1  # queries of a tile, each with the 16 heads of its group
@@ -402,10 +402,6 @@ def selected_dq(
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, True)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 1 + GATE, live, True).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
@@ -433,11 +429,11 @@ def selected_dq(
 @triton.jit
 def selected_dkv_step(
     dk0, dv0,
-    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row,
-    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row,
+    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= t"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q. C0: s <= t"""
     row = tl.arange(0, BM)
     head = row % 16
     entry = t0 + row // 16  # of the inverse list
@@ -453,10 +449,6 @@ def selected_dkv_step(
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 1 + GATE, live, EXTENT).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -472,9 +464,9 @@ def selected_dkv_step(
 
 @triton.jit(do_not_specialize=["T", "slots", "sequences", "blocks"])
 def selected_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, list_ptr, items_ptr, parts_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, list_ptr, items_ptr, parts_ptr, cu_ptr,
     T, slots, sequences, blocks, scale, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """an item's part of dk and dv, float32, from the scores recomputed with lse; one program: BN keys and one item's queries × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16
@@ -517,8 +509,8 @@ def selected_dkv(
     for t0 in range(tl.load(items_ptr + 3 * item + 1), end, BT):
         dk0, dv0 = selected_dkv_step(
             dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 1 if GATE is not None else None,
-            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, BM, BT, PRECISION, GATE, C0=True, EXTENT=True,
+            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, BM, BT, PRECISION, C0=True, EXTENT=True,
         )
     part = ((item.to(tl.int64) * 64 + s - slot * 64) * 256)
     inside = s < slot * 64 + 64  # rows past the sequence hold zeros: the sums read them
@@ -612,12 +604,11 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     return out, lse
 
 
-def _selected_backward(q, k, v, blocks, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
+def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one."""
     if not launch.use_kernels(q):
-        column = None if gate is None else gates[..., gate]
         dq, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _SELECTED, lse, delta, column, d_out, scale, cu_seqlens, (blocks,)
+            q, (k,), (v,), _SELECTED, lse, delta, d_out, scale, cu_seqlens, (blocks,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
@@ -625,9 +616,9 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, gates, gate, into, cu
     c = launch.pick(_CONFIGS["selected_dq"], q)
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_dq[(tiles * 4 * batch,)](
-        q, k, v, blocks, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
+        c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
@@ -636,9 +627,9 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, gates, gate, into, cu
     parts = launch.empty(q, (inverse.items.shape[0], 64, 256), None, torch.float32)
     total, sub = inverse.first.shape[0] - 1, -(-64 // c.bn)
     selected_dkv[(inverse.items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, gates, inverse.queries, inverse.items, parts, cu_seqlens,
+        q, k, v, d_out, lse, delta, inverse.queries, inverse.items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), gate, **c.options,
+        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     c = launch.pick(_CONFIGS["selected_sum"], q)
     selected_sum[(total, -(-64 // c.bn))](
@@ -651,7 +642,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, gates, gate, into, cu
 def _delta(d_out, out, rest):
     """rowsum(d_out·(out + rest)), [B, T, 64] float32; rest may be None or empty."""
     if not launch.use_kernels(out):
-        return torch_path.combine_grad((out,), None, d_out)[0][0]
+        return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
     row_delta[(-(-sums.numel() // c.bm),)](d_out, out, sums, sums.numel(), c.bm, **c.options)
@@ -669,7 +660,7 @@ def _selected_attention_fake(q, k, v, blocks, cu_seqlens, scale):
 
 def _selected_attention_grad(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, out_selected: Tensor, lse_selected: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_selected = _delta(d_out, out_selected, None)
-    dq, dk, dv = _selected_backward(q, k, v, blocks, d_out, lse_selected, delta_selected, None, None, (None, None, None), cu_seqlens, scale)
+    dq, dk, dv = _selected_backward(q, k, v, blocks, d_out, lse_selected, delta_selected, (None, None, None), cu_seqlens, scale)
     return dq, dk, dv
 
 

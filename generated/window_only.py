@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  b2791a68f90e
+content  3dc672124069
 runtime  1
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -34,7 +34,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_b2791a68f90e"
+_SPACE = "nsagen_window_only_3dc672124069"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -342,7 +342,7 @@ def window_dq_step(
     q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(dp − delta), the gate folded into p, dq += ds·k. C0: s <= t; C1: s > t - 512"""
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -368,10 +368,10 @@ def window_dq_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, dq_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
     T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dq from the scores recomputed with lse; one program: BM // 16 queries × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16  # queries of a tile, each with the 16 heads of its group
@@ -406,10 +406,6 @@ def window_dq(
     do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
     lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, True)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 1 + GATE, live, True).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     lse, delta = lse[:, None], delta[:, None]
     dq0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
@@ -448,11 +444,11 @@ def window_dq(
 @triton.jit
 def window_dkv_step(
     dk0, dv0,
-    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, q_st, q_sh, s, t0, T, scale,
-    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale,
+    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q, the gate folded into p. C0: s <= t; C1: s > t - 512"""
+    """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q. C0: s <= t; C1: s > t - 512"""
     row = tl.arange(0, BM)
     head = row % 16
     t = t0 + row // 16
@@ -466,10 +462,6 @@ def window_dkv_step(
     x = tl.dot(k0, tl.trans(q0), x, input_precision=PRECISION)
     lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     delta = device.load(delta_ptr + stat, live, EXTENT)
-    if GATE is not None:
-        gate = device.load(gates_ptr + stat * 1 + GATE, live, EXTENT).to(tl.float32)
-        lse = tl.where(gate > 0, lse - tl.log2(gate), float("inf"))
-        delta = tl.where(gate > 0, delta / gate, 0.0)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -487,9 +479,9 @@ def window_dkv_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, key_rows,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16
@@ -540,24 +532,24 @@ def window_dkv(
         for t0 in range(c0, c1, BT):
             dk0, dv0 = window_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 1 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=BN + BT > 514, EXTENT=True,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
             )
     if c2 > c1:  # mid: no mask
         tl.assume(c2 > c1)
         for t0 in range(c1, c2, BT):
             dk0, dv0 = window_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 1 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=False, C1=False, EXTENT=False,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, EXTENT=False,
             )
     if c3 > c2:  # hi: s <= t, s > t - 512, t < T
         tl.assume(c3 > c2)
         for t0 in range(c2, c3, BT):
             dk0, dv0 = window_dkv_step(
                 dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat, gates_ptr + stat * 1 if GATE is not None else None,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, GATE, C0=True, C1=True, EXTENT=True,
+                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, EXTENT=True,
             )
     key_row = ((b * key_rows + start + row) * 4 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
@@ -615,12 +607,11 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one; `gate`: the column of gates, or None."""
+def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
+    """dq, dk, dv, each added to its tensor of `into` if that has one."""
     if not launch.use_kernels(q):
-        column = None if gate is None else gates[..., gate]
         dq, dks, dvs = torch_path.attend_grad(
-            q, (k,), (v,), _WINDOW, lse, delta, column, d_out, scale, cu_seqlens, (None,)
+            q, (k,), (v,), _WINDOW, lse, delta, d_out, scale, cu_seqlens, (None,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
@@ -628,18 +619,18 @@ def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, 
     c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_dq[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, gates, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
+        c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     window_dkv[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, gates, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), gate, adds, **c.options,
+        c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
     return dq, dk, dv
 
@@ -647,7 +638,7 @@ def _window_backward(q, k, v, d_out, lse, delta, gates, gate, into, cu_seqlens, 
 def _delta(d_out, out, rest):
     """rowsum(d_out·(out + rest)), [B, T, 64] float32; rest may be None or empty."""
     if not launch.use_kernels(out):
-        return torch_path.combine_grad((out,), None, d_out)[0][0]
+        return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
     row_delta[(-(-sums.numel() // c.bm),)](d_out, out, sums, sums.numel(), c.bm, **c.options)
@@ -665,7 +656,7 @@ def _window_attention_fake(q, k, v, cu_seqlens, scale):
 
 def _window_attention_grad(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     delta_window = _delta(d_out, out_window, None)
-    dq, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, None, None, (None, None, None), cu_seqlens, scale)
+    dq, dk, dv = _window_backward(q, k, v, d_out, lse_window, delta_window, (None, None, None), cu_seqlens, scale)
     return dq, dk, dv
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nsagen.errors import Refused
+from nsagen.errors import IRError, Refused
 from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Piece, Pool, Select, Source
 from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, evaluate
 
@@ -15,22 +15,24 @@ Array = np.ndarray[Any, Any]
 Values = dict[str, Array]
 
 
-def run_graph(graph: Graph, inputs: Mapping[str, Array]) -> Values:
-    """Every value of the graph, and the gradient of its input x under "grad:x" (partial sums of x's terms).
+def run_graph(graph: Graph, inputs: Mapping[str, Array], scale: float | None = None) -> Values:
+    """Every value of the graph, and the gradient of its value x under "grad:x", the sum of x's terms.
 
-    inputs: by value name, `d_out` among them if the graph has gradient nodes. A pooled value that is given is used
-    as it is; otherwise it is computed, which only the mean can be here.
+    inputs: by value name; without `d_out` the gradient nodes are left out. A pooled value that is given is used as it
+    is; otherwise it is computed, which only the mean can be here. scale defaults to Dqk^-½.
     """
-    values: Values = {name: _exact(x) for name, x in inputs.items()}
-    scale = graph.heads.qk_dim**-0.5
+    values: Values = {name: exact(x) for name, x in inputs.items()}
+    backward = "d_out" in values
     for node in graph.nodes:
-        _run(node, values, scale)
-    for name, terms in graph.grads:
+        if backward or not isinstance(node, (CombineGrad, AttendGrad)):
+            _run(node, values, graph.heads.qk_dim**-0.5 if scale is None else scale)
+    for name, terms in graph.grads if backward else ():
         values[f"grad:{name}"] = sum((values[x] for x in terms[1:]), values[terms[0]])
     return values
 
 
-def _exact(x: Array) -> Array:
+def exact(x: Array) -> Array:
+    """x in float64, or as it is if it holds integers."""
     x = np.asarray(x)
     return x if x.dtype.kind in "iu" else x.astype(np.float64)
 
@@ -41,12 +43,13 @@ def _run(node: Node, values: Values, scale: float) -> None:
         _pool(node, values)
     elif isinstance(node, Attend):
         values[node.out], values[node.lse] = _attend(node, values, scale)
+        if node.rest:
+            values[node.rest] = np.zeros_like(values[node.out])  # nothing is rounded here
     elif isinstance(node, Select):
         values[node.out] = _select(node, values, scale)
     elif isinstance(node, Combine):
-        values[node.out] = sum(
-            (values[node.gates][..., i : i + 1] * values[term] for i, term in enumerate(node.terms)), np.float64(0.0)
-        )
+        gates = values[node.gates]
+        values[node.out] = np.add.reduce([gates[..., i, None] * values[x] for i, x in enumerate(node.terms)])
     elif isinstance(node, CombineGrad):
         _combine_grad(node, values)
     else:
@@ -93,11 +96,16 @@ def _linear(conjunct: Conjunct, t: Array, s: Array, env: dict[str, int]) -> Arra
 
 
 def union(pieces: tuple[Piece, ...], tokens: int, keys: int) -> Array:
-    """[T, keys]: keys inside some piece."""
+    """[T, keys]: keys inside some piece; no two pieces may hold the same pair."""
     t, s = np.arange(tokens)[:, None], np.arange(keys)[None, :]
     seen = np.zeros((tokens, keys), bool)
     for piece in pieces:
-        seen |= sees(piece.where, t, s)
+        more = sees(piece.where, t, s)
+        if (seen & more).any():
+            raise IRError(
+                f"piece {piece.name}: (t, key) {tuple(np.argwhere(seen & more)[0])} is in an earlier piece too"
+            )
+        seen |= more
     return seen
 
 
@@ -142,32 +150,35 @@ def _attend(node: Attend, values: Values, scale: float) -> tuple[Array, Array]:
 
 
 def _combine_grad(node: CombineGrad, values: Values) -> None:
-    sums = [(values[node.d_out] * values[term]).sum(-1) for term in node.terms]
-    for i, (delta, row_sum) in enumerate(zip(node.deltas, sums, strict=True)):
-        values[delta] = row_sum if node.gates is None else row_sum * values[node.gates][..., i]
-    if node.d_gates:
+    """Row sums of d_out·term, which are the gates' gradients too; shift = lse − ln g, +inf where nothing passes."""
+    whole = [values[x] + (values[r] if r else 0.0) for x, r in zip(node.terms, node.rests, strict=True)]
+    sums = [(values[node.d_out] * term).sum(-1) for term in whole]
+    values.update(zip(node.deltas, sums, strict=True))
+    if node.gates and node.d_gates:
         values[node.d_gates] = np.stack(sums, -1)
+        for i, (shift, lse) in enumerate(zip(node.shifts, node.lses, strict=True)):
+            values[shift] = shifted(values[lse], values[node.gates][..., i])
+
+
+def shifted(lse: Array, gate: Array) -> Array:
+    """lse − ln g: with it in place of lse, p is g·p; +inf where the gate is shut, so that p is 0."""
+    return np.where(gate > 0, lse - np.log(np.where(gate > 0, gate, 1.0)), np.inf)
 
 
 def _attend_grad(node: AttendGrad, values: Values, scale: float) -> None:
-    """p from lse, so that each source stands alone: dv = (g·p)ᵀd_out, ds = p·(g·d_out·vᵀ − delta)."""
-    q, d_out = values[node.q], values[node.d_out]
-    if node.gates is not None and node.gate is not None:
-        d_out = d_out * values[node.gates][..., node.gate, None]
-    dq = np.zeros_like(q)
+    """p from lse, so that each source stands alone: dv = pᵀd_out, ds = p·(d_out·vᵀ − delta)."""
+    dq = np.zeros_like(values[node.q])
     for source, dk, dv in zip(node.sources, node.dk, node.dv, strict=True):
-        part, values[dk], values[dv] = _source_grad(node, source, values, d_out, scale)
+        part, values[dk], values[dv] = _source_grad(node, source, values, scale)
         dq += part
     values[node.dq] = dq
 
 
-def _source_grad(
-    node: AttendGrad, source: Source, values: Values, d_out: Array, scale: float
-) -> tuple[Array, Array, Array]:
+def _source_grad(node: AttendGrad, source: Source, values: Values, scale: float) -> tuple[Array, Array, Array]:
     """(dq, dk, dv) from the keys of one source."""
     q, k, v = values[node.q], values[source.k], values[source.v]
     heads = k.shape[2]
-    rows, above = _grouped(q, heads), _grouped(d_out, heads)
+    rows, above = _grouped(q, heads), _grouped(values[node.d_out], heads)
     p = _probabilities(_scores(q, source, values, scale), _grouped(values[node.lse], heads))
     dp = np.einsum("bthgd,bshd->bthgs", above, v)
     ds = p * (dp - _grouped(values[node.delta], heads)[..., None]) * scale
@@ -205,14 +216,14 @@ def _group_probabilities(node: Select, values: Values, scale: float) -> Array:
 
 
 def importance(node: Select, p: Array, blocks: int) -> Array:
-    """[blocks] from p [keys]: Σ weights·p of the keys that overlap each block; keys outside p count nothing."""
-    step = node.size // node.axis.stride
-    total = np.zeros(blocks)
-    for j in range(blocks):
-        for i, weight in enumerate(node.weights, node.first + j * step):
-            if 0 <= i < len(p):
-                total[j] += weight * p[i]
-    return total
+    """[blocks] from p [keys]: each key weighs by the tokens that its block shares with the other, over d.
+
+    From l, d and l', not from the weights that derive_weights found: so the plan's selection checks them.
+    """
+    axis = node.axis
+    start, block = np.arange(len(p)) * axis.stride, np.arange(blocks)[:, None] * node.size
+    shared = np.minimum(start + axis.block, block + node.size) - np.maximum(start, block)
+    return (np.maximum(shared, 0) / axis.stride) @ p
 
 
 def best_blocks(node: Select, t: int, scores: Array) -> list[int]:

@@ -2,76 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 
-from nsagen.errors import Refused
-from nsagen.interp import bodies, lists
-from nsagen.ir.plan import Buffer, Kernel, Launch, Op, Plan
+from nsagen.errors import IRError
+from nsagen.interp.attend import attend_dkv, attend_dq, attend_fwd
+from nsagen.interp.flat import combine_bwd, combine_fwd
+from nsagen.interp.graph import Array, exact
+from nsagen.interp.lists import attend_list_dkv, invert, sum_items
+from nsagen.interp.program import Program, Run, poisoned, programs
+from nsagen.interp.program import Sequence as Packed
+from nsagen.interp.select import select_blocks, select_scores
+from nsagen.ir.plan import Body, Buffer, Guard, Kernel, Launch, Op, Plan
 from nsagen.sym import evaluate
 
-Array = np.ndarray[Any, Any]
-Tile = tuple[int, int]
-Tiles = Mapping[str, Tile] | Tile
-
-POISON = np.iinfo(np.int32).min  # in what nobody has written
+Tile = tuple[int, int]  # BM, BN
+Tiles = Tile | Mapping[str, Tile]  # one for all, or by the name or the body of a kernel
 
 
-def run_op(plan: Plan, op_name: str, inputs: Mapping[str, Array], tiles: Tiles) -> dict[str, Array]:
-    """The outputs of one op. inputs: by buffer name; tiles: (bm, bn), or those by the name or body of a kernel.
+def _each(body: Callable[[Program], None]) -> Callable[[Run], None]:
+    def run(launch: Run) -> None:
+        for program in programs(launch):
+            body(program)
 
-    Queries are one chunk, and one sequence makes a batch entry: nothing is packed.
+    return run
+
+
+BODIES: dict[Body, Callable[[Run], None]] = {
+    "attend_fwd": _each(attend_fwd),
+    "attend_dq": _each(attend_dq),
+    "attend_dkv": _each(attend_dkv),
+    "attend_list_dkv": attend_list_dkv,
+    "sum_items": sum_items,
+    "combine_fwd": combine_fwd,
+    "combine_bwd": combine_bwd,
+    "select_scores": select_scores,
+    "select_blocks": select_blocks,
+}
+
+
+def run_op(
+    plan: Plan,
+    op: str,
+    inputs: Mapping[str, Array],
+    tiles: Tiles,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+    chunk: int | None = None,
+) -> dict[str, Array]:
+    """The outputs of one op, by buffer name.
+
+    inputs: by buffer name. Packed, with cu_seqlens, B is 1 and axes have the inputs' lengths; rows of no sequence stay
+    NaN. chunk: queries of a host loop over chunks, all of them by default. scale defaults to Dqk^-½.
     """
-    op = next(o for o in plan.ops if o.name == op_name)
-    sizes = _sizes(op, inputs)
-    buffers = {name: _exact(inputs[name]) for name in op.inputs}
-    for launch in op.launches:
-        _launch(plan, launch, buffers, sizes, tiles)
-    return {name: buffers[name] for name in op.outputs}
+    host = _Host(plan, next(o for o in plan.ops if o.name == op), inputs, tiles, cu_seqlens)
+    host.scale = plan.heads.qk_dim**-0.5 if scale is None else scale
+    with np.errstate(over="ignore", invalid="ignore"):  # masked scores may be anything
+        host.run(chunk)
+    return {name: host.buffers[name] for name in host.op.outputs}
 
 
-def _exact(x: Array) -> Array:
-    x = np.asarray(x)
-    return x if x.dtype.kind in "iu" else x.astype(np.float64)
+class _Host:
+    """Buffers and sizes of one call of an op."""
+
+    def __init__(
+        self, plan: Plan, op: Op, inputs: Mapping[str, Array], tiles: Tiles, cu_seqlens: Sequence[int] | None
+    ) -> None:
+        self.plan, self.op, self.tiles, self.scale = plan, op, tiles, 1.0
+        self.buffers = {name: exact(inputs[name]) for name in op.inputs}
+        batch, tokens = self.buffers["q"].shape[:2]
+        self.sizes = {"B": batch, "T": tokens, "chunk": tokens}
+        self.packed = cu_seqlens is not None
+        ends = [0, tokens] if cu_seqlens is None else cu_seqlens
+        self.sequences = tuple(Packed(a, b - a) for a, b in zip(ends, ends[1:], strict=False))
+        self.axes: dict[str, int] = {}
+        for name, array in self.buffers.items():
+            self._measure(plan.buffer(name), array)
+
+    def _measure(self, buffer: Buffer, array: Array) -> None:
+        """Check the shape of an input; packed, take the lengths of pooled axes from it."""
+        if self.packed:
+            self.axes.update(zip(buffer.axes, array.shape, strict=True))
+        elif array.shape != self._shape(buffer):
+            raise IRError(f"buffer %{buffer.name}: {array.shape} is not {self._shape(buffer)}")
+
+    def _shape(self, buffer: Buffer) -> tuple[int, ...]:
+        pairs = zip(buffer.axes, buffer.shape, strict=True)
+        return tuple(self.axes[a] if a in self.axes else evaluate(size, self.sizes) for a, size in pairs)
+
+    def run(self, chunk: int | None) -> None:
+        """Launches in order; neighbours over chunks share their loop and its buffers."""
+        for over, launches in groupby(self.op.launches, key=lambda launch: launch.over):
+            if over is None:
+                for launch in launches:
+                    self._launch(launch, range(0))
+            else:
+                self._chunked(list(launches), chunk)
+
+    def _chunked(self, launches: list[Launch], chunk: int | None) -> None:
+        """Buffers of one chunk's size live through one turn; what they leave is in the others."""
+        for rows in _chunks(self.sizes["T"], chunk):
+            self.sizes["chunk"] = len(rows)
+            for launch in launches:
+                self._launch(launch, rows)
+            for name in [n for n in self.buffers if "chunk" in self.plan.buffer(n).axes]:
+                del self.buffers[name]
+
+    def _launch(self, launch: Launch, chunk: range) -> None:
+        if not all(_holds(guard, self.op, self.sizes["T"]) for guard in launch.when):
+            return
+        kernel = self.plan.kernel(launch.kernel)
+        arrays = {operand: self._bound(kernel, operand, launch) for operand, _ in launch.binds}
+        bm, bn = self._tile(kernel)
+        batch = self.sizes["B"]
+        add = launch.accumulate
+        BODIES[kernel.body](Run(kernel, self.plan.heads, arrays, self.sequences, batch, bm, bn, self.scale, add, chunk))
+
+    def _bound(self, kernel: Kernel, operand: str, launch: Launch) -> Array:
+        """The buffer of an operand; the first launch to name it finds it empty."""
+        name = dict(launch.binds)[operand]
+        if name not in self.buffers:
+            if next(o for o in kernel.operands if o.name == operand).mode == "load":
+                raise IRError(f"op {self.op.name}: launch {kernel.name}: %{name} is read before it is written")
+            buffer = self.plan.buffer(name)
+            if "items" in buffer.axes:
+                self.sizes["items"] = self._items(launch, evaluate(buffer.shape[1], self.sizes))
+            self.buffers[name] = poisoned(self._shape(buffer), buffer.dtype == "int32")
+        return self.buffers[name]
+
+    def _items(self, launch: Launch, size: int) -> int:
+        """How many items the inverse of the launch's block lists has."""
+        return len(invert(self.buffers[dict(launch.binds)["items"]], size, self.sequences))
+
+    def _tile(self, kernel: Kernel) -> Tile:
+        if isinstance(self.tiles, tuple):
+            return self.tiles
+        return next(self.tiles[key] for key in (kernel.name, kernel.body) if key in self.tiles)
 
 
-def _sizes(op: Op, inputs: Mapping[str, Array]) -> dict[str, int]:
-    """The symbols of the buffers' shapes, from q; the items of an inverse list are counted where it is made."""
-    batch, tokens = inputs["q" if "q" in op.inputs else op.inputs[0]].shape[:2]
-    return {"B": batch, "T": tokens, "chunk": tokens}
+def _chunks(tokens: int, chunk: int | None) -> Iterator[range]:
+    step = chunk or tokens
+    for first in range(0, tokens, step):
+        yield range(first, min(first + step, tokens))
 
 
-def _launch(plan: Plan, launch: Launch, buffers: dict[str, Array], sizes: dict[str, int], tiles: Tiles) -> None:
-    """Run one launch; buffers that it is the first to name are made for it."""
-    if launch.when:
-        raise Refused(f"launch {launch.kernel}: guarded variants are not interpreted")
-    kernel = plan.kernel(launch.kernel)
-    sizes = {**sizes, "items": _items(kernel, launch, buffers)}
-    for _, name in launch.binds:
-        if name not in buffers:
-            buffers[name] = _poisoned(plan.buffer(name), sizes)
-    operands = {operand: buffers[name] for operand, name in launch.binds}
-    bodies.run(kernel, plan.heads, launch, operands, sizes, _tile(kernel, tiles))
-
-
-def _items(kernel: Kernel, launch: Launch, buffers: dict[str, Array]) -> int:
-    """How many items the inverse of a launch's block lists has; 0 without lists."""
-    if kernel.body != "attend_list_dkv":
-        return 0
-    return len(lists.invert(buffers[dict(launch.binds)["items"]], kernel.walks[0].listed))
-
-
-def _poisoned(buffer: Buffer, sizes: dict[str, int]) -> Array:
-    shape = tuple(evaluate(x, sizes) for x in buffer.shape)
-    return np.full(shape, POISON, np.int32) if buffer.dtype == "int32" else np.full(shape, np.nan)
-
-
-def _tile(kernel: Kernel, tiles: Tiles) -> Tile:
-    if not isinstance(tiles, Mapping):
-        return tiles
-    for key in (kernel.name, kernel.body):
-        if key in tiles:
-            return tiles[key]
-    raise Refused(f"no tile for kernel {kernel.name}, body {kernel.body}")
+def _holds(guard: Guard, op: Op, tokens: int) -> bool:
+    """Whether a variant is taken here: training, on no particular chip."""
+    direction = "backward" if op.doc.endswith("_grad") else "forward"
+    found: str | int = {"mode": "train", "direction": direction, "length": tokens, "arch": ""}[guard.key]
+    if guard.op == "==":
+        return found == guard.value
+    return (int(found) >= int(guard.value)) == (guard.op == ">=")

@@ -2,70 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from nsagen.errors import IRError
-from nsagen.interp.graph import holds
-from nsagen.ir.plan import BN, BT, Kernel, Mask, Walk
+from nsagen.interp.graph import Array, holds
+from nsagen.ir.graph import BlockList
+from nsagen.ir.plan import BN, BT, Mask, Walk
 from nsagen.sym import Interval, evaluate
 
-Array = np.ndarray[Any, Any]
 Env = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One turn of a segment's loop: it starts at `at` and tests `masks`. Its extent is checked on loads."""
+    """One turn of a segment's loop: indices [at, at + width), `masks` to test; the axis or list ends at `limit`."""
 
+    segment: str
     at: int
     width: int
-    segment: str
-    masks: tuple[Mask, ...]  # those that are tested
+    limit: int
+    masks: tuple[Mask, ...]
 
     @property
     def guarded(self) -> bool:
+        """Whether loads are masked at the end of the axis: only where the extent's mask is tested."""
         return any(m.extent for m in self.masks)
 
-    def indices(self, length: int) -> Array:
-        """What the step loads of an axis of `length` rows. Rows past its end need a guard: the extent's mask."""
-        end = self.at + self.width
-        if self.at < 0 or (end > length and not self.guarded):
-            raise IRError(f"segment {self.segment} loads rows [{self.at}, {end}) of {length} without a guard")
-        return np.arange(self.at, max(self.at, min(end, length)))
+    @property
+    def indices(self) -> Array:
+        return np.arange(self.at, self.at + self.width)
 
-    def seen(self, t: Array, s: Array, sizes: Mapping[str, int]) -> Array:
-        """Where all tested masks hold, for broadcast arrays of queries and keys."""
+    def check_loads(self, line: str) -> None:
+        """Raise where an unguarded step passes the end of its axis: what split_loops proved is not so."""
+        if self.at < 0 or (self.at + self.width > self.limit and not self.guarded):
+            rows = f"[{self.at}, {self.at + self.width})"
+            raise IRError(f"{line}: seg {self.segment} loads rows {rows} of {self.limit} without a guard")
+
+    def seen(self, t: Array, s: Array, sizes: Mapping[str, int], extents: bool = True) -> Array:
+        """Where the tested masks hold, for broadcast arrays of queries and keys; `sizes` binds T and N."""
         seen = np.ones(np.broadcast(t, s).shape, bool)
         for mask in self.masks:
-            seen &= holds(mask.conjunct, t, s, sizes)
+            if extents or not mask.extent:
+                seen &= holds(mask.conjunct, t, s, sizes)
         return seen
 
 
-def steps(walk: Walk, env: Mapping[str, int]) -> list[Step]:
-    """The steps of a tile; env binds T, N, BM, BT, BN and the tile's first row, t0 or s0."""
-    named = {**env, **ends(walk, env)}
-    for cut in walk.cuts:  # in order: a cut may name earlier ones
-        named[cut.name] = evaluate(cut.at, named)
-    step = named[(BN if walk.direction == "forward" else BT).name]
-    found: list[Step] = []
+def steps(walk: Walk, env: Mapping[str, int]) -> Iterator[Step]:
+    """The steps of a tile, segment by segment; env binds T, N, BT, BN and the tile's first row, t0 or s0."""
+    forward = walk.direction == "forward"
+    limit = env["T"] if walk.axis.is_tokens or not forward else env["N"]
+    step = env[BN.name if forward else BT.name]
+    named = points(walk, env)
     for segment in walk.segments:
         masks = tested(segment.masks, env)
         for at in range(evaluate(segment.lo, named), evaluate(segment.hi, named), step):
-            found.append(Step(at, step, segment.name, masks))
-    return found
+            yield Step(segment.name, at, step, limit, masks)
 
 
-def ends(walk: Walk, env: Mapping[str, int]) -> Env:
-    """The ends of the walk's ranges, by the names that the cuts use."""
-    found: Env = {}
+def listed_steps(walk: Walk, listed: BlockList, blocks: Array, env: Mapping[str, int]) -> Iterator[Step]:
+    """The steps of a query over its list of blocks: each block in tiles, which end with the block."""
+    for segment in walk.segments:
+        masks = tested(segment.masks, env)
+        for block in (int(x) for x in blocks if x >= 0):
+            end = min(env["T"], (block + 1) * listed.size)
+            for at in range(block * listed.size, (block + 1) * listed.size, env[BN.name]):
+                yield Step(segment.name, at, env[BN.name], end, masks)
+
+
+def points(walk: Walk, env: Mapping[str, int]) -> Env:
+    """env with the ends of the ranges and the cuts, which may name earlier ones."""
+    named = dict(env)
     for name, interval in (("some", walk.some), ("all", walk.all)):
         if interval:
-            found[f"{name}_lo"], found[f"{name}_hi"] = bounds(interval, env)
-    return found
+            named[f"{name}_lo"], named[f"{name}_hi"] = bounds(interval, env)
+    for cut in walk.cuts:
+        named[cut.name] = evaluate(cut.at, named)
+    return named
 
 
 def bounds(interval: Interval, env: Mapping[str, int]) -> tuple[int, int]:
@@ -75,8 +90,3 @@ def bounds(interval: Interval, env: Mapping[str, int]) -> tuple[int, int]:
 def tested(masks: tuple[Mask, ...], env: Mapping[str, int]) -> tuple[Mask, ...]:
     """The masks that are not proved at these tile sizes."""
     return tuple(m for m in masks if not (m.unless and all(evaluate(x, dict(env)) >= 0 for x in m.unless)))
-
-
-def one_query(kernel: Kernel) -> bool:
-    """Whether a tile of the kernel holds one query: its list decides which keys the tile walks."""
-    return any(w.listed and w.direction == "forward" for w in kernel.walks)

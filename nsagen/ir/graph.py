@@ -144,30 +144,34 @@ class Combine:
 
 @dataclass(frozen=True)
 class CombineGrad:
-    """delta_c = g_c·rowsum(d_out·term_c), d_gates_c = rowsum(d_out·term_c); without gates g_c = 1.
+    """delta_c = d_gates_c = rowsum(d_out·term_c), shift_c = lse_c − ln g_c; without gates there are deltas alone.
 
-    term_c stands for term_c + rest_c where there is a rest.
+    term_c stands for term_c + rest_c where there is a rest. With the shift in place of lse, p is g·p: no branch's
+    gradient g_c·d_out is ever made, and no kernel of a branch knows of gates.
     """
 
     terms: tuple[str, ...]
     rests: tuple[str | None, ...]
+    lses: tuple[str, ...]
     gates: str | None
     d_out: str
     deltas: tuple[str, ...]
+    shifts: tuple[str, ...]
     d_gates: str | None
 
 
 @dataclass(frozen=True)
 class AttendGrad:
-    """Gradients of one Attend from p = exp(scale·q·k − lse): dv = (g·p)ᵀd_out, ds = p·(g·d_out·vᵀ − delta)."""
+    """Gradients of one Attend from p = exp(scale·q·k − lse): dv = pᵀd_out, ds = p·(d_out·vᵀ − delta).
+
+    lse is the Attend's own, or the shift of a CombineGrad, which folds the gate into p.
+    """
 
     branch: str
     q: str
     sources: tuple[Source, ...]
     lse: str
     delta: str
-    gate: int | None  # column of the gates
-    gates: str | None
     d_out: str
     dq: str
     dk: tuple[str, ...]
@@ -201,11 +205,11 @@ def reads(node: Node) -> tuple[str, ...]:
     if isinstance(node, Combine):
         return (*node.terms, node.gates)
     if isinstance(node, CombineGrad):
-        return (*node.terms, *(x for r in node.rests for x in _some(r)), node.d_out, *_some(node.gates))
+        return (*node.terms, *(x for r in node.rests for x in _some(r)), *node.lses, node.d_out, *_some(node.gates))
     keys = tuple(x for s in node.sources for x in (s.k, s.v, *_some(s.listed.blocks if s.listed else None)))
     if isinstance(node, Attend):
         return (node.q, *keys)
-    return (node.q, *keys, node.lse, node.delta, node.d_out, *_some(node.gates))
+    return (node.q, *keys, node.lse, node.delta, node.d_out)
 
 
 def writes(node: Node) -> tuple[str, ...]:
@@ -215,7 +219,7 @@ def writes(node: Node) -> tuple[str, ...]:
     if isinstance(node, Attend):
         return (node.out, node.lse, *_some(node.rest))
     if isinstance(node, CombineGrad):
-        return (*node.deltas, *_some(node.d_gates))
+        return (*node.deltas, *node.shifts, *_some(node.d_gates))
     return (node.dq, *node.dk, *node.dv)
 
 

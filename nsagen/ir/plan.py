@@ -105,7 +105,7 @@ class Operand:
     name: str
     role: Literal[
         "q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term",
-        "blocks", "scores", "items", "parts", "rest",
+        "blocks", "scores", "items", "parts", "rest", "shift",
     ]  # fmt: skip
     rows: Literal["query", "key"]
     mode: Literal["load", "store", "accumulate"]
@@ -186,7 +186,6 @@ class Launch:
     kernel: str
     binds: tuple[tuple[str, str], ...]
     accumulate: bool = False  # add to the outputs marked `accumulate` instead of overwriting them
-    gate: int | None = None  # column of the gates
     over: str | None = None  # "chunks": a host loop over chunks of queries, so that the scores of all never exist
     when: tuple[Guard, ...] = ()
 

@@ -40,7 +40,7 @@ def _node(node: Node) -> list[str]:
     if isinstance(node, Combine):
         return [f"  %{node.out} = combine {_names(node.terms)} gates %{node.gates}"]
     if isinstance(node, CombineGrad):
-        outs = (*node.deltas, *((node.d_gates,) if node.d_gates else ()))
+        outs = (*node.deltas, *node.shifts, *((node.d_gates,) if node.d_gates else ()))
         gates = f" gates %{node.gates}" if node.gates else ""
         rests = tuple(r for r in node.rests if r)
         more = f" rests {_names(rests)}" if rests else ""
@@ -48,9 +48,8 @@ def _node(node: Node) -> list[str]:
     if isinstance(node, Attend):
         head = f"  {_names(writes(node))} = attend {node.branch} %{node.q}"
         return [head, *(line for s in node.sources for line in _source(s))]
-    gate = f" gates %{node.gates}[{node.gate}]" if node.gates else ""
     outs, read = (node.dq, *node.dk, *node.dv), (node.q, node.lse, node.delta, node.d_out)
-    head = f"  {_names(outs)} = attend_grad {node.branch} {_names(read)}{gate}"
+    head = f"  {_names(outs)} = attend_grad {node.branch} {_names(read)}"
     return [head, *(line for s in node.sources for line in _source(s))]
 
 
@@ -90,7 +89,7 @@ def _op(op: Op) -> list[str]:
 def _launch(launch: Launch) -> str:
     binds = " ".join(f"{operand}=%{buffer}" for operand, buffer in launch.binds)
     flags = f" over {launch.over}" if launch.over else ""
-    flags += (" accumulate" if launch.accumulate else "") + (f" gate {launch.gate}" if launch.gate is not None else "")
+    flags += " accumulate" if launch.accumulate else ""
     when = "".join(f" when {g.key} {g.op} {g.value}" for g in launch.when)
     return f"  launch {launch.kernel} {binds}{flags}{when}"
 

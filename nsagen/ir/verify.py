@@ -65,6 +65,8 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
     if isinstance(node, CombineGrad):
         _need(len(node.deltas) == len(node.terms) == len(node.rests), line, "one delta and one rest, or none, a term")
         _need((node.gates is None) == (node.d_gates is None), line, "gates and their gradient come together")
+        _need(len(node.shifts) == (len(node.terms) if node.gates else 0), line, "one shift a gated term")
+        _need(len(node.lses) == len(node.terms), line, "one lse a term")
 
 
 def _select(node: Select, graph: Graph, line: str) -> None:
@@ -101,8 +103,6 @@ def _attend(node: Attend | AttendGrad, graph: Graph, line: str) -> None:
         for piece in source.pieces:
             free = {s for c in piece.where for s in symbols_of(c.expr)}
             _need(free <= {"t", "s"}, line, f"piece {piece.name} speaks of {sorted(free - {'t', 's'})}")
-    if isinstance(node, AttendGrad):
-        _need((node.gate is None) == (node.gates is None), line, "a gate's column and the gates come together")
 
 
 # --- plan
@@ -146,7 +146,6 @@ def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], 
     missing = [o.name for o in kernel.operands if o.name not in bound and not o.optional]
     _need(not missing, line, f"operands {missing} are not bound")
     _need(launch.over in (None, "chunks"), line, "host loops run over chunks")
-    _need((launch.gate is None) or "gates" in bound, line, "a gate's column without gates")
     keys = [g.key for g in launch.when if g.op == "==" and g.value == ""]
     _need(not keys, line, f"guard on {keys} compares with nothing")
     for name, buffer in bound.items():

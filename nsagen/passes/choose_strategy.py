@@ -42,8 +42,8 @@ ROW = Choice(
 class ChooseStrategy:
     """Give every Attend a query-major forward and dq and a key-major dk/dv, every Combine one pass over its terms.
 
-    Needs a differentiated graph. The gate and its gradient ride in the row statistics (delta, g·p), so no branch
-    gradient is stored; what a second branch adds to dq, or to a shared dk and dv, is added in place.
+    Needs a differentiated graph. The gate rides in a shift of lse, so that no branch's gradient is ever
+    stored; what a second branch adds to dq, or to a shared dk and dv, is added in place.
     before  out_w, lse_w = attend q, k, v …
     after   kernel window_fwd query_major; op window_attention: launch window_fwd
     """
@@ -81,9 +81,7 @@ def _key_operands(sources: tuple[Source, ...]) -> tuple[Operand, ...]:
     return tuple(operands)
 
 
-ROW_STATISTICS = (
-    _load("d_out", "d_out"), _load("lse", "lse"), _load("delta", "delta"), _load("gates", "gates", optional=True)
-)  # fmt: skip
+ROW_STATISTICS = (_load("d_out", "d_out"), _load("lse", "lse"), _load("delta", "delta"))
 
 
 def _walks(sources: tuple[Source, ...]) -> tuple[Walk, ...]:
@@ -170,6 +168,8 @@ def _combination(node: Combine | CombineGrad) -> list[Kernel]:
         deltas = tuple(replace(delta, name=f"delta{i}") for i in range(len(node.deltas)))
         d_gates = Operand("d_gates", "d_gates", "query", "store")
         rests = tuple(replace(rest, name=f"rest{i}") for i in range(len(node.rests)))
-        operands = (d_out, *terms, *rests, gates, *deltas, d_gates)
+        lses = tuple(_load(f"lse{i}", "lse") for i in range(len(node.lses)))
+        shifts = tuple(Operand(f"shift{i}", "shift", "query", "store") for i in range(len(node.shifts)))
+        operands = (d_out, *terms, *rests, *lses, gates, *deltas, *shifts, d_gates)
         kernels.append(Kernel("combine_bwd", "", "combine_bwd", flat, operands, (), (ONE_PASS,)))
     return kernels

@@ -14,7 +14,7 @@ class Differentiate:
 
     Needs: each output of a node is read by at most one later node.
     before  out_w, lse_w = attend …; out = combine out_w …
-    after   … ; deltas, d_gates = combine_grad d_out …; dq, dk, dv = attend_grad …; saved out_w, lse_w
+    after   … ; deltas, shifts, d_gates = combine_grad d_out …; dq, dk, dv = attend_grad …; saved out_w, lse_w
 
     Scores are recomputed from lse, never kept (T × keys of them). φ's own gradient is torch's: it is a module.
     """
@@ -36,13 +36,16 @@ class Differentiate:
         for term, delta in zip(terms, deltas, strict=True):
             values[delta] = replace(values[by_out[term].lse], name=delta)
         rests = tuple(by_out[term].rest for term in terms)
-        grad = CombineGrad(
-            terms, rests, combine.gates if combine else None, "d_out", deltas, "d_gates" if combine else None
-        )
+        lses = tuple(by_out[term].lse for term in terms)
+        shifts = tuple(f"shift_{by_out[term].branch}" for term in terms) if combine else ()
+        for shift, lse in zip(shifts, lses, strict=False):
+            values[shift] = replace(values[lse], name=shift)
+        gates, d_gates = (combine.gates, "d_gates") if combine else (None, None)
+        grad = CombineGrad(terms, rests, lses, gates, "d_out", deltas, shifts, d_gates)
         if combine:
             values["d_gates"] = replace(values[combine.gates], name="d_gates")
         users = Counter(x for n in attends for x in (n.q, *(x for s in n.sources for x in (s.k, s.v))))
-        backward = [_attend_grad(n, combine, terms.index(n.out), values, users) for n in attends]
+        backward = [_attend_grad(n, f"shift_{n.branch}" if combine else n.lse, values, users) for n in attends]
         nodes: tuple[Node, ...] = (*graph.nodes, grad, *backward)
         chosen = tuple(n.out for n in graph.nodes if isinstance(n, Select))
         saved = (*(x for n in attends for x in writes(n)), *chosen)
@@ -56,9 +59,7 @@ def _with_rest(node: Attend) -> Attend:
     return replace(node, rest=f"rest_{node.branch}") if pooled else node
 
 
-def _attend_grad(
-    node: Attend, combine: Combine | None, column: int, values: dict[str, Value], users: Counter[str]
-) -> AttendGrad:
+def _attend_grad(node: Attend, lse: str, values: dict[str, Value], users: Counter[str]) -> AttendGrad:
     def grad(name: str) -> str:
         out = f"d{name}" if users[name] == 1 else f"d{name}_{node.branch}"
         values[out] = replace(values[name], name=out)
@@ -68,10 +69,8 @@ def _attend_grad(
         branch=node.branch,
         q=node.q,
         sources=node.sources,
-        lse=node.lse,
+        lse=lse,
         delta=f"delta_{node.branch}",
-        gate=column if combine else None,
-        gates=combine.gates if combine else None,
         d_out="d_out",
         dq=grad(node.q),
         dk=tuple(grad(s.k) for s in node.sources),

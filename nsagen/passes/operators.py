@@ -64,36 +64,28 @@ def _selection_op(node: Select) -> Op:
 class _Gradients:
     """Launches of the attentions' gradients; the first to reach a value's gradient writes it, later ones add."""
 
-    def __init__(self, column_of_gates: bool) -> None:
-        self.gated = column_of_gates
+    def __init__(self, gated: bool) -> None:
+        self.gated = gated  # with the gate's shift in place of lse
         self.into: dict[str, str] = {}
 
     def launches(self, node: Attend, grad: AttendGrad) -> list[Launch]:
-        rows: Binds = (("d_out", grad.d_out), ("lse", grad.lse), ("delta", grad.delta))
-        if self.gated and grad.gates:
-            rows = (*rows, ("gates", grad.gates))
-        column = grad.gate if self.gated else None
+        lse = grad.lse if self.gated else node.lse
+        rows: Binds = (("d_out", grad.d_out), ("lse", lse), ("delta", grad.delta))
         adds, dq = self._target(node.q, grad.dq)
-        result = [
-            Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds, column)
-        ]
+        result = [Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds)]
         for source, suffix, dk, dv in zip(node.sources, suffixes(node.sources), grad.dk, grad.dv, strict=True):
             adds, dk = self._target(source.k, dk)
             dv = self._target(source.v, dv)[1]
             keys: Binds = (("q", node.q), ("k", source.k), ("v", source.v))
-            result += self._keys(
-                f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds, column
-            )
+            result += self._keys(f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds)
         return result
 
-    def _keys(
-        self, branch: str, suffix: str, source: Source, loads: Binds, outs: Binds, adds: bool, column: int | None
-    ) -> list[Launch]:
+    def _keys(self, branch: str, suffix: str, source: Source, loads: Binds, outs: Binds, adds: bool) -> list[Launch]:
         name = f"{branch}_dkv{suffix}"
         if source.listed is None:
-            return [Launch(name, (*loads, *outs), adds, column)]
+            return [Launch(name, (*loads, *outs), adds)]
         items: Binds = (("items", source.listed.blocks), ("parts", "parts"))
-        return [Launch(name, (*loads, *items), False, column), Launch(f"{branch}_sum{suffix}", (*items, *outs), adds)]
+        return [Launch(name, (*loads, *items)), Launch(f"{branch}_sum{suffix}", (*items, *outs), adds)]
 
     def _target(self, value: str, gradient: str) -> tuple[bool, str]:
         known = value in self.into
@@ -105,7 +97,7 @@ def _part(node: Attend, grad: AttendGrad) -> list[Op]:
     inputs = (node.q, *keys, *lists)
     rest: Binds = (("rest", node.rest),) if node.rest else ()
     delta = Launch("row_delta", (("d_out", grad.d_out), ("term", node.out), *rest, ("delta", grad.delta)))
-    gradients = _Gradients(column_of_gates=False)
+    gradients = _Gradients(gated=False)
     launches = (delta, *gradients.launches(node, grad))
     outputs = tuple(gradients.into[x] for x in (node.q, *keys))
     name = f"{node.branch}_attention"
@@ -144,9 +136,12 @@ def _whole_grad(
     deltas = tuple((f"delta{i}", d) for i, d in enumerate(combine_grad.deltas))
     d_gates = combine_grad.d_gates or ""
     rests = tuple((f"rest{i}", r) for i, r in enumerate(combine_grad.rests) if r)
-    split = (("d_out", "d_out"), *_terms(combine), *rests, ("gates", combine.gates), *deltas, ("d_gates", d_gates))
+    lses = tuple((f"lse{i}", x) for i, x in enumerate(combine_grad.lses))
+    shifts = tuple((f"shift{i}", x) for i, x in enumerate(combine_grad.shifts))
+    loads = (("d_out", "d_out"), *_terms(combine), *rests, *lses, ("gates", combine.gates))
+    split = (*loads, *deltas, *shifts, ("d_gates", d_gates))
     launches = [Launch("combine_bwd", split)]
-    gradients = _Gradients(column_of_gates=True)
+    gradients = _Gradients(gated=True)
     for node in attends:
         launches += gradients.launches(node, grads[node.branch])
     outputs = (*(gradients.into[x] for x in ("q", *inputs_of(attends)[0])), d_gates)

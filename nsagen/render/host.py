@@ -196,12 +196,21 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
         elif kernel.body == "combine_fwd":
             lines.append(f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})")
         elif kernel.body == "combine_bwd" and "gates" in bind:
-            deltas = ", ".join(b for o, b in launch.binds if o.startswith("delta"))
-            arguments = ", ".join([*terms, *(b for o, b in launch.binds if o.startswith("rest")), bind["gates"]])
-            lines.append(f"({deltas}), {bind['d_gates']} = _combine_backward(d_out, {arguments})")
+            lines.append(_split(launch, terms, bind))
         elif kernel.body == "combine_bwd":
             lines.append(f"{bind['delta']} = _delta(d_out, {bind['term']}, {bind.get('rest', 'None')})")
     return lines
+
+
+def _split(launch: Launch, terms: list[str], bind: dict[str, str]) -> str:
+    """The call of _combine_backward."""
+
+    def bound(prefix: str) -> list[str]:
+        return [b for o, b in launch.binds if o.startswith(prefix)]
+
+    outs = f"({', '.join(bound('delta'))},), ({', '.join(bound('shift'))},), {bind['d_gates']}"
+    arguments = ", ".join([*terms, *bound("rest"), *bound("lse"), bind["gates"]])
+    return f"{outs} = _combine_backward(d_out, {arguments})"
 
 
 def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: Graph, plan: Plan) -> str:
@@ -212,7 +221,7 @@ def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: 
         if plan.kernel(other.kernel).branch == branch and "dk" in bound:
             outs += [bound["dk"], bound["dv"]]
             into += [bound["dk"], bound["dv"]] if other.accumulate else ["None", "None"]
-    rows = ["d_out", bind["lse"], bind["delta"], bind.get("gates", "None"), str(launch.gate)]
+    rows = ["d_out", bind["lse"], bind["delta"]]
     arguments = ["q", *_arguments(branch, graph), *rows, f"({', '.join(into)})"]
     return f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)"
 

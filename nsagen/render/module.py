@@ -85,6 +85,8 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "gated": combine is not None,
         "terms": combine.terms if combine else (),
         "deltas": grad.deltas,
+        "shifts": grad.shifts,
+        "lses": grad.lses,
         "rests": tuple(r for r in grad.rests if r),
         "any_rest": any(grad.rests),
         "branches": tuple(spec["branches"]),

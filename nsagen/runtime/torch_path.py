@@ -91,16 +91,16 @@ def attend_grad(
     sources: tuple[KeySource, ...],
     lse: Tensor,
     delta: Tensor,
-    gate: Tensor | None,
     d_out: Tensor,
     scale: float,
     cu_seqlens: Tensor | None,
     lists: Lists = (),
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Gradients of gate·attend(…) given d_out -> dq, dks, dvs in the inputs' dtypes.
+    """Gradients of attend(…) given d_out -> dq, dks, dvs in the inputs' dtypes.
 
-    lse, gate (None: 1) and delta = gate·rowsum(d_out·out) are [B, T, Hq]. With p = exp(scale·q·k − lse):
-    dv = Σ_t gate·p·d_out, ds = p·(gate·d_out·v − delta), dq = scale·ds·k, dk = scale·ds·q.
+    lse and delta = rowsum(d_out·out) are [B, T, Hq]. With p = exp(scale·q·k − lse): dv = Σ_t p·d_out,
+    ds = p·(d_out·v − delta), dq = scale·ds·k, dk = scale·ds·q. With lse − ln g in place of lse all of it is g times
+    as much: the gradients of g·attend(…). A row whose lse is ±inf has none.
     Key rows that belong to no sequence get zeros.
     """
     dtype, heads, groups = _accumulator(q), q.shape[2], ks[0].shape[2]
@@ -109,8 +109,6 @@ def attend_grad(
     dvs = tuple(torch.zeros(v.shape, dtype=dtype, device=v.device) for v in vs)
     for rows, pieces in _chunks(q, sources, cu_seqlens, lists):
         q_rows, d_rows = _by_group(q, rows, groups, dtype), _by_group(d_out, rows, groups, dtype)
-        if gate is not None:  # it scales every use of d_out
-            d_rows = d_rows * _by_group(gate.unsqueeze(-1), rows, groups, dtype)
         shift = _finite(_by_group(lse.unsqueeze(-1), rows, groups, dtype))
         delta_rows = _by_group(delta.unsqueeze(-1), rows, groups, dtype)
         dq_rows = torch.zeros_like(q_rows)
@@ -141,19 +139,24 @@ def combine(terms: tuple[Tensor, ...], gates: Tensor) -> Tensor:
 
 @torch.no_grad()
 def combine_grad(
-    terms: tuple[Tensor, ...], gates: Tensor | None, d_out: Tensor
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """What the terms' gradients need, and the gates' gradient: with r_c = rowsum(d_out·term_c),
+    terms: tuple[Tensor, ...], gates: Tensor | None, d_out: Tensor, lses: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+    """(deltas, shifts, d_gates) of terms [B, T, Hq, Dv] under gates [B, T, Hq, C]: with r_c = rowsum(d_out·term_c),
 
-    deltas gates[…, c]·r_c [B, T, Hq], float32 (float64 for float64 terms); d_gates r [B, T, Hq, C] in gates' dtype.
-    Without gates there is one term, its delta is r, and d_gates is None.
+    deltas r_c [B, T, Hq] in lse's dtype, shifts lse_c − ln g_c (+inf where the gate is 0 or the row sees nothing), and
+    d_gates r in gates' dtype. Without gates: the deltas alone.
     """
     dtype = _accumulator(terms[0])
     sums = tuple(torch.einsum("...d,...d->...", d_out.to(dtype), term.to(dtype)) for term in terms)
     if gates is None:
-        return sums, None
-    deltas = tuple(r * gate for r, gate in zip(sums, gates.to(dtype).unbind(-1), strict=True))
-    return deltas, torch.stack(sums, -1).to(gates.dtype)
+        return sums, (), None
+    shifts = tuple(_shift(lse, gate) for lse, gate in zip(lses, gates.to(dtype).unbind(-1), strict=True))
+    return sums, shifts, torch.stack(sums, -1).to(gates.dtype)
+
+
+def _shift(lse: Tensor, gate: Tensor) -> Tensor:
+    none = (gate <= 0) | (lse == float("-inf"))
+    return torch.where(none, float("inf"), lse - gate.log())
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from annotated_types import Ge, Le
 from pydantic import BaseModel, ValidationError
 
 from nsagen.errors import Diagnostic, Span, SpecError, short
@@ -130,13 +129,13 @@ class _Check:
         try:
             return _Part(model.model_validate(data), set(), data)
         except ValidationError as error:
-            items = error.errors(include_url=False)
+            items = [item for item in error.errors(include_url=False) if not _said(item)]
         failed = {str(item["loc"][0]) for item in items if item["loc"]}
         holding = {name: value for name, value in data.items() if name not in failed and name in _names(model)}
         part = _Part(model.model_construct(**model.filled(holding)), {_field(model, f) for f in failed}, data)
         for item in items:
             self._say(item, model, (*path, *map(str, item["loc"])), part)
-        if failed:  # pydantic asks for the rules between fields only where every field holds
+        if not any(item["type"] == "nsagen_rules" for item in items):  # pydantic asks only where every field holds
             self._rules(part, part.value.broken(part.failed), path)
         return part
 
@@ -160,7 +159,7 @@ class _Check:
             self._add(problem.rule, (*path, at), problem.message, problem.hint)
 
     def _unknown(self, path: Path_, known: Any, what: str) -> None:
-        close = difflib.get_close_matches(str(path[-1])[:60], list(known), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(path[-1])[:60], list(known), n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
         self._add("unknown", path, f"unknown {what} `{short(str(path[-1]))}`", hint, key=True)
 
@@ -168,6 +167,11 @@ class _Check:
         span = self.place(path, key)
         prefix = "" if span or not path else short(".".join(map(str, path))) + ": "
         self.problems.append(Diagnostic(rule, prefix + message, span, hint))
+
+
+def _said(item: Any) -> bool:
+    """A rule inside a part, which was checked by itself."""
+    return item["type"] == "nsagen_rules" and bool(item["loc"])
 
 
 def _given(selected: _Part, compressed: _Part, other: str) -> tuple[str, str]:
@@ -231,17 +235,10 @@ def explain(item: Any, field: str, model: type[BaseModel]) -> tuple[str, str, st
         hint = _nearest_choice(value, context["expected"])
         return "choice", f"{field} {shown} is none of {context['expected']}", hint
     if kind == "string_pattern_mismatch" and model is Spec:
-        return (
-            "name",
-            f"{field} {shown} is no module name",
-            "lower case letters, digits and _, a letter first, 63 at most",
-        )
+        hint = "lower case letters, digits and _, a letter first, 63 at most"
+        return "name", f"{field} {shown} is no module name", hint
     if kind == "too_short":
-        return (
-            "empty",
-            f"{field} is empty",
-            f"one or more of {', '.join(branch_kinds())}" if model is Spec else "one or more",
-        )
+        return "empty", f"{field} is empty", f"one or more of {_kinds()}" if model is Spec else "one or more"
     return kind, f"{field} {shown}: {short(item['msg'], 160)}", "see `nsagen schema`"
 
 
@@ -252,8 +249,8 @@ def _kinds() -> str:
 def _nearest(value: Any, step: Any, model: type[BaseModel], field: str) -> str:
     """The multiples of `step` on both sides of a value, inside the field's bounds."""
     bounds: list[Any] = model.model_fields[_field(model, field)].metadata
-    low = next((-(-b.ge // step) * step for b in bounds if isinstance(b, Ge)), None)
-    high = next((b.le // step * step for b in bounds if isinstance(b, Le)), None)
+    low = next((-(-b.ge // step) * step for b in bounds if hasattr(b, "ge")), None)
+    high = next((b.le // step * step for b in bounds if hasattr(b, "le")), None)
     near = {value // step * step, -(-value // step) * step}
     near = {max(n, low) if low is not None else n for n in near}
     near = {min(n, high) if high is not None else n for n in near}

@@ -52,7 +52,7 @@ class Spec(Checked):
     """A variant of sparse attention."""
 
     name: str = Field(description="becomes the module's name", pattern=r"^[a-z][a-z0-9_]{0,62}$")
-    heads: Heads
+    heads: Heads = Field(description="query heads, the KV heads that they share, and their dims")
     kv: Literal["per_branch", "shared"] = Field("shared", description="own K/V for each branch, or one pair")
     branches: dict[str, SerializeAsAny[Options]] = Field(
         min_length=1, description="one or more, in the order of the gates"

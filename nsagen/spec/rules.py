@@ -53,10 +53,11 @@ class Checked(BaseModel):
         return data
 
     def broken(self, failed: AbstractSet[str] = frozenset()) -> tuple[Broken, ...]:
-        """Every rule that these values break, but for those that speak of a failed field."""
+        """Every rule that these values break, but for those that speak of a failed or absent field."""
         members = {name: member for base in reversed(type(self).__mro__) for name, member in vars(base).items()}
         rules = [m for m in members.values() if isinstance(m, FunctionType) and hasattr(m, FIELDS)]
-        open_ = [m for m in rules if not failed & {*getattr(m, FIELDS)}]
+        holding = vars(self).keys() - failed
+        open_ = [m for m in rules if holding >= {*getattr(m, FIELDS)}]
         return tuple(Broken(getattr(m, FIELDS), problem) for m in open_ if (problem := m(self)))
 
     @model_validator(mode="before")

@@ -83,8 +83,8 @@ class _Reader:
     def __init__(self, text: str, file: str) -> None:
         if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
             raise _plain("size", f"{file} is larger than {MAX_BYTES} bytes", "a spec is a page of YAML at most")
-        self.text, self.file = text, file
-        self.lines = BREAK.split(text)
+        self.text, self.file = text.removeprefix("\ufeff"), file
+        self.lines = BREAK.split(self.text)
         if len(self.lines) > 1 and not self.lines[-1]:  # after the last line's end
             self.lines.pop()
         self.problems: list[Diagnostic] = []

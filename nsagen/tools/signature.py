@@ -66,7 +66,6 @@ def _constants(job: Job) -> dict[str, Any]:
         "BM": tile.bm,
         "BN": tile.bn,
         "PRECISION": "ieee",
-        "GATE": launch.gate,
         "ACCUMULATE": launch.accumulate,
     }
     return constants | ({"CANDIDATES": _power_of_two(-(-LENGTH // select.size))} if select else {})

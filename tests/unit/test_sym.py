@@ -145,7 +145,6 @@ def test_text_reads_like_python() -> None:
     assert to_text(maximum(0, T0 + BT - 512)) == "max(0, BT + t0 - 512)"
     assert to_text(down(X - 1, STEP)) == "(x - 1) // m * m"
     assert to_text(floordiv(X, const(4)) - Y) == "x // 4 - y"
-    assert to_text(-2 * X) == "-2 * x" or evaluate(-2 * X, {"x": 3}) == -6
 
 
 def test_what_has_no_text_is_refused() -> None:
@@ -210,7 +209,7 @@ def test_the_text_of_a_conjunct_holds_where_it_does(c: Conjunct, at: tuple[int, 
 def test_the_text_of_a_conjunct_reads_like_the_paper() -> None:
     assert conjunct_text(le(KEY, QUERY)) == "s <= t"
     assert conjunct_text(lt(QUERY - 512, KEY)) == "s > t - 512"
-    assert conjunct_text(lt(KEY, 3)) == "s < 3"
+    assert conjunct_text(lt(KEY, 3)) == "s <= 2"
     assert conjunct_text(le(16 * KEY + 31, QUERY)) == "16 * s <= t - 31"
     assert conjunct_text(multiple(QUERY - KEY, 3)) == "(t - s) % 3 == 0"
 
@@ -228,9 +227,6 @@ def compiled_test(c: Conjunct) -> Callable[[dict[str, int]], bool]:
     if isinstance(c, Multiple):
         return lambda env: eval(code, {"max": max, "min": min}, env) % c.modulus == 0
     return lambda env: eval(code, {"max": max, "min": min}, env) >= 0
-
-
-compiled_test.__test__ = False  # type: ignore[attr-defined]  # a helper, whatever its name
 
 
 def seen(where: Where, env: dict[str, int]) -> bool:
@@ -374,9 +370,7 @@ def elements(walk: Walk, segment: Segment, env: dict[str, int]) -> Iterator[dict
 
 def carried(segment: Segment, env: dict[str, int]) -> Where:
     """The conjuncts that the kernel tests on the segment for these tile sizes."""
-    return tuple(
-        m.conjunct for m in segment.masks if not m.unless or any(evaluate(u, env) < 0 for u in m.unless)
-    )  # fmt: skip
+    return tuple(m.conjunct for m in segment.masks if not m.unless or any(evaluate(u, env) < 0 for u in m.unless))
 
 
 def all_conjuncts(walk: Walk) -> Where:

@@ -1,0 +1,120 @@
+"""The bodies of attention kernels in numpy: what templates/attend_*.py.j2 do to one tile."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nsagen.errors import IRError
+from nsagen.interp.columns import dot, join, split
+from nsagen.interp.graph import Array
+from nsagen.interp.program import Program, Rows
+from nsagen.interp.walks import Step
+from nsagen.ir.plan import Walk
+
+FLOOR = -1.0e30  # the running maximum starts finite: a first tile that is masked whole must not give NaN
+
+
+def attend_fwd(p: Program) -> None:
+    """One running softmax over all walks of a query tile."""
+    kernel, rows = p.run.kernel, p.queries(p.first)
+    q = split(p.load("q", rows), kernel.qk_parts)
+    m, z = np.full(len(rows.at), FLOOR), np.zeros(len(rows.at))
+    acc = split(np.zeros((len(rows.at), 0)), kernel.v_parts)
+    for walk in kernel.walks:
+        for step in p.steps(walk):
+            k, v = _keys(p, walk, step)
+            scores = np.where(_seen(p, walk, step, rows.at), dot(q, k) * p.run.scale, -np.inf)
+            top = np.maximum(m, scores.max(1))
+            weight, fade = np.exp(scores - top[:, None]), np.exp(m - top)
+            acc = [a * fade[:, None] + weight @ x for a, x in zip(acc, v, strict=True)]
+            m, z = top, z * fade + weight.sum(1)
+    _store_forward(p, rows, m, z, acc)
+
+
+def _store_forward(p: Program, rows: Rows, m: Array, z: Array, acc: list[Array]) -> None:
+    """A row that sees nothing has output 0 and lse −inf, and must have been foretold."""
+    some = z > 0
+    if "rows_may_be_empty" not in p.run.kernel.facts and not some[rows.live].all():
+        raise IRError(f"{p.run.line}: query {rows.at[rows.live & ~some][0]} sees nothing, and no fact says so")
+    z = np.where(some, z, 1.0)
+    p.store("lse", rows, np.where(some, m + np.log(z), -np.inf))
+    out = join([a / z[:, None] for a in acc], p.run.heads.v_dim)
+    p.store("out", rows, out)
+    p.store("rest", rows, out - out)  # float64 keeps all of it
+
+
+def attend_dq(p: Program) -> None:
+    """dq of a query tile, its scores from lse."""
+    kernel, rows = p.run.kernel, p.queries(p.first)
+    q, d_out = split(p.load("q", rows), kernel.qk_parts), split(p.load("d_out", rows), kernel.v_parts)
+    lse, delta = row_statistics(p, rows)
+    dq = split(np.zeros((len(rows.at), 0)), kernel.qk_parts)
+    for walk in kernel.walks:
+        for step in p.steps(walk):
+            k, v = _keys(p, walk, step)
+            weight = np.where(_seen(p, walk, step, rows.at), np.exp(dot(q, k) * p.run.scale - lse[:, None]), 0.0)
+            ds = weight * (dot(d_out, v) - delta[:, None])
+            dq = [a + ds @ x for a, x in zip(dq, k, strict=True)]
+    p.store("dq", rows, join(dq, p.run.heads.qk_dim) * p.run.scale)
+
+
+def attend_dkv(p: Program) -> None:
+    """dk and dv of a key tile, over the queries that see it."""
+    walks = p.run.kernel.walks
+    env = p.env(walks[0].axis)
+    keys = p.keys(p.first + np.arange(p.run.bn), env["T"] if walks[0].axis.is_tokens else env["N"])
+    total = KeyGrads(p, keys)
+    for walk in walks:
+        for step in p.steps(walk):
+            total.add(p.queries(step.at), step, step.guarded)
+    dk, dv = total.result()
+    p.store("dk", keys, dk)
+    p.store("dv", keys, dv)
+
+
+class KeyGrads:
+    """dk and dv of a key tile, summed over query tiles."""
+
+    def __init__(self, p: Program, keys: Rows) -> None:
+        kernel = p.run.kernel
+        self.p, self.keys = p, keys
+        self.k, self.v = split(p.load("k", keys), kernel.qk_parts), split(p.load("v", keys), kernel.v_parts)
+        self.dk, self.dv = [np.zeros_like(x) for x in self.k], [np.zeros_like(x) for x in self.v]
+
+    def add(self, rows: Rows, step: Step, guarded: bool) -> None:
+        """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q. Extents guard the loads, they mask no score."""
+        p, kernel = self.p, self.p.run.kernel
+        q = split(p.load("q", rows, guarded), kernel.qk_parts)
+        d_out = split(p.load("d_out", rows, guarded), kernel.v_parts)
+        lse, delta = row_statistics(p, rows, guarded)
+        seen = step.seen(rows.at[:, None], self.keys.at[None, :], {"T": rows.length}, extents=False)
+        weight = np.where(seen, np.exp(dot(q, self.k) * p.run.scale - lse[:, None]), 0.0)
+        ds = weight * (dot(d_out, self.v) - delta[:, None])
+        self.dv = [a + weight.T @ x for a, x in zip(self.dv, d_out, strict=True)]
+        self.dk = [a + ds.T @ x for a, x in zip(self.dk, q, strict=True)]
+
+    def result(self) -> tuple[Array, Array]:
+        heads = self.p.run.heads
+        return join(self.dk, heads.qk_dim) * self.p.run.scale, join(self.dv, heads.v_dim)
+
+
+def row_statistics(p: Program, rows: Rows, guarded: bool = True) -> tuple[Array, Array]:
+    """(lse, delta) of the rows; rows that see nothing get lse = +inf, so p = 0."""
+    lse, delta = p.load("lse", rows, guarded), p.load("delta", rows, guarded)
+    if "rows_may_be_empty" in p.run.kernel.facts:
+        lse = np.where(np.isneginf(lse), np.inf, lse)
+    return lse, delta
+
+
+def _keys(p: Program, walk: Walk, step: Step) -> tuple[list[Array], list[Array]]:
+    """The parts of k and v of a step's keys."""
+    operands = {o.role: o.name for o in p.run.kernel.operands if o.source == walk.source and o.role in ("k", "v")}
+    keys = p.keys(step.indices, step.limit)
+    k, v = (p.load(operands[role], keys, step.guarded) for role in ("k", "v"))
+    return split(k, p.run.kernel.qk_parts), split(v, p.run.kernel.v_parts)
+
+
+def _seen(p: Program, walk: Walk, step: Step, t: Array) -> Array:
+    """[rows, keys]; the extent of a listed block is the block's own end."""
+    sizes = {"T": step.limit, "N": step.limit}
+    return step.seen(t[:, None], step.indices[None, :], sizes)
