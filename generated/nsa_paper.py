@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  8c9f18f11ac1
+content  a6803a99641d
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="nsa_paper", query_heads=64, kv_heads=4, qk_dim=192, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_paper_8c9f18f11ac1"
+_SPACE = "nsagen_nsa_paper_a6803a99641d"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -1005,30 +1005,24 @@ def compressed_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    if c1 > c0:  # lo: 16 * s <= t - 31, t < T
-        tl.assume(c1 > c0)
-        for t0 in range(c0, c1, BT):
-            dk0, dk1, dv0 = compressed_dkv_step(
-                dk0, dk1, dv0, k0, k1, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
-            )
-    if c2 > c1:  # mid: no mask
-        tl.assume(c2 > c1)
-        for t0 in range(c1, c2, BT):
-            dk0, dk1, dv0 = compressed_dkv_step(
-                dk0, dk1, dv0, k0, k1, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, EXTENT=False,
-            )
-    if c3 > c2:  # hi: 16 * s <= t - 31, t < T
-        tl.assume(c3 > c2)
-        for t0 in range(c2, c3, BT):
-            dk0, dk1, dv0 = compressed_dkv_step(
-                dk0, dk1, dv0, k0, k1, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
-            )
+    for t0 in range(c0, c1, BT):  # lo: 16 * s <= t - 31, t < T
+        dk0, dk1, dv0 = compressed_dkv_step(
+            dk0, dk1, dv0, k0, k1, v0,
+            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
+        )
+    for t0 in range(c1, c2, BT):  # mid: no mask
+        dk0, dk1, dv0 = compressed_dkv_step(
+            dk0, dk1, dv0, k0, k1, v0,
+            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, EXTENT=False,
+        )
+    for t0 in range(c2, c3, BT):  # hi: 16 * s <= t - 31, t < T
+        dk0, dk1, dv0 = compressed_dkv_step(
+            dk0, dk1, dv0, k0, k1, v0,
+            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
+        )
     key_row = ((b * key_rows + start // 16 + row) * 4 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + key_row * 192 + d, dk0 * scale, inside, ACCUMULATE)
@@ -1837,30 +1831,24 @@ def window_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    if c1 > c0:  # lo: s <= t, s > t - 512, t < T
-        tl.assume(c1 > c0)
-        for t0 in range(c0, c1, BT):
-            dk0, dk1, dv0 = window_dkv_step(
-                dk0, dk1, dv0, k0, k1, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
-            )
-    if c2 > c1:  # mid: no mask
-        tl.assume(c2 > c1)
-        for t0 in range(c1, c2, BT):
-            dk0, dk1, dv0 = window_dkv_step(
-                dk0, dk1, dv0, k0, k1, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, EXTENT=False,
-            )
-    if c3 > c2:  # hi: s <= t, s > t - 512, t < T
-        tl.assume(c3 > c2)
-        for t0 in range(c2, c3, BT):
-            dk0, dk1, dv0 = window_dkv_step(
-                dk0, dk1, dv0, k0, k1, v0,
-                q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, EXTENT=True,
-            )
+    for t0 in range(c0, c1, BT):  # lo: s <= t, s > t - 512, t < T
+        dk0, dk1, dv0 = window_dkv_step(
+            dk0, dk1, dv0, k0, k1, v0,
+            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+        )
+    for t0 in range(c1, c2, BT):  # mid: no mask
+        dk0, dk1, dv0 = window_dkv_step(
+            dk0, dk1, dv0, k0, k1, v0,
+            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, EXTENT=False,
+        )
+    for t0 in range(c2, c3, BT):  # hi: s <= t, s > t - 512, t < T
+        dk0, dk1, dv0 = window_dkv_step(
+            dk0, dk1, dv0, k0, k1, v0,
+            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, EXTENT=True,
+        )
     key_row = ((b * key_rows + start + row) * 4 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + key_row * 192 + d, dk0 * scale, inside, ACCUMULATE)

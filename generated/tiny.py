@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  f16c23a98fb4
+content  9710a9543266
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
 )
-_SPACE = "nsagen_tiny_f16c23a98fb4"
+_SPACE = "nsagen_tiny_9710a9543266"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -978,30 +978,24 @@ def compressed_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    if c1 > c0:  # lo: 4 * s <= t - 7, t < T
-        tl.assume(c1 > c0)
-        for t0 in range(c0, c1, BT):
-            dk0, dv0 = compressed_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
-            )
-    if c2 > c1:  # mid: no mask
-        tl.assume(c2 > c1)
-        for t0 in range(c1, c2, BT):
-            dk0, dv0 = compressed_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, EXTENT=False,
-            )
-    if c3 > c2:  # hi: 4 * s <= t - 7, t < T
-        tl.assume(c3 > c2)
-        for t0 in range(c2, c3, BT):
-            dk0, dv0 = compressed_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
-            )
+    for t0 in range(c0, c1, BT):  # lo: 4 * s <= t - 7, t < T
+        dk0, dv0 = compressed_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
+        )
+    for t0 in range(c1, c2, BT):  # mid: no mask
+        dk0, dv0 = compressed_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, EXTENT=False,
+        )
+    for t0 in range(c2, c3, BT):  # hi: 4 * s <= t - 7, t < T
+        dk0, dv0 = compressed_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
+        )
     key_row = ((b * key_rows + start // 4 + row) * 2 + h)[:, None]
     d = tl.arange(0, 32)[None, :]
     device.add_to(dk_ptr + key_row * 24 + d, dk0 * scale, inside & (d < 24), ACCUMULATE)
@@ -1796,30 +1790,24 @@ def window_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    if c1 > c0:  # lo: s <= 2, s <= t - 12, t < T
-        tl.assume(c1 > c0)
-        for t0 in range(c0, c1, BT):
-            dk0, dv0 = window_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
-            )
-    if c2 > c1:  # mid: no mask
-        tl.assume(c2 > c1)
-        for t0 in range(c1, c2, BT):
-            dk0, dv0 = window_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
-            )
-    if c3 > c2:  # hi: s <= 2, s <= t - 12, t < T
-        tl.assume(c3 > c2)
-        for t0 in range(c2, c3, BT):
-            dk0, dv0 = window_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
-            )
+    for t0 in range(c0, c1, BT):  # lo: s <= 2, s <= t - 12, t < T
+        dk0, dv0 = window_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
+        )
+    for t0 in range(c1, c2, BT):  # mid: no mask
+        dk0, dv0 = window_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+        )
+    for t0 in range(c2, c3, BT):  # hi: s <= 2, s <= t - 12, t < T
+        dk0, dv0 = window_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
+        )
     # window: s <= t, s > t - 12
     some_lo = s0
     some_hi = min(BN + s0 + 11, T)
@@ -1829,30 +1817,24 @@ def window_dkv(
     c3 = (BT + some_hi - 1) // BT * BT
     c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
     c2 = max(all_hi // BT * BT, c1)
-    if c1 > c0:  # lo: s <= t, s > t - 12, t < T
-        tl.assume(c1 > c0)
-        for t0 in range(c0, c1, BT):
-            dk0, dv0 = window_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
-            )
-    if c2 > c1:  # mid: no mask
-        tl.assume(c2 > c1)
-        for t0 in range(c1, c2, BT):
-            dk0, dv0 = window_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
-            )
-    if c3 > c2:  # hi: s <= t, s > t - 12, t < T
-        tl.assume(c3 > c2)
-        for t0 in range(c2, c3, BT):
-            dk0, dv0 = window_dkv_step(
-                dk0, dv0, k0, v0,
-                q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-                q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=True, C3=True, EXTENT=True,
-            )
+    for t0 in range(c0, c1, BT):  # lo: s <= t, s > t - 12, t < T
+        dk0, dv0 = window_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
+        )
+    for t0 in range(c1, c2, BT):  # mid: no mask
+        dk0, dv0 = window_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+        )
+    for t0 in range(c2, c3, BT):  # hi: s <= t, s > t - 12, t < T
+        dk0, dv0 = window_dkv_step(
+            dk0, dv0, k0, v0,
+            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
+            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=True, C3=True, EXTENT=True,
+        )
     key_row = ((b * key_rows + start + row) * 2 + h)[:, None]
     d = tl.arange(0, 32)[None, :]
     device.add_to(dk_ptr + key_row * 24 + d, dk0 * scale, inside & (d < 24), ACCUMULATE)

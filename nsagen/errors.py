@@ -15,6 +15,8 @@ def short(text: str, limit: int = 60) -> str:
 
 def printable(text: str) -> str:
     """The text on one line that no terminal obeys: what cannot be printed is escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -63,11 +65,15 @@ def _pointed(at: Span) -> list[str]:
 
 def _visible(source: str) -> str:
     """One sign for each character: a tab is a space, what cannot be printed a `·`."""
+    if source.isprintable():
+        return source
     return "".join(" " if c == "\t" else c if c.isprintable() else "·" for c in source)
 
 
 def _columns(text: str) -> int:
     """The columns of a terminal that the text takes: wide letters and emoji take two, combining marks none."""
+    if text.isascii():
+        return len(text)
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 

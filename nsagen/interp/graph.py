@@ -150,7 +150,7 @@ def _attend(node: Attend, values: Values, scale: float) -> tuple[Array, Array]:
 
 
 def _combine_grad(node: CombineGrad, values: Values) -> None:
-    """Row sums of d_out·term, which are the gates' gradients too; shift = lse − ln g, +inf where nothing passes."""
+    """Row sums of d_out·term, which are the gates' gradients too; shift = lse − ln g."""
     whole = [values[x] + (values[r] if r else 0.0) for x, r in zip(node.terms, node.rests, strict=True)]
     sums = [(values[node.d_out] * term).sum(-1) for term in whole]
     values.update(zip(node.deltas, sums, strict=True))
@@ -161,8 +161,9 @@ def _combine_grad(node: CombineGrad, values: Values) -> None:
 
 
 def shifted(lse: Array, gate: Array) -> Array:
-    """lse − ln g: with it in place of lse, p is g·p; +inf where the gate is shut, so that p is 0."""
-    return np.where(gate > 0, lse - np.log(np.where(gate > 0, gate, 1.0)), np.inf)
+    """lse − ln g: with it in place of lse, p is g·p; +inf where the gate is shut or the row sees nothing: p is 0."""
+    some = (gate > 0) & ~np.isneginf(lse)
+    return np.where(some, lse - np.log(np.where(some, gate, 1.0)), np.inf)
 
 
 def _attend_grad(node: AttendGrad, values: Values, scale: float) -> None:

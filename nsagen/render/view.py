@@ -77,13 +77,8 @@ class WalkView:
         return f"min(n, block * {self.listed.size} + {self.listed.size})" if self.listed else "n"
 
     def query_loop(self, segment: SegmentView) -> str:
-        """The head of a segment's loop over query tiles, one level deeper.
-
-        With the trip count known to be positive ptxas does not serialise the wgmma of the accumulators (C7515).
-        """
-        lo, hi = segment.lo, segment.hi
-        head = f"    if {hi} > {lo}:  # {segment.comment}\n        tl.assume({hi} > {lo})\n"
-        return head + f"        for t0 in range({lo}, {hi}, BT):"
+        """The head of a segment's loop over query tiles."""
+        return f"    for t0 in range({segment.lo}, {segment.hi}, BT):  # {segment.comment}"
 
     def key_loop(self, segment: SegmentView) -> str:
         """The head of a segment's loop over key tiles."""

@@ -20,7 +20,16 @@ from pydantic import Field
 
 from nsagen.errors import Diagnostic, Span, SpecError
 from nsagen.spec import (
-    BranchKind, Options, json_schema, kind, kinds, load_spec, parse_spec, register, spec_from_dict, unregister,
+    BranchKind,
+    Options,
+    json_schema,
+    kind,
+    kinds,
+    load_spec,
+    parse_spec,
+    register,
+    spec_from_dict,
+    unregister,
 )  # fmt: skip
 from nsagen.spec.rules import Problem, rule
 
@@ -304,7 +313,7 @@ def test_rendering():
     assert diagnostic.render() == (
         "f.yaml:2:23: error: kv 3 does not divide query 4 (kv | query) [group]\n"
         "  heads: {query: 4, kv: 3, qk_dim: 16}\n"
-        "                       ^\n"
+        "                        ^\n"
         "  help: every KV head serves the same number of query heads"
     )
     assert diagnostic.render(caret=False).count("\n") == 1
@@ -382,7 +391,7 @@ def test_dicts_that_are_none():
         with pytest.raises(SpecError, match="a spec is a mapping"):
             spec_from_dict(data)  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecError, match="`1` is given twice"):
-        spec_from_dict({1: 1, "1": 2})
+        spec_from_dict({1: 1, "1": 2})  # pyright: ignore[reportArgumentType]
 
 
 def test_bottomless_dicts():

@@ -136,9 +136,9 @@ def check(domains: list[Domain], x: Inputs, cu: list[int] | None, gated: bool) -
     got_out, got_lse = attend(x.q, tuple(x.ks), tuple(x.vs), sources, scale, cu_seqlens)
     torch.testing.assert_close(got_out, out.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(got_lse, lse.detach(), rtol=1e-10, atol=1e-10)
-    delta = factor * (x.d_out * got_out).sum(-1)
-    gate = x.gate if gated else None
-    dq, dks, dvs = attend_grad(x.q, tuple(x.ks), tuple(x.vs), sources, got_lse, delta, gate, x.d_out, scale, cu_seqlens)
+    delta = (x.d_out * got_out).sum(-1)
+    shift = got_lse - factor.log()  # folds the gate into p
+    dq, dks, dvs = attend_grad(x.q, tuple(x.ks), tuple(x.vs), sources, shift, delta, x.d_out, scale, cu_seqlens)
     for got, want in zip((dq, *dks, *dvs), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
         assert got.is_contiguous()
@@ -182,7 +182,7 @@ def test_rows_that_see_nothing_are_no_nan() -> None:
     assert (out[:, :5] == 0).all()
     assert (lse[:, :5] == -torch.inf).all()
     assert lse[:, 5:].isfinite().all()
-    dq, _, _ = attend_grad(x.q, tuple(x.ks), tuple(x.vs), sources, lse, torch.zeros_like(lse), None, x.d_out, 1.0, None)
+    dq, _, _ = attend_grad(x.q, tuple(x.ks), tuple(x.vs), sources, lse, torch.zeros_like(lse), x.d_out, 1.0, None)
     assert (dq[:, :5] == 0).all()
     assert dq.isfinite().all()
 
@@ -201,7 +201,7 @@ def test_tokens_outside_of_sequences_do_not_leak() -> None:
     out, lse = attend(*args, 1.0, cu)
     assert out.isfinite().all()
     delta = (out * x.d_out).sum(-1)
-    for grad in (g for part in attend_grad(*args, lse, delta, None, x.d_out, 1.0, cu) for g in part):
+    for grad in (g for part in attend_grad(*args, lse, delta, x.d_out, 1.0, cu) for g in part):
         assert grad.isfinite().all()
 
 
@@ -222,8 +222,8 @@ def test_lower_precisions(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), out.detach(), rtol=2 * eps, atol=2 * eps)
     torch.testing.assert_close(got_lse.double(), lse.detach(), rtol=1e-5, atol=1e-5)
-    delta = (gate.double() * (d_out.double() * out.detach()).sum(-1)).float()
-    dq, dks, dvs = attend_grad(q, ks, vs, sources, got_lse, delta, gate, d_out, 0.4, None)
+    delta = (d_out.double() * out.detach()).sum(-1).float()
+    dq, dks, dvs = attend_grad(q, ks, vs, sources, got_lse - gate.float().log(), delta, d_out, 0.4, None)
     for grad, want in zip((dq, *dks, *dvs), wanted, strict=True):
         assert grad.dtype == dtype
         torch.testing.assert_close(grad.double(), want, rtol=2 * eps, atol=max(2 * eps, 1e-5))
@@ -266,7 +266,7 @@ def test_memory_is_linear_and_fast() -> None:
         args = (q, (key,), (value,), (domain.source,))
         with LargestTensor() as largest:
             out, lse = attend(*args, 0.25, None)
-            attend_grad(*args, lse, (out * out).sum(-1), None, out, 0.25, None)
+            attend_grad(*args, lse, (out * out).sum(-1), out, 0.25, None)
         assert largest.bytes <= torch_path._BUDGET // 2
     assert time.perf_counter() - start < 20
 
@@ -277,7 +277,7 @@ def test_long_key_ranges_make_short_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     q, k, v = (torch.randn(1, 300, 2, 4) for _ in range(3))
     with LargestTensor() as largest:
         out, lse = attend(q, (k,), (v,), (past().source,), 0.5, None)
-        attend_grad(q, (k,), (v,), (past().source,), lse, (out * out).sum(-1), None, out, 0.5, None)
+        attend_grad(q, (k,), (v,), (past().source,), lse, (out * out).sum(-1), out, 0.5, None)
     assert largest.bytes <= (1 << 16) // torch_path._COPIES
 
 
@@ -289,12 +289,15 @@ def test_combine() -> None:
     out = (torch.stack(terms, -1) * gates.unsqueeze(-2)).sum(-1)
     torch.testing.assert_close(combine(terms, gates), out.detach())
     (wanted,) = torch.autograd.grad(out, gates, d_out)
-    deltas, d_gates = combine_grad(terms, gates, d_out)
+    lses = tuple(torch.randn(2, 7, 3, generator=g, dtype=torch.float64) for _ in range(3))
+    deltas, shifts, d_gates = combine_grad(terms, gates, d_out, lses)
     assert d_gates is not None
     torch.testing.assert_close(d_gates, wanted)
-    for c, (delta, term) in enumerate(zip(deltas, terms, strict=True)):
-        torch.testing.assert_close(delta, (gates[..., c, None] * d_out * term).sum(-1).detach())
-    (delta,), nothing = combine_grad(terms[:1], None, d_out)
+    for c, (delta, shift, term) in enumerate(zip(deltas, shifts, terms, strict=True)):
+        torch.testing.assert_close(delta, (d_out * term).sum(-1).detach())
+        torch.testing.assert_close(shift, (lses[c] - gates[..., c].log()).detach())
+    (delta,), none, nothing = combine_grad(terms[:1], None, d_out, ())
+    assert none == ()
     assert nothing is None
     torch.testing.assert_close(delta, (d_out * terms[0]).sum(-1).detach())
 
@@ -305,6 +308,8 @@ def test_combine_dtypes() -> None:
     gates = torch.ones(1, 1, 1, 3, dtype=torch.float64)
     out = combine(terms, gates)  # bf16 steps would lose both ones
     assert (out.dtype, out.item()) == (torch.bfloat16, 258.0)
-    deltas, d_gates = combine_grad(terms, gates, out)
+    lses = (torch.zeros(1, 1, 1), torch.full((1, 1, 1), -torch.inf), torch.zeros(1, 1, 1))
+    deltas, shifts, d_gates = combine_grad(terms, gates, out, lses)
+    assert [s.item() for s in shifts] == [0, torch.inf, 0]  # a row that sees nothing: p = 0
     assert d_gates is not None
     assert (d_gates.dtype, {d.dtype for d in deltas}) == (torch.float64, {torch.float32})
