@@ -43,7 +43,7 @@ class Diagnostic:
     def render(self, caret: bool = True) -> str:
         """`file:line:col: error: message [rule]` on one line, then the source with a caret, then the help."""
         at = self.span
-        place = f"{at.file}:{at.line}:{at.column}: " if at else ""
+        place = f"{printable(at.file)}:{at.line}:{at.column}: " if at else ""
         lines = [f"{place}error: {short(printable(self.message), MESSAGE)} [{self.rule}]"]
         if at and caret and at.source.strip():
             lines += _pointed(at)
@@ -74,7 +74,13 @@ def _columns(text: str) -> int:
     """The columns of a terminal that the text takes: wide letters and emoji take two, combining marks none."""
     if text.isascii():
         return len(text)
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    return sum(map(_width, text))
+
+
+def _width(c: str) -> int:
+    if unicodedata.category(c) in ("Mn", "Me"):
+        return 0
+    return 1 + (unicodedata.east_asian_width(c) in "WF")
 
 
 class NsagenError(Exception):

@@ -6,7 +6,7 @@ import numpy as np
 
 from nsagen.errors import IRError
 from nsagen.interp.columns import dot, join, split
-from nsagen.interp.graph import Array
+from nsagen.interp.domains import Array
 from nsagen.interp.program import Program, Rows
 from nsagen.interp.walks import Step
 from nsagen.ir.plan import Walk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nsagen.interp.graph import Array
+from nsagen.interp.domains import Array
 
 
 def split(x: Array, parts: tuple[int, ...]) -> list[Array]:

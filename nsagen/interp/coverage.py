@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from nsagen.errors import IRError
-from nsagen.interp.graph import Array, sees
+from nsagen.interp.domains import Array, sees
+from nsagen.interp.numbers import evaluate
 from nsagen.interp.program import rows_per_query
 from nsagen.interp.walks import Env, Step, bounds, listed_steps, steps, tested
 from nsagen.ir.plan import Kernel, Plan, Walk
-from nsagen.sym import Interval, evaluate
+from nsagen.sym import Interval
 
 
 @dataclass(frozen=True)

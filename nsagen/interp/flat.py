@@ -8,7 +8,8 @@ import numpy as np
 
 from nsagen.errors import IRError
 from nsagen.interp.columns import join, split
-from nsagen.interp.graph import Array, shifted
+from nsagen.interp.domains import Array
+from nsagen.interp.graph import shifted
 from nsagen.interp.program import Run, write_once
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from nsagen.errors import IRError, Refused
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Piece, Pool, Select, Source
-from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, evaluate
+from nsagen.errors import Refused
+from nsagen.interp.domains import Array, union
+from nsagen.interp.importance import best_blocks, importance
+from nsagen.interp.numbers import evaluate
+from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Pool, Select, Source
 
-Array = np.ndarray[Any, Any]
 Values = dict[str, Array]
 
 
@@ -67,48 +67,6 @@ def _pool(node: Pool, values: Values) -> None:
     values[node.out] = np.stack(means, 1) if means else src[:, :0]
 
 
-# --- domains
-
-
-def sees(where: tuple[Conjunct, ...], t: Array, s: Array) -> Array:
-    """Where every conjunct holds, for broadcast arrays of queries and keys."""
-    seen = np.ones(np.broadcast(t, s).shape, bool)
-    for conjunct in where:
-        seen &= holds(conjunct, t, s)
-    return seen
-
-
-def holds(conjunct: Conjunct, t: Array, s: Array, sizes: Mapping[str, int] | None = None) -> Array:
-    """The conjunct on broadcast arrays of queries and keys; `sizes` binds what else it names (T, N)."""
-    value = _linear(conjunct, t, s, dict(sizes or {}))
-    return value >= 0 if isinstance(conjunct, AtLeast) else value % conjunct.modulus == 0
-
-
-def _linear(conjunct: Conjunct, t: Array, s: Array, env: dict[str, int]) -> Array:
-    """The left side, from its value at the origin and its two integer slopes."""
-    names = (QUERY.name, KEY.name)
-
-    def at(query: int, key: int) -> int:
-        return evaluate(conjunct.expr, {**env, names[0]: query, names[1]: key})
-
-    origin = at(0, 0)
-    return origin + (at(1, 0) - origin) * t + (at(0, 1) - origin) * s
-
-
-def union(pieces: tuple[Piece, ...], tokens: int, keys: int) -> Array:
-    """[T, keys]: keys inside some piece; no two pieces may hold the same pair."""
-    t, s = np.arange(tokens)[:, None], np.arange(keys)[None, :]
-    seen = np.zeros((tokens, keys), bool)
-    for piece in pieces:
-        more = sees(piece.where, t, s)
-        if (seen & more).any():
-            raise IRError(
-                f"piece {piece.name}: (t, key) {tuple(np.argwhere(seen & more)[0])} is in an earlier piece too"
-            )
-        seen |= more
-    return seen
-
-
 def _visible(source: Source, values: Values, tokens: int) -> Array:
     """[B, T, Hkv, keys]: what the queries may see of a source."""
     batch, keys, heads = values[source.k].shape[:3]
@@ -117,9 +75,6 @@ def _visible(source: Source, values: Values, tokens: int) -> Array:
         return seen
     block = np.arange(keys) // source.listed.size
     return seen & (values[source.listed.blocks][..., None] == block).any(3)
-
-
-# --- attention and its gradient
 
 
 def _grouped(x: Array, kv_heads: int) -> Array:
@@ -192,9 +147,6 @@ def _probabilities(scores: Array, lse: Array) -> Array:
     return np.exp(scores - np.where(np.isneginf(lse), np.inf, lse)[..., None])
 
 
-# --- selection
-
-
 def _select(node: Select, values: Values, scale: float) -> Array:
     """int32 [B, T, Hkv, count]: ascending, −1 last."""
     p = _group_probabilities(node, values, scale)
@@ -214,22 +166,3 @@ def _group_probabilities(node: Select, values: Values, scale: float) -> Array:
     ended = ends[None, :] <= np.arange(q.shape[1])[:, None]
     p = _probabilities(scores, _grouped(values[node.lse], k.shape[2])).sum(3)
     return np.where(ended[None, :, None], p, 0.0)
-
-
-def importance(node: Select, p: Array, blocks: int) -> Array:
-    """[blocks] from p [keys]: each key weighs by the tokens that its block shares with the other, over d.
-
-    From l, d and l', not from the weights that derive_weights found: so the plan's selection checks them.
-    """
-    axis = node.axis
-    start, block = np.arange(len(p)) * axis.stride, np.arange(blocks)[:, None] * node.size
-    shared = np.minimum(start + axis.block, block + node.size) - np.maximum(start, block)
-    return (np.maximum(shared, 0) / axis.stride) @ p
-
-
-def best_blocks(node: Select, t: int, scores: Array) -> list[int]:
-    """The blocks of the query t, ascending: forced ones, then the best of scores [own + 1], ties to the lower block."""
-    own = t // node.size
-    forced = [j for j in range(own + 1) if j < node.initial or j > own - node.local]
-    others = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: (-scores[j], j))
-    return sorted((forced + others)[: node.count])

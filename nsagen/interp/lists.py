@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from nsagen.interp.attend import KeyGrads
-from nsagen.interp.graph import Array
+from nsagen.interp.domains import Array
 from nsagen.interp.program import Program, Rows, Run, Sequence, write_once
 from nsagen.interp.walks import Step, tested
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
 from nsagen.errors import IRError
 from nsagen.interp.attend import attend_dkv, attend_dq, attend_fwd
+from nsagen.interp.domains import Array
 from nsagen.interp.flat import combine_bwd, combine_fwd
-from nsagen.interp.graph import Array, exact
+from nsagen.interp.graph import exact
 from nsagen.interp.lists import attend_list_dkv, invert, sum_items
+from nsagen.interp.numbers import evaluate
 from nsagen.interp.program import Program, Run, poisoned, programs
 from nsagen.interp.program import Sequence as Packed
 from nsagen.interp.select import select_blocks, select_scores
 from nsagen.ir.plan import Body, Buffer, Guard, Kernel, Launch, Op, Plan
-from nsagen.sym import evaluate
 
 Tile = tuple[int, int]  # BM, BN
 Tiles = Tile | Mapping[str, Tile]  # one for all, or by the name or the body of a kernel
@@ -77,7 +78,7 @@ class _Host:
         self.sizes = {"B": batch, "T": tokens, "chunk": tokens}
         self.packed = cu_seqlens is not None
         ends = [0, tokens] if cu_seqlens is None else cu_seqlens
-        self.sequences = tuple(Packed(a, b - a) for a, b in zip(ends, ends[1:], strict=False))
+        self.sequences = tuple(Packed(a, b - a) for a, b in pairwise(ends))
         self.axes: dict[str, int] = {}
         for name, array in self.buffers.items():
             self._measure(plan.buffer(name), array)

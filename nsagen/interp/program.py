@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from nsagen.errors import IRError
-from nsagen.interp.graph import Array
+from nsagen.interp.domains import Array
+from nsagen.interp.numbers import evaluate
 from nsagen.interp.walks import Env, Step, listed_steps, steps
 from nsagen.ir.graph import Heads, KeyAxis
 from nsagen.ir.plan import Kernel, Operand, Walk
-from nsagen.sym import evaluate
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 
 from nsagen.errors import IRError
 from nsagen.interp.columns import dot, split
-from nsagen.interp.graph import Array, best_blocks
+from nsagen.interp.domains import Array
+from nsagen.interp.importance import best_blocks
 from nsagen.interp.program import Program, Rows, Run, programs, write_once
 from nsagen.ir.graph import Select
 

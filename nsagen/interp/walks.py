@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from nsagen.errors import IRError
-from nsagen.interp.graph import Array, holds
+from nsagen.interp.domains import Array, holds
+from nsagen.interp.numbers import evaluate
 from nsagen.ir.graph import BlockList
 from nsagen.ir.plan import BN, BT, Mask, Walk
-from nsagen.sym import Interval, evaluate
+from nsagen.sym import Interval
 
 Env = dict[str, int]
 
@@ -84,9 +85,9 @@ def points(walk: Walk, env: Mapping[str, int]) -> Env:
 
 
 def bounds(interval: Interval, env: Mapping[str, int]) -> tuple[int, int]:
-    return evaluate(interval.lo, dict(env)), evaluate(interval.hi, dict(env))
+    return evaluate(interval.lo, env), evaluate(interval.hi, env)
 
 
 def tested(masks: tuple[Mask, ...], env: Mapping[str, int]) -> tuple[Mask, ...]:
     """The masks that are not proved at these tile sizes."""
-    return tuple(m for m in masks if not (m.unless and all(evaluate(x, dict(env)) >= 0 for x in m.unless)))
+    return tuple(m for m in masks if not (m.unless and all(evaluate(x, env) >= 0 for x in m.unless)))

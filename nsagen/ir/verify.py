@@ -49,6 +49,7 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
     for name in reads(node):
         _need(name in names, line, f"%{name} is not declared")
         _need(name in defined, line, f"%{name} is read before it is defined")
+    _need(len(set(writes(node))) == len(writes(node)), line, "defines a value twice itself")
     for name in writes(node):
         _need(name in names, line, f"%{name} is not declared")
         _need(name not in defined, line, f"%{name} is defined twice")
@@ -58,6 +59,8 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
             node.axis.block % node.axis.stride == 0, line, f"d = {node.axis.stride} must divide l = {node.axis.block}"
         )
         _need(not (node.positions and node.pool == "mean"), line, "mean pooling has no positions")
+        rows = (graph.value(node.src).axes[1], graph.value(node.out).axes[1])
+        _need(rows == ("T", node.axis.name), line, "a pool maps tokens to its axis")
     if isinstance(node, (Attend, AttendGrad)):
         _attend(node, graph, line)
     if isinstance(node, Select):

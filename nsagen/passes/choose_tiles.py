@@ -63,7 +63,7 @@ def _flat(kernel: Kernel, bits: int) -> TileConfig:
 
 
 def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
-    """Rows hold a whole group. A listed block is walked alone: no tile is wider, and one query's rows feed few warps."""
+    """Rows hold a whole group. A listed block is walked alone: no tile is wider, and its few rows feed few warps."""
     listed = next((w.listed for w in kernel.walks if w.listed), None)
     rows = [m for m in (16, 32, 64, 128) if m >= heads.group]
     columns = [n for n in (16, 32, 64, 128) if listed is None or n < 2 * listed.size or n == 16]

@@ -62,6 +62,8 @@ def _with_rest(node: Attend) -> Attend:
 def _attend_grad(node: Attend, lse: str, values: dict[str, Value], users: Counter[str]) -> AttendGrad:
     def grad(name: str) -> str:
         out = f"d{name}" if users[name] == 1 else f"d{name}_{node.branch}"
+        while out in values:  # two sources of one softmax over the same keys
+            out += "_too"
         values[out] = replace(values[name], name=out)
         return out
 

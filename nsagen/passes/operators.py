@@ -13,7 +13,7 @@ Binds = tuple[tuple[str, str], ...]
 
 
 def operators(graph: Graph) -> tuple[Op, ...]:
-    """A part and its gradient for every attention, the selection, and the whole with its gradient if there are gates."""
+    """A part and its gradient for every attention, the selection, and the whole op with its gradient if gated."""
     attends = [n for n in graph.nodes if isinstance(n, Attend)]
     grads = {n.branch: n for n in graph.nodes if isinstance(n, AttendGrad)}
     ops = [op for n in attends for op in _part(n, grads[n.branch])]

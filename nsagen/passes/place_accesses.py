@@ -19,7 +19,7 @@ class PlaceAccesses:
     """Give every operand its base row in the packed layout, its guard, and the width of its offsets in a tile.
 
     32 bits iff rows · Hq · dim < 2³¹ for every tile, and the strides are ours; a base is always 64-bit. A tile
-    held throughout is guarded whole; a walked one only on segments that carry the extent's mask: split_loops proved the rest.
+    held throughout is guarded whole; a walked one only on segments that carry the extent's mask: the rest is proved.
     before  operand k
     after   access k = %k_cmp: rows from start // 16, guard segment, 64-bit
     """

@@ -189,7 +189,7 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
             outs = ", ".join(bind[o] for o in ("out", "lse", "rest") if o in bind)
             lines.append(f"{outs} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale)")
         elif kernel.body == "attend_dq":
-            lines.append(_backward(op, launch, kernel.branch, bind, graph, plan))
+            lines += _backward(op, launch, kernel.branch, bind, graph, plan)
         elif kernel.body == "select_scores":
             chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
             lines.append(f"{chosen} = _select(q, {bind['k']}, {bind['lse']}, cu_seqlens, scale)")
@@ -213,17 +213,24 @@ def _split(launch: Launch, terms: list[str], bind: dict[str, str]) -> str:
     return f"{outs} = _combine_backward(d_out, {arguments})"
 
 
-def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: Graph, plan: Plan) -> str:
-    """dq and the keys' gradients of one branch; what an earlier branch wrote goes in and comes out summed."""
-    outs, into = [bind["dq"]], [bind["dq"] if launch.accumulate else "None"]
+def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: Graph, plan: Plan) -> list[str]:
+    """dq and the keys' gradients of one branch; what an earlier branch wrote goes in and comes out summed.
+
+    Where two sources of the branch itself share keys, the second's gradients come out beside and are added after.
+    """
+    outs, into, after = [bind["dq"]], [bind["dq"] if launch.accumulate else "None"], []
     for other in op.launches:
         bound = dict(other.binds)
-        if plan.kernel(other.kernel).branch == branch and "dk" in bound:
-            outs += [bound["dk"], bound["dv"]]
-            into += [bound["dk"], bound["dv"]] if other.accumulate else ["None", "None"]
+        if plan.kernel(other.kernel).branch != branch or "dk" not in bound:
+            continue
+        for name in (bound["dk"], bound["dv"]):
+            shared = name in outs
+            outs.append(f"{name}_more" if shared else name)
+            into.append(name if other.accumulate and not shared else "None")
+            after += [f"{name} = {name} + {name}_more"] if shared else []
     rows = ["d_out", bind["lse"], bind["delta"]]
     arguments = ["q", *_arguments(branch, graph), *rows, f"({', '.join(into)})"]
-    return f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)"
+    return [f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)", *after]
 
 
 def _arguments(branch: str, graph: Graph) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from nsagen.errors import Diagnostic, Span, SpecError, short
 from nsagen.spec import kinds as _builtin  # noqa: F401  registers the built-in kinds
@@ -117,13 +117,13 @@ class _Check:
 
     def _block_fits(self, selected: _Part, compressed: _Part) -> None:
         (block, l, d), holds = (selected.value.block, compressed.value.block, compressed.value.stride), compressed.holds
-        at = lambda other: ("branches", *_given(selected, compressed, other))  # noqa: E731
         if holds("stride") and block % d:
-            self._add("divides", at("stride"), f"stride {d} does not divide selected block {block} (d | l')",
-                      f"use a selected block that is a multiple of {d}")  # fmt: skip
+            message = f"stride {d} does not divide selected block {block} (d | l')"
+            hint = f"use a selected block that is a multiple of {d}"
+            self._add("divides", _given(selected, compressed, "stride"), message, hint)
         if holds("block") and l > block:
-            self._add("order", at("block"), f"compressed block {l} is longer than selected block {block} (l <= l')",
-                      f"use a selected block of {l} or more")  # fmt: skip
+            message = f"compressed block {l} is longer than selected block {block} (l <= l')"
+            self._add("order", _given(selected, compressed, "block"), message, f"use a selected block of {l} or more")
 
     def _model(self, model: type[Checked], data: dict[str, Any], path: Path_) -> _Part:
         try:
@@ -131,31 +131,31 @@ class _Check:
         except ValidationError as error:
             items = [item for item in error.errors(include_url=False) if not _said(item)]
         failed = {str(item["loc"][0]) for item in items if item["loc"]}
-        holding = {name: value for name, value in data.items() if name not in failed and name in _names(model)}
+        names = {*_names(model)} - failed
+        holding = {name: _built(model, name, value) for name, value in data.items() if name in names}
         part = _Part(model.model_construct(**model.filled(holding)), {_field(model, f) for f in failed}, data)
         for item in items:
-            self._say(item, model, (*path, *map(str, item["loc"])), part)
+            self._say(item, model, path, part)
         if not any(item["type"] == "nsagen_rules" for item in items):  # pydantic asks only where every field holds
-            self._rules(part, part.value.broken(part.failed), path)
+            self._rules(part.value.broken(part.failed), path, data)
         return part
 
     def _say(self, item: Any, model: type[BaseModel], path: Path_, part: _Part) -> None:
-        kind, context = item["type"], item.get("ctx", {})
-        field = str(path[-1]) if path else "spec"
+        kind, inside = item["type"], _keys(item, part.given)
+        model, path, field = _model_at(model, inside), (*path, *inside), _label(inside)
         if kind == "nsagen_rules":
-            self._rules(part, context["broken"], path)
+            self._rules(item["ctx"]["broken"], path, item["input"])
         elif kind == "extra_forbidden":
             self._unknown(path, _names(model), "key")
         elif kind == "missing":
             self._add("missing", path, f"`{field}` is missing", f"add `{field}: …`", key=True)
-        elif field in part.given:  # not a default that stands for another key's value
+        elif item["loc"][0] in part.given:  # not a default that stands for another key's value
             rule, message, hint = explain(item, field, model)
             self._add(rule, path, message, hint)
 
-    def _rules(self, part: _Part, broken: tuple[Broken, ...], path: Path_) -> None:
-        for fields, problem in broken:
-            names = [_alias(type(part.value), f) for f in fields]
-            at = next((n for n in names if n in part.given), names[0])
+    def _rules(self, broken: tuple[Broken, ...], path: Path_, given: Mapping[str, Any]) -> None:
+        for keys, problem in broken:
+            at = next((k for k in keys if k in given), keys[0])
             self._add(problem.rule, (*path, at), problem.message, problem.hint)
 
     def _unknown(self, path: Path_, known: Any, what: str) -> None:
@@ -171,14 +171,50 @@ class _Check:
 
 def _said(item: Any) -> bool:
     """A rule inside a part, which was checked by itself."""
-    return item["type"] == "nsagen_rules" and bool(item["loc"])
+    return item["type"] == "nsagen_rules" and isinstance(item["input"], Checked)
 
 
-def _given(selected: _Part, compressed: _Part, other: str) -> tuple[str, str]:
+def _built(model: type[BaseModel], key: str, value: Any) -> Any:
+    """The value as its field has it: options may hold models of their own, and rules speak of those."""
+    if not isinstance(value, (dict, list)):
+        return value
+    try:
+        hint: Any = model.model_fields[_field(model, key)].annotation
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError:  # a part that breaks rules stands in it
+        return value
+
+
+def _keys(item: Any, data: Any) -> Path_:
+    """The keys in pydantic's place of an error, which names the arms of unions too."""
+    keys: Path_ = ()
+    for key in item["loc"]:
+        if key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int):
+            keys, data = (*keys, key), data[key]
+    return (*keys, item["loc"][-1]) if item["type"] == "missing" else keys
+
+
+def _model_at(model: type[BaseModel], keys: Path_) -> type[BaseModel]:
+    """The model whose field the last key is; the one around it for an element of a list or a mapping."""
+    for key in keys[:-1]:
+        field = model.model_fields.get(_field(model, str(key)))
+        types = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), model)
+    return model
+
+
+def _label(keys: Path_) -> str:
+    """What to call the value at the keys: its own key, or that of its list with indices."""
+    names = [i for i, key in enumerate(keys) if isinstance(key, str)]
+    start = names[-1] if names else 0
+    return "".join(f"[{key}]" if i else str(key) for i, key in enumerate(keys[start:]))
+
+
+def _given(selected: _Part, compressed: _Part, other: str) -> Path_:
     """Where the caret goes for a rule between selected.block and a key of compressed: to one that the spec gives."""
-    return (
-        ("compressed", other) if other in compressed.given and "block" not in selected.given else ("selected", "block")
-    )
+    if "block" not in selected.given and other in compressed.given:
+        return "branches", "compressed", other
+    return "branches", "selected", "block"
 
 
 def _alias(model: type[BaseModel], field: str) -> str:
@@ -203,7 +239,7 @@ def _show(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     try:
         return short(repr(value), 40)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a bottomless list
+    except Exception:  # an integer of thousands of digits, a bottomless list, a class of the caller's
         return f"such {type(value).__name__}"
 
 
@@ -248,7 +284,8 @@ def _kinds() -> str:
 
 def _nearest(value: Any, step: Any, model: type[BaseModel], field: str) -> str:
     """The multiples of `step` on both sides of a value, inside the field's bounds."""
-    bounds: list[Any] = model.model_fields[_field(model, field)].metadata
+    known = model.model_fields.get(_field(model, field))  # None for an element of a list
+    bounds: list[Any] = known.metadata if known else []
     low = next((-(-b.ge // step) * step for b in bounds if hasattr(b, "ge")), None)
     high = next((b.le // step * step for b in bounds if hasattr(b, "le")), None)
     near = {value // step * step, -(-value // step) * step}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from nsagen.errors import Refused
 from nsagen.ir.graph import Attend, BlockList, Combine, Graph, Heads, KeyAxis, Node, Piece, Pool, Select, Source, Value
-from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, const, expand, le, lt
+from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, as_int, const, expand, le, lt
 
 if TYPE_CHECKING:
     from nsagen.spec.model import Spec
@@ -162,9 +163,18 @@ def _without(piece: Piece, taken: Piece) -> list[Piece]:
     rest: list[Piece] = []
     held: tuple[Conjunct, ...] = ()
     for i, c in enumerate(taken.where):
-        rest.append(Piece(f"{piece.name}_{i}", (*piece.where, *held, _negate(c))))
+        where = tuple(dict.fromkeys((*piece.where, *held, _negate(c))))
+        if not _contradictory(where):
+            rest.append(Piece(f"{piece.name}_{i}", where))
         held = (*held, c)
     return rest
+
+
+def _contradictory(where: tuple[Conjunct, ...]) -> bool:
+    """Whether two conjuncts a >= 0 and b >= 0 exclude each other because a + b is a negative constant."""
+    sides = [c.expr for c in where if isinstance(c, AtLeast)]
+    sums = (as_int(expand(a + b)) for a, b in combinations(sides, 2))
+    return any(x is not None and x < 0 for x in sums)
 
 
 def _negate(c: Conjunct) -> Conjunct:

@@ -22,9 +22,9 @@ class Problem:
 
 
 class Broken(NamedTuple):
-    """A problem and the fields it speaks of; the caret goes to the first of them that the spec gives."""
+    """A problem and the keys it speaks of; the caret goes to the first of them that the spec gives."""
 
-    fields: tuple[str, ...]
+    keys: tuple[str, ...]
     problem: Problem
 
 
@@ -58,7 +58,11 @@ class Checked(BaseModel):
         rules = [m for m in members.values() if isinstance(m, FunctionType) and hasattr(m, FIELDS)]
         holding = vars(self).keys() - failed
         open_ = [m for m in rules if holding >= {*getattr(m, FIELDS)}]
-        return tuple(Broken(getattr(m, FIELDS), problem) for m in open_ if (problem := m(self)))
+        return tuple(Broken(self._keys(getattr(m, FIELDS)), problem) for m in open_ if (problem := m(self)))
+
+    @classmethod
+    def _keys(cls, fields: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(cls.model_fields[f].alias or f for f in fields)
 
     @model_validator(mode="before")
     @classmethod

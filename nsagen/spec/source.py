@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 from yaml.reader import ReaderError
+from yaml.resolver import Resolver
 
 from nsagen.errors import Diagnostic, Span, SpecError, short
 
-MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 65_536, 16, 18
+MAX_BYTES, MAX_EVENTS, MAX_DEPTH, MAX_DIGITS = 65_536, 4_096, 16, 18
+PAGE = "a spec is a page of YAML at most"
 BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # YAML's line ends, no more
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")  # 010 is 8 to one YAML and 10 to the next: a string to us
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z")
@@ -49,23 +52,29 @@ class Document:
 
 def read_text(path: Path) -> str:
     """The file's text; SpecError where it cannot be read, is too large, or is not text."""
+    name = _tail(str(path))
     try:
         if path.is_dir():
-            raise _plain("file", f"{path} is a directory, not a spec", "name a .yaml file in it")
+            raise _plain("file", f"{name} is a directory, not a spec", "name a .yaml file in it")
         with path.open("rb") as f:
             data = f.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _plain("file", f"{path} does not exist", "check the path; `nsagen list` shows the ready specs") from None
+        raise _plain("file", f"{name} does not exist", "check the path; `nsagen list` shows the ready specs") from None
     except OSError as error:
-        raise _plain("file", f"{short(str(path))} cannot be read: {error.strerror}", "check its permissions") from None
+        raise _plain("file", f"{name} cannot be read: {error.strerror}", "check its permissions") from None
     except ValueError as error:  # a NUL in the path
-        raise _plain("file", f"{short(str(path))} cannot be read: {error}", "check the path") from None
+        raise _plain("file", f"{name} cannot be read: {error}", "check the path") from None
     if len(data) > MAX_BYTES:
-        raise _plain("size", f"{path} is larger than {MAX_BYTES} bytes", "a spec is a page of YAML at most")
+        raise _plain("size", f"{name} is larger than {MAX_BYTES} bytes", PAGE)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _plain("encoding", f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
+        raise _plain("encoding", f"{name} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
+
+
+def _tail(path: str, limit: int = 160) -> str:
+    """The path, or its end with an ellipsis: a message has room for what is wrong with it too."""
+    return path if len(path) <= limit else "…" + path[1 - limit :]
 
 
 def _plain(rule: str, message: str, hint: str) -> SpecError:
@@ -79,15 +88,34 @@ def parse(text: str, file: str) -> Document:
     return reader.document()
 
 
+class _Replay(Composer, Resolver):
+    """Makes nodes of events that were found harmless, without reading the text again."""
+
+    def __init__(self, events: list[Any]) -> None:
+        Composer.__init__(self)
+        Resolver.__init__(self)
+        self.events = events[::-1]
+
+    def check_event(self, *choices: type) -> bool:
+        return bool(self.events) and (not choices or isinstance(self.events[-1], choices))
+
+    def peek_event(self) -> Any:
+        return self.events[-1]
+
+    def get_event(self) -> Any:
+        return self.events.pop()
+
+
 class _Reader:
     def __init__(self, text: str, file: str) -> None:
         if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-            raise _plain("size", f"{file} is larger than {MAX_BYTES} bytes", "a spec is a page of YAML at most")
+            raise _plain("size", f"{_tail(file)} is larger than {MAX_BYTES} bytes", PAGE)
         self.text, self.file = text.removeprefix("\ufeff"), file
         self.lines = BREAK.split(self.text)
         if len(self.lines) > 1 and not self.lines[-1]:  # after the last line's end
             self.lines.pop()
         self.problems: list[Diagnostic] = []
+        self.events: list[Any] = []
         self.values: dict[Path_, Span] = {}
         self.keys: dict[Path_, Span] = {}
 
@@ -108,6 +136,10 @@ class _Reader:
         """Depth, tags, aliases and documents, on the flat event stream: no recursion has happened yet."""
         depth = documents = 0
         for event in self._events():
+            self.events.append(event)
+            if len(self.events) > MAX_EVENTS:
+                self.refuse("size", f"more than {MAX_EVENTS} words and signs", event, PAGE)
+                break
             if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 depth += 1
                 if depth > MAX_DEPTH:
@@ -136,7 +168,7 @@ class _Reader:
         except (ValueError, OverflowError):  # PyYAML's own: "\UFFFFFFFF", %YAML with thousands of digits
             self._syntax("a number is too large here", loader.get_mark())
         except RecursionError:
-            raise _plain("depth", f"{self.file} is nested too deeply", "a spec needs three levels") from None
+            raise _plain("depth", f"{_tail(self.file)} is nested too deeply", "a spec needs three levels") from None
 
     def _syntax(self, what: str, mark: Any) -> None:
         hint = "indent with spaces" if "'\\t'" in what else "check indentation, colons and quotes"
@@ -161,9 +193,9 @@ class _Reader:
             raise SpecError(self.problems)
 
     def document(self) -> Document:
-        node = yaml.compose(self.text, Loader=yaml.SafeLoader)
+        node = _Replay(self.events).get_single_node()
         if node is None:
-            raise _plain("empty", f"{self.file} is empty", "start with `nsagen new NAME`")
+            raise _plain("empty", f"{_tail(self.file)} is empty", "start with `nsagen new NAME`")
         if not isinstance(node, yaml.MappingNode):
             self.refuse(
                 "mapping", "a spec is a mapping with the keys name, heads and branches", node, "see `nsagen new NAME`"

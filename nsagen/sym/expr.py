@@ -120,12 +120,12 @@ def to_text(x: Expr) -> str:
 
 def evaluate(x: Expr, env: dict[str, int]) -> int:
     """The value of x with its symbols bound by `env`."""
-    return int(eval(_code(to_text(x)), {"max": max, "min": min}, env))  # text of ours alone, never user input
+    return int(eval(_code(x), {"max": max, "min": min}, env))  # text of ours alone, never user input
 
 
 @lru_cache(maxsize=4096)
-def _code(text: str) -> CodeType:
-    return compile(text, "<expr>", "eval")
+def _code(x: Expr) -> CodeType:
+    return compile(to_text(x), "<expr>", "eval")
 
 
 class _Printer:

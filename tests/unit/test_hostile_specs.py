@@ -165,12 +165,14 @@ MADE: dict[str, tuple[bytes, str]] = {
     "an anchor of 60,000 letters": (b"name: &" + b"a" * 60_000 + b" b", "alias"),
     "a tag of 60,000 letters": (b"name: !" + b"a" * 60_000 + b" b", "tag"),
     "a tag handle of 60,000 letters": (b"name: !" + b"a" * 60_000 + b"!x b", "syntax"),
-    "a long line, broken at its end": (HEAD.encode() + b"branches: {window: {size: [" + b"1, " * 20_000, "syntax"),
-    "10,000 duplicate keys": (b"x: {" + b"a: 1, " * 10_000 + b"}", "duplicate"),
+    "a long line, broken at its end": (HEAD.encode() + b"branches: {window: {size: [" + b"x" * 60_000, "syntax"),
+    "2,000 duplicate keys": (b"x: {" + b"a: 1, " * 2_000 + b"}", "duplicate"),
+    "10,000 duplicate keys": (b"x: {" + b"a: 1, " * 10_000 + b"}", "size"),
     "10,000 anchors": (b"x: [" + b"&a 1, " * 10_000 + b"]", "alias"),
-    "5,000 unknown keys": (b"x: 1\n" + b"".join(b"k%d: 1\n" % i for i in range(5_000)), "missing"),
-    "4,000 unknown branches": (
-        HEAD.encode() + b"branches: {" + b", ".join(b"windo%d: 1" % i for i in range(4_000)) + b"}", "unknown"),
+    "10,000 numbers": (b"x:\n" + b"- 1\n" * 10_000, "size"),
+    "2,000 unknown keys": (b"x: 1\n" + b"".join(b"k%d: 1\n" % i for i in range(2_000)), "missing"),
+    "2,000 unknown branches": (
+        HEAD.encode() + b"branches: {" + b", ".join(b"windo%d: 1" % i for i in range(2_000)) + b"}", "unknown"),
     "quotes galore": (b"name: " + b"'" * 60_001, "syntax"),
     "escapes galore": (b'name: "' + rb"\x1b" * 15_000 + b'"\n', "missing"),
     "wide letters": (("名" * 20_000 + ": 1\n").encode(), "syntax"),
@@ -194,6 +196,15 @@ def test_a_directory(tmp_path):
     (found,) = refused(tmp_path)
     assert found.rule == "file"
     assert "is a directory" in found.message
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"\x1b[31m", b"\xff", "\u202eb".encode(), b"n" * 250])
+def test_files_of_odd_names(tmp_path, name):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    refused(path)
+    path.write_text("name: A\n")
+    for line in "\n".join(d.render(caret=False) for d in refused(path)).split("\n"):
+        assert "error: " in line or line.startswith("  help: ")
 
 
 @pytest.mark.parametrize("name", ["a\0b.yaml", "x" * 5000, "a/" * 5000], ids=["NUL", "long name", "long path"])
@@ -258,6 +269,12 @@ def test_places_under_odd_line_ends(tmp_path, start, end):
 # From the command line
 
 
+def children_seconds() -> float:
+    """Of the processor: other work on the machine does not count."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 @pytest.mark.parametrize(
     "name", ["billion_laughs", "tag_python_object", "escape_control", "unicode_names", "NUL", "deep", "missing"]
 )
@@ -267,9 +284,9 @@ def test_check_from_the_command_line(tmp_path, name):
         path = tmp_path / f"{name}.yaml"
         if name != "missing":
             path.write_bytes({"NUL": b"name: \0\n", "deep": b"[" * LOTS}[name])
-    start = time.perf_counter()
+    start = children_seconds()
     done = subprocess.run([sys.executable, "-m", "nsagen", "check", str(path)], capture_output=True, cwd=ROOT)
-    assert time.perf_counter() - start < SECONDS
+    assert children_seconds() - start < SECONDS
     stderr = done.stderr.decode()
     assert (done.returncode, done.stdout) == (2, b"")
     assert "error: " in stderr.splitlines()[0]
@@ -347,7 +364,7 @@ FIELDS: dict[str, Any] = {
         "window": {"size": 512, "sinks": 0},
     },
 }  # fmt: skip
-PATHS: list[tuple[str, ...]] = [(k,) for k in FIELDS] + [("heads", k) for k in FIELDS["heads"]]
+PATHS: list[tuple[str, ...]] = [*((k,) for k in FIELDS), *(("heads", k) for k in FIELDS["heads"])]
 PATHS += [("branches", b, *rest) for b, o in FIELDS["branches"].items() for rest in [(), *((k,) for k in o)]]
 GONE = object()
 
@@ -356,10 +373,11 @@ def changed(data: Any, path: tuple[str, ...], value: Any) -> Any:
     """The dict with another value at the path, or without its key; as it was where the path is gone."""
     if not isinstance(data, dict):
         return data
-    if len(path) > 1:
-        return {k: changed(v, path[1:], value) if k == path[0] else v for k, v in data.items()}
-    kept = {k: v for k, v in data.items() if k != path[0]}
-    return kept if value is GONE else {**kept, path[0]: value}
+    key, *rest = path
+    if rest:
+        return {k: changed(v, (*rest,), value) if k == key else v for k, v in data.items()}
+    kept = {k: v for k, v in data.items() if k != key}
+    return kept if value is GONE else {**kept, key: value}
 
 
 @given(st.lists(st.tuples(st.sampled_from(PATHS), TREES | st.just(GONE)), min_size=1, max_size=6))

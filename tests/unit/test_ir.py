@@ -226,6 +226,7 @@ BROKEN_GRAPHS: list[tuple[str, Break]] = [
     ("one lse a term", node(CombineGrad, lambda n: replace(n, lses=n.lses[:2]))),
     ("gates and their gradient come together", node(CombineGrad, changed(d_gates=None))),
     ("%nothing is not declared", node(AttendGrad, changed(delta="nothing"))),
+    ("defines a value twice itself", node(AttendGrad, lambda n: replace(n, dv=n.dk))),
 ]
 
 

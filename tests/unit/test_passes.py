@@ -182,10 +182,11 @@ def test_a_row_surely_sees_its_own_key_only_in_a_window(spec: str, kernel: str, 
 # --- one_softmax
 
 
-def counted(pieces: list[Piece], tokens: int = 24) -> dict[tuple[int, int], int]:
+def counted(pieces: list[Piece], tokens: int = 20) -> dict[tuple[int, int], int]:
     """How many of the pieces hold each (t, s)."""
-    pairs = [(t, s) for t in range(tokens) for s in range(tokens)]
-    return {(t, s): sum(all(c.holds({"t": t, "s": s}) for c in p.where) for p in pieces) for t, s in pairs}
+    texts = [" and ".join(f"({conjunct_text(c)})" for c in p.where) for p in pieces]
+    tests = [eval(f"lambda t, s: {text}") for text in texts]
+    return {(t, s): sum(f(t, s) for f in tests) for t in range(tokens) for s in range(tokens)}
 
 
 def union_of(*branches: tuple[str, tuple[Piece, ...]]) -> list[Piece]:
@@ -207,7 +208,7 @@ FAR = Piece("far", (le(KEY, QUERY - 4), lt(QUERY - 12, KEY)))
 
 @pytest.mark.parametrize(
     "domains",
-    [(WINDOW, SINKS), (SINKS, WINDOW), (WINDOW, CAUSAL), (WINDOW, FAR, SINKS), (SINKS, FAR, WINDOW, CAUSAL)],
+    [(WINDOW, SINKS), (SINKS, WINDOW), (WINDOW, CAUSAL), (WINDOW, FAR, SINKS)],
     ids=lambda d: "-".join(p.name for p in d),
 )
 def test_one_softmax_counts_every_key_of_the_union_once(domains: tuple[Piece, ...]) -> None:
@@ -218,11 +219,8 @@ def test_one_softmax_counts_every_key_of_the_union_once(domains: tuple[Piece, ..
 
 def test_what_an_earlier_branch_holds_is_taken_out() -> None:
     rest = _without(CAUSAL, WINDOW)
-    assert [p.name for p in rest] == ["causal_0", "causal_1"]
-    assert [[conjunct_text(c) for c in p.where] for p in rest] == [
-        ["s <= t", "s > t"],
-        ["s <= t", "s <= t", "s <= t - 6"],
-    ]
+    assert [p.name for p in rest] == ["causal_1"]  # causal_0 says s <= t and s > t: nothing
+    assert [[conjunct_text(c) for c in p.where] for p in rest] == [["s <= t", "s <= t - 6"]]
 
 
 def test_a_strided_domain_cannot_be_taken_out() -> None:
@@ -273,7 +271,8 @@ def test_the_callers_blocks_are_not_saved() -> None:
 
 def test_scores_are_never_saved() -> None:
     graph, _, _ = backward("nsa_128")
-    assert {graph.value(x).axes for x in graph.saved} == {("B", "T", "Hq", "Dv"), ("B", "T", "Hq"), ("B", "T", "Hkv", "n")}
+    axes = {graph.value(x).axes for x in graph.saved}
+    assert axes == {("B", "T", "Hq", "Dv"), ("B", "T", "Hq"), ("B", "T", "Hkv", "n")}
 
 
 @pytest.mark.parametrize("spec", sorted(api.ready_specs()))

@@ -31,7 +31,7 @@ from nsagen.spec import (
     spec_from_dict,
     unregister,
 )  # fmt: skip
-from nsagen.spec.rules import Problem, rule
+from nsagen.spec.rules import Checked, Problem, rule
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = "heads: {query: 4, kv: 2, qk_dim: 16}\n"
@@ -326,6 +326,8 @@ def test_rendering():
         ("a:\tcd", 4, 6, "  a: cd", "     ^^"),  # a tab takes one column
         ("日本: cd", 5, 7, "  日本: cd", "        ^^"),  # wide letters take two
         ("e\u0301: cd", 5, 7, "  e\u0301: cd", "     ^^"),  # a combining mark takes none
+        ("नु: cd", 5, 7, "  नु: cd", "     ^^"),
+        ("は\u3099: cd", 5, 7, "  は\u3099: cd", "      ^^"),
         ("\x1b[1m: x", 7, 8, "  ·[1m: x", "        ^"),
         ("a:", 3, 4, "  a:", "    ^"),
         ("x" * 500, 301, 303, "  …" + "x" * 160 + "…", " " * 83 + "^^"),
@@ -341,6 +343,12 @@ def test_messages_are_one_printable_line():
     text = Diagnostic("r", "a\nb\x1b[31m\ud800", None, "c\r\nd").render()
     assert text == "error: a\\nb\\x1b[31m\\ud800 [r]\n  help: c\\r\\nd"
     assert max(map(len, Diagnostic("r", "m" * 9999, None, "h" * 9999).render().split("\n"))) < 300
+
+
+def test_a_file_name_cannot_break_the_line():
+    text = Diagnostic("r", "m", Span("a\n\x1b[31m\u202e\udcff.yaml", 1, 1, 2, "x")).render()
+    assert text.split("\n")[0] == r"a\n\x1b[31m\u202e\udcff.yaml:1:1: error: m [r]"
+    text.encode()
 
 
 def test_an_error_crosses_processes():
@@ -384,6 +392,16 @@ def test_dict_errors_name_the_path(change, message):
     assert found.span is None
     assert found.message.startswith(message)
     assert max(map(len, str(caught.value).split("\n"))) < 300
+
+
+class Odd:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_a_value_that_cannot_be_shown():
+    with pytest.raises(SpecError, match="name: name must be a string, not such Odd"):
+        spec_from_dict({**GOOD, "name": Odd()})
 
 
 def test_dicts_that_are_none():
@@ -435,7 +453,7 @@ def legal(draw: st.DrawFn) -> dict[str, Any]:
     }
     combine = ["gated_sum", "one_softmax", *(["single"] if len(names) == 1 else [])]
     return {
-        "name": draw(st.from_regex(r"[a-z][a-z0-9_]{0,57}_nsa", fullmatch=True).filter(lambda n: n not in sys.modules)),
+        "name": draw(st.from_regex(r"[a-z][a-z0-9_]{0,57}_nsa", fullmatch=True)),
         "heads": {"query": group * kv, "kv": kv, "qk_dim": draw(dims)} | draw(optional(v_dim=dims)),
         "branches": {name: options[name] for name in names},
     } | draw(optional(kv=st.sampled_from(["per_branch", "shared"]), combine=st.sampled_from(combine)))
@@ -567,6 +585,81 @@ def test_an_unregistered_kind_is_unknown():
     assert "strided" not in json_schema()["properties"]["branches"]["properties"]
     with pytest.raises(KeyError):
         unregister("strided")
+
+
+class Ramp(Checked):
+    start: Annotated[int, Field(ge=1, multiple_of=2)] = 2
+    end: int = Field(alias="until")
+
+    @rule("end", "start")
+    def _rises(self) -> Problem | None:
+        return None if self.start <= self.end else Problem("rises", f"{self.start} > {self.end}", "turn them round")
+
+
+class Nested(Options):
+    """Options that are more than plain values."""
+
+    must: int
+    offsets: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    limit: int | Literal["all"] = "all"
+    ramp: Ramp | None = None
+    weights: dict[str, int] = Field(default_factory=dict)
+
+    @rule("ramp", "must")
+    def _ramp_ends_below(self) -> Problem | None:
+        if self.ramp is None or self.ramp.end < 50:
+            return None
+        return Problem("ramp", f"until {self.ramp.end} is not below 50", "use less")
+
+
+@pytest.fixture
+def nested():
+    yield register(BranchKind("nested", Nested, lambda options, low: None, "more than plain values"))
+    unregister("nested")
+
+
+def test_nested_options(nested):
+    options = {"must": 1, "offsets": [0, 3], "limit": 7, "ramp": {"start": 4, "until": 9}, "weights": {"a": 1}}
+    spec = parse_spec(branches(f"nested: {json.dumps(options)}"))
+    assert spec.to_dict()["branches"]["nested"] == options
+    assert spec_from_dict(spec.to_dict()) == spec
+    assert json_schema()["properties"]["branches"]["properties"]["nested"]["required"] == ["must"]
+    assert "Ramp" in json_schema()["$defs"]
+
+
+@pytest.mark.parametrize(
+    ("rule_id", "marked", "message", "hint"),
+    [
+        ("missing", "«nested»: {}", "`must` is missing", "add `must: …`"),
+        ("type", "nested: {must: 1, offsets: [1, «a»]}", "offsets[1] must be an integer, not 'a'", INTEGER),
+        ("range", "nested: {must: 1, offsets: [«-1»]}", "offsets[0] -1 is below 0", "use 0 or more"),
+        ("empty", "nested: {must: 1, offsets: «[]»}", "offsets is empty", "one or more"),
+        ("type", "nested: {must: 1, weights: {a: «b»}}", "a must be an integer, not 'b'", INTEGER),
+        ("missing", "nested: {must: 1, «ramp»: {start: 2}}", "`until` is missing", "add `until: …`"),
+        ("multiple", "nested: {must: 1, ramp: {start: «3», until: 9}}", "start 3 is no multiple of 2", "use 2 or 4"),
+        ("unknown", "nested: {must: 1, ramp: {until: 2, «strt»: 2}}", "unknown key `strt`", "did you mean `start`?"),
+        ("rises", "nested: {must: 1, ramp: {until: «1»}}", "2 > 1", "turn them round"),
+        ("ramp", "nested: {must: 1, ramp: «{until: 50}»}", "until 50 is not below 50", "use less"),
+    ],
+)
+def test_nested_options_in_diagnostics(nested, rule_id, marked, message, hint):
+    text, (place,) = places(branches(marked))
+    (found,) = diagnostics(text)
+    assert (found.rule, at(found)) == (rule_id, place)
+    assert message in found.message
+    assert hint in (found.hint or "")
+
+
+def test_every_error_in_nested_options(nested):
+    marked = "nested: {must: 1, offsets: [«true», 1, «null»], limit: «al», ramp: «{until: 50}», weights: «3»}"
+    text, marks = places(branches(marked))
+    found = diagnostics(text)
+    assert [at(d) for d in found] == [marks[0], marks[1], marks[2], *marks[2:]]  # limit is neither arm of the union
+    assert [d.rule for d in found] == ["type", "type", "type", "choice", "ramp", "type"]
+    with pytest.raises(SpecError) as caught:
+        spec_from_dict({**GOOD, "branches": {"nested": {"must": 1, "offsets": [0, -1]}}})
+    (only,) = caught.value.diagnostics
+    assert only.message == "branches.nested.offsets.1: offsets[1] -1 is below 0"
 
 
 # The schema

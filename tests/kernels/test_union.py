@@ -1,0 +1,21 @@
+"""One softmax over branches that read the same keys: a key counts once, and its gradients add up."""
+
+from __future__ import annotations
+
+from harness import check
+
+SPEC = {
+    "name": "infllm_like",
+    "heads": {"query": 6, "kv": 2, "qk_dim": 24, "v_dim": 16},
+    "kv": "shared",
+    "branches": {"window": {"size": 12, "sinks": 2}, "selected": {"block": 12, "top_n": 3, "from": "caller"}},
+    "combine": "one_softmax",
+}
+
+
+def test_window_and_listed_blocks(device: str) -> None:
+    check(SPEC, 2, 41, 5, device)
+
+
+def test_window_and_listed_blocks_packed(device: str) -> None:
+    check(SPEC, 1, 60, 6, device, [0, 1, 20, 20, 60])
