@@ -1,4 +1,4 @@
-"""The whole op, forward and backward, beside dense attention (SDPA with cuDNN) on the same q, k, v: medians, peak memory.
+"""The whole op, forward and backward, beside dense attention (SDPA with cuDNN): medians, peak memory.
 
     nsagen build nsa_128 && python benchmarks/whole.py --module generated/nsa_128.py --lengths 8192,65536
 
@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 import triton
+from tiles import inputs, load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
-
-from tiles import inputs, load
 
 MOST_DENSE = 65536  # tokens; beyond, dense attention takes seconds
 
