@@ -24,6 +24,8 @@ class Arch:
         """
         wide, narrow = (bn, bm) if body.endswith("dkv") else (bm, bn)
         rows = min(1.0, wide / (16 * warps))
+        if warps < 4:  # one query's heads: warps share out the keys, 32 each
+            rows = min(1.0, wide * narrow / (512 * warps))
         if bits == 32:  # full float32 has no tensor cores: only the rows count
             return 0.03 * rows * narrow / (narrow + 16)
         reuse = min(narrow, 64) / (min(narrow, 64) + 10)
@@ -58,6 +60,8 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
         walked = bm
         smem = size * (bn * (qk + v) + stages * bm * (qk + v) + bm * bn)
         words = bn * (qk + v + 2 * bm)
+    if bits == 16 and kernel.body in ("attend_fwd", "attend_dq") and bm < 64:  # mma.sync: operands in registers
+        words += bm * (qk + (v if kernel.body == "attend_dq" else 0)) // 2 + bn * qk // 4
     pointers = 2 * walked * (qk + v) / (16 // size)  # one 64-bit address a 16-byte load
     return Use(round(smem), round((words + pointers) / threads) + 40)
 

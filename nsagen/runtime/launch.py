@@ -108,8 +108,8 @@ def power_of_two(count: int) -> int:
 
 
 def warps_for(candidates: int) -> int:
-    """Warps of a program that holds a row of candidates in registers: up to 64 a lane."""
-    return min(16, max(1, candidates // 2048))
+    """Warps of a program that holds a row of candidates in registers: 32 64-bit keys a lane, more would spill."""
+    return min(16, max(1, candidates // 1024))
 
 
 def statistics(x: torch.Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from nsagen.errors import CompileError
 from nsagen.ir.plan import Kernel, Launch, Plan
-from nsagen.tools.signature import DTYPES, Job, signature_of
+from nsagen.tools.signature import DTYPES, Job, signature_of, warps_of
 
 ARCHES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
@@ -69,7 +69,7 @@ def compile_job(module: ModuleType, job: Job, plan: Plan) -> Report:
     function = getattr(module, job.kernel.name)
     s = signature_of(function, job, plan)
     source = ASTSource(function, s.types, s.constants, s.attributes)
-    options = {"num_warps": job.tile.warps, "num_stages": job.tile.stages}
+    options = {"num_warps": warps_of(job), "num_stages": job.tile.stages}
     try:
         built = triton.compile(source, target=GPUTarget("cuda", ARCHES[job.arch], 32), options=options)
     except Exception as error:  # MLIR, LLVM and ptxas each raise their own

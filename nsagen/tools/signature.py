@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsagen.errors import CompileError
+from nsagen.ir.graph import Select
 from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
 
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
@@ -68,11 +69,21 @@ def _constants(job: Job) -> dict[str, Any]:
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
     }
-    return constants | ({"CANDIDATES": _power_of_two(-(-LENGTH // select.size))} if select else {})
+    return constants | ({"CANDIDATES": _candidates(select)} if select else {})
 
 
-def _power_of_two(x: int) -> int:
-    return 1 << (x - 1).bit_length()
+def _candidates(select: Select) -> int:
+    from nsagen.runtime.launch import power_of_two
+
+    return power_of_two(-(-LENGTH // select.size))
+
+
+def warps_of(job: Job) -> int:
+    """The tile's warps; a selection takes as many as its candidates need, as the launch does."""
+    from nsagen.runtime.launch import warps_for
+
+    select = job.kernel.select
+    return warps_for(_candidates(select)) if select and job.kernel.body == "select_blocks" else job.tile.warps
 
 
 def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
