@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  e2a9572a6b77
+content  4410762ce5f1
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -41,7 +41,7 @@ _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_e2a9572a6b77"
+_SPACE = "nsagen_nsa_compressed_window_4410762ce5f1"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -1124,13 +1124,13 @@ def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, rest0_ptr, lse0_ptr, lse1_ptr, 
     sum1 += tl.sum(d_out * term, 1)
     tl.store(delta0_ptr + row, sum0, mask=live)
     tl.store(d_gates_ptr + row * 2 + 0, sum0.to(d_gates_ptr.dtype.element_ty), mask=live)
-    gate = tl.load(gates_ptr + row * 2 + 0, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gates_ptr + row * 2 + 0, mask=live, other=1.0).to(tl.float32)
     lse = tl.load(lse0_ptr + row, mask=live, other=0.0)
     shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
     tl.store(shift0_ptr + row, shift, mask=live)
     tl.store(delta1_ptr + row, sum1, mask=live)
     tl.store(d_gates_ptr + row * 2 + 1, sum1.to(d_gates_ptr.dtype.element_ty), mask=live)
-    gate = tl.load(gates_ptr + row * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gates_ptr + row * 2 + 1, mask=live, other=1.0).to(tl.float32)
     lse = tl.load(lse1_ptr + row, mask=live, other=0.0)
     shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
     tl.store(shift1_ptr + row, shift, mask=live)

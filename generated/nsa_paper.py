@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  35768fb02392
+content  4d9e52e38a65
 runtime  1
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="nsa_paper", query_heads=64, kv_heads=4, qk_dim=192, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_paper_35768fb02392"
+_SPACE = "nsagen_nsa_paper_4d9e52e38a65"
 
 # (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
 _CONFIGS = {
@@ -1927,19 +1927,19 @@ def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, term2_ptr, rest0_ptr, lse0_ptr,
     sum2 += tl.sum(d_out * term, 1)
     tl.store(delta0_ptr + row, sum0, mask=live)
     tl.store(d_gates_ptr + row * 3 + 0, sum0.to(d_gates_ptr.dtype.element_ty), mask=live)
-    gate = tl.load(gates_ptr + row * 3 + 0, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gates_ptr + row * 3 + 0, mask=live, other=1.0).to(tl.float32)
     lse = tl.load(lse0_ptr + row, mask=live, other=0.0)
     shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
     tl.store(shift0_ptr + row, shift, mask=live)
     tl.store(delta1_ptr + row, sum1, mask=live)
     tl.store(d_gates_ptr + row * 3 + 1, sum1.to(d_gates_ptr.dtype.element_ty), mask=live)
-    gate = tl.load(gates_ptr + row * 3 + 1, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gates_ptr + row * 3 + 1, mask=live, other=1.0).to(tl.float32)
     lse = tl.load(lse1_ptr + row, mask=live, other=0.0)
     shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
     tl.store(shift1_ptr + row, shift, mask=live)
     tl.store(delta2_ptr + row, sum2, mask=live)
     tl.store(d_gates_ptr + row * 3 + 2, sum2.to(d_gates_ptr.dtype.element_ty), mask=live)
-    gate = tl.load(gates_ptr + row * 3 + 2, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gates_ptr + row * 3 + 2, mask=live, other=1.0).to(tl.float32)
     lse = tl.load(lse2_ptr + row, mask=live, other=0.0)
     shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
     tl.store(shift2_ptr + row, shift, mask=live)
