@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nsagen.sym import Conjunct, Expr, count, floordiv, maximum
+from nsagen.sym import KEY, QUERY, Conjunct, Expr, count, floordiv, le, maximum
 
 TOKENS = count("T")  # length of the sequence at hand
 START = count("start")  # its first row in the packed layout
@@ -48,12 +48,20 @@ class KeyAxis:
         return floordiv(start, self.stride) if not self.is_tokens else start
 
 
+TOKEN_AXIS = KeyAxis("T")
+
+
 @dataclass(frozen=True)
 class Piece:
     """Keys that satisfy every conjunct."""
 
     name: str
     where: tuple[Conjunct, ...]
+
+
+def ended_blocks(axis: KeyAxis) -> Piece:
+    """Block i, tokens [i·d, i·d + l), is visible iff it has ended: i·d + l − 1 <= t."""
+    return Piece("ended", (le(KEY * axis.stride + axis.block - 1, QUERY),))
 
 
 @dataclass(frozen=True)

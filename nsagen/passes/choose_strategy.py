@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nsagen.errors import Refused
-from nsagen.ir.graph import Attend, Combine, CombineGrad, Graph, KeyAxis, Piece, Select, Source
+from nsagen.ir.graph import TOKEN_AXIS, Attend, Combine, CombineGrad, Graph, Select, Source, ended_blocks
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
 from nsagen.passes.operators import buffers, operators, suffixes
-from nsagen.sym import KEY, QUERY, le
 
-TOKEN_AXIS = KeyAxis("T")
 PACK = Choice(
     "head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head"
 )
@@ -137,11 +135,10 @@ def _key_grads(node: Attend) -> list[Kernel]:
 
 
 def _selection(node: Select) -> list[Kernel]:
-    ended = Piece("ended", (le(KEY * node.axis.stride + node.axis.block - 1, QUERY),))
     scores = Operand("scores", "scores", "query", "store")
     tiles = Grid(TOKEN_AXIS, BT, "descending")
     loads = (_load("q", "q"), _load("k", "k", "key"), _load("lse", "lse"))
-    walk = Walk(0, ended, node.axis, "forward")
+    walk = Walk(0, ended_blocks(node.axis), node.axis, "forward")
     blocks = Operand("blocks", "blocks", "query", "store")
     rows = Grid(None, BM, "ascending")
     return [

@@ -6,13 +6,26 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from nsagen.errors import Refused
-from nsagen.ir.graph import Attend, BlockList, Combine, Graph, Heads, KeyAxis, Node, Piece, Pool, Select, Source, Value
+from nsagen.ir.graph import (
+    TOKEN_AXIS,
+    Attend,
+    BlockList,
+    Combine,
+    Graph,
+    Heads,
+    KeyAxis,
+    Node,
+    Piece,
+    Pool,
+    Select,
+    Source,
+    Value,
+    ended_blocks,
+)
 from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, as_int, const, expand, le, lt
 
 if TYPE_CHECKING:
     from nsagen.spec.model import Spec
-
-TOKEN_AXIS = KeyAxis("T")
 
 
 class Lowering:
@@ -80,11 +93,10 @@ def lower_window(options: Any, low: Lowering) -> None:
 
 
 def lower_compressed(options: Any, low: Lowering) -> None:
-    """Block i, tokens [i·d, i·d + l), is visible iff it has ended: i·d + l − 1 <= t."""
+    """The blocks that have ended, through φ."""
     axis = KeyAxis("compressed", options.block, options.stride)
     k, v = low.pooled("compressed", axis, options.pool, options.positions)
-    ended = le(KEY * options.stride + options.block - 1, QUERY)
-    low.attend("compressed", Source(k, v, axis, (Piece("ended", (ended,)),)))
+    low.attend("compressed", Source(k, v, axis, (ended_blocks(axis),)))
 
 
 def lower_selected(options: Any, low: Lowering) -> None:
