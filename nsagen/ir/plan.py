@@ -165,7 +165,6 @@ class Kernel:
 
 FACTS = {
     "rows_may_be_empty": "a query may see no key: output 0, lse −inf",
-    "first_tile_may_be_masked": "a row's first tile may be masked whole: the running maximum starts finite",
     "group_fills_tile": "BM is a multiple of the group: every row of a tile is a query",
 }
 
