@@ -57,9 +57,9 @@ def lower(spec: Spec, pipeline: Pipeline | None = None) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def compile_spec(spec: Spec) -> Compiled:
+def compile_spec(spec: Spec, pipeline: Pipeline | None = None) -> Compiled:
     """Compile a spec to the text of its module. Raises SpecError, Refused or IRError."""
-    stages = lower(spec)
+    stages = lower(spec, pipeline)
     graph = next(s.ir for s in stages if s.name == "derive_weights")
     plan = stages[-1].ir
     assert isinstance(graph, Graph) and isinstance(plan, Plan)

@@ -93,15 +93,22 @@ class Value:
     dtype: Literal["input", "gate", "float32", "int32"]
 
 
+Positions = Literal["none", "per_token", "constant"]
+
+
 @dataclass(frozen=True)
 class Pool:
-    """out[i] = φ(src[i·d : i·d + l]), run by the module φ, which torch differentiates."""
+    """out[i] = φ(src[i·d : i·d + l]), run by the module φ, which torch differentiates.
+
+    positions: none, added to every token of a block, or one constant that φ's first step makes of them.
+    """
 
     out: str
     src: str
     axis: KeyAxis
     pool: str
-    positions: bool
+    positions: Positions
+    because: str = ""  # why positions are a constant
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,10 @@ def _names(names: tuple[str, ...]) -> str:
 
 def _node(node: Node) -> list[str]:
     if isinstance(node, Pool):
-        positions = " positions" if node.positions else ""
-        return [f"  %{node.out} = pool {node.pool}{positions} %{node.src} l {node.axis.block} d {node.axis.stride}"]
+        positions = "" if node.positions == "none" else f" positions {node.positions.replace('_', ' ')}"
+        reason = f"    because {node.because}" if node.because else ""
+        blocks = f"l {node.axis.block} d {node.axis.stride}"
+        return [f"  %{node.out} = pool {node.pool}{positions} %{node.src} {blocks}{reason}"]
     if isinstance(node, Select):
         return [_select(node)]
     if isinstance(node, Combine):

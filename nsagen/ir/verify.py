@@ -58,7 +58,8 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
         _need(
             node.axis.block % node.axis.stride == 0, line, f"d = {node.axis.stride} must divide l = {node.axis.block}"
         )
-        _need(not (node.positions and node.pool == "mean"), line, "mean pooling has no positions")
+        _need(node.pool != "mean" or node.positions == "none", line, "mean pooling has no positions")
+        _need((node.positions == "constant") == bool(node.because), line, "folded positions come with their reason")
         rows = (graph.value(node.src).axes[1], graph.value(node.out).axes[1])
         _need(rows == ("T", node.axis.name), line, "a pool maps tokens to its axis")
     if isinstance(node, (Attend, AttendGrad)):

@@ -12,6 +12,7 @@ from nsagen.passes.choose_tiles import ChooseTiles
 from nsagen.passes.derive_bounds import DeriveBounds
 from nsagen.passes.derive_weights import DeriveWeights
 from nsagen.passes.differentiate import Differentiate
+from nsagen.passes.fold_positions import FoldPositions
 from nsagen.passes.place_accesses import PlaceAccesses
 from nsagen.passes.split_loops import SplitLoops
 
@@ -20,6 +21,7 @@ Hook = Callable[[str, "Graph | Plan"], None]
 
 @dataclass(frozen=True)
 class Pipeline:
+    fold_positions: FoldPositions = FoldPositions()  # in-block positions as one constant where φ is affine
     differentiate: Differentiate = Differentiate()  # the backward graph, and what forward keeps for it
     derive_weights: DeriveWeights = DeriveWeights()  # how compressed blocks score selection blocks
     choose_strategy: ChooseStrategy = ChooseStrategy()  # kernels, buffers and schedules
@@ -31,7 +33,7 @@ class Pipeline:
     def run(self, graph: Graph, hook: Hook) -> Plan:
         """Lower a forward graph to a plan; `hook` sees every stage and verifies, prints or times it."""
         hook("lower", graph)
-        for rewrite in (self.differentiate, self.derive_weights):
+        for rewrite in (self.fold_positions, self.differentiate, self.derive_weights):
             graph = rewrite.run(graph)
             hook(rewrite.name, graph)
         plan = self.choose_strategy.run(graph)

@@ -10,8 +10,9 @@ from typing import Any
 
 import jinja2
 
+from nsagen.errors import Refused
 from nsagen.files import data_dir
-from nsagen.ir.graph import Combine, CombineGrad, Graph
+from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import Kernel, Plan, TileTable
 from nsagen.render.host import branch_views, op_views, part_views, pool_node, select_node, whole_call
 from nsagen.render.view import Named, kernel_view
@@ -55,6 +56,13 @@ def render_module(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, r
     return _tidy(text)
 
 
+def _folded(pool: Pool) -> bool:
+    """Whether φ has positions; the runtime knows them as a constant alone."""
+    if pool.positions == "per_token":
+        raise Refused(f"%{pool.out}: positions of pool {pool.pool} are not folded (pass fold_positions)")
+    return pool.positions == "constant"
+
+
 def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtime_version: int) -> dict[str, Any]:
     pool = pool_node(graph)
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
@@ -75,7 +83,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "whole": {"op": whole.name, "arguments": whole.text.split(", ")},
         "compressor": pool and {
             "cls": COMPRESSORS[pool.pool], "pool": pool.pool, "block": pool.axis.block, "stride": pool.axis.stride,
-            "positions": pool.positions,
+            "positions": _folded(pool),
         },
         "select": select,
         "select_rows": 1 << (plan.heads.group - 1).bit_length(),

@@ -59,7 +59,7 @@ class Lowering:
         k, v = self.keys(branch)
         for src, out, dim in ((k, "k_cmp", "Dqk"), (v, "v_cmp", "Dv")):
             self.define(Value(out, ("B", axis.name, "Hkv", dim), "input"))
-            self.nodes.append(Pool(out, src, axis, pool, positions))
+            self.nodes.append(Pool(out, src, axis, pool, "per_token" if positions else "none"))
         return "k_cmp", "v_cmp"
 
     def attend(self, branch: str, *sources: Source) -> None:

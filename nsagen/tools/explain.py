@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from nsagen.compiler import Compiled, Stage
 from nsagen.errors import NsagenError
-from nsagen.ir.graph import Attend, Source
+from nsagen.ir.graph import Attend, Pool, Source
 from nsagen.ir.plan import Kernel, Plan, Segment, TileConfig, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
 from nsagen.tools.console import table, unified
@@ -45,6 +45,7 @@ def summary(compiled: Compiled) -> str:
         "",
         "WHAT A QUERY SEES",
         *_domains(compiled),
+        *_positions(compiled),
     ]
     for kernel in plan.kernels:
         lines += ["", *_kernel(kernel)]
@@ -58,6 +59,11 @@ def _domains(compiled: Compiled) -> Iterator[str]:
                 where = ", ".join(map(conjunct_text, piece.where))
                 keys = formula(piece, source.axis, source.listed)
                 yield f"  {node.branch}/{piece.name} over {_axis(source)}: {where}  ({keys} keys)"
+
+
+def _positions(compiled: Compiled) -> Iterator[str]:
+    for node in (n for n in compiled.graph.nodes if isinstance(n, Pool) and n.because):
+        yield f"  φ of %{node.src} ({node.pool}): positions folded, because {node.because}"
 
 
 def _axis(source: Source) -> str:

@@ -14,8 +14,8 @@ from nsagen.compiler import Compiled, compile_spec
 GENERATED = Path(__file__).parents[2] / "generated"
 DUMPED = ("window_only", "nsa_compressed_window", "tiny", "nsa_128")
 STAGES = (
-    "lower", "differentiate", "derive_weights", "choose_strategy", "derive_bounds", "split_loops", "choose_tiles",
-    "place_accesses",
+    "lower", "fold_positions", "differentiate", "derive_weights", "choose_strategy", "derive_bounds", "split_loops",
+    "choose_tiles", "place_accesses",
 )  # fmt: skip
 
 

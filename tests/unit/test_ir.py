@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nsagen import api
-from nsagen.compiler import Stage, lower
+from nsagen.compiler import Stage, compile_spec, lower
 from nsagen.errors import IRError, NsagenError
 from nsagen.ir import graph as graph_module
 from nsagen.ir import plan as plan_module
@@ -47,7 +47,7 @@ def test_the_stages_of_every_ready_spec_pass_the_verifier() -> None:
 # --- (a) no target text
 
 IDENTIFIER = re.compile(r"[A-Za-z_0-9' ]*")
-PROSE = {"Choice.because", "Choice.what", "Walk.refused", "TileConfig.dropped"}
+PROSE = {"Pool.because", "Choice.because", "Choice.what", "Walk.refused", "TileConfig.dropped"}
 TARGET_TEXT = ("tl.", "torch", "triton", "[", "def ", "==", "import")
 
 
@@ -112,6 +112,13 @@ class Nothing:
 
 def texts(pipeline: Pipeline | None, spec: str) -> dict[str, str]:
     return {s.name: s.text for s in lower(api.read(spec), pipeline)}
+
+
+def test_without_fold_positions_a_dump_changes_and_nothing_is_rendered() -> None:
+    without = replace(Pipeline(), fold_positions=Nothing("fold_positions"))  # type: ignore[arg-type]
+    assert texts(without, "tiny")["fold_positions"] != ir_text("tiny", "fold_positions")
+    with pytest.raises(NsagenError, match="not folded"):
+        compile_spec(api.read("tiny"), without)
 
 
 @pytest.mark.parametrize("spec", ["nsa_128", "tiny"])

@@ -31,7 +31,7 @@ CAUSAL = Piece("causal", (le(KEY, QUERY),))
 ON_WINDOW = Source("k", "v", TOKENS, (FIRST, WINDOW))
 ON_COMPRESSED = Source("k_cmp", "v_cmp", BLOCKS, (ENDED,))
 ON_SELECTED = Source("k", "v", TOKENS, (CAUSAL,), BlockList("blocks", SIZE, TOP))
-POOLS = (Pool("k_cmp", "k", BLOCKS, "mean", False), Pool("v_cmp", "v", BLOCKS, "mean", False))
+POOLS = (Pool("k_cmp", "k", BLOCKS, "mean", "none"), Pool("v_cmp", "v", BLOCKS, "mean", "none"))
 SELECT = Select("blocks", "q", "k_cmp", "lse_compressed", BLOCKS, SIZE, TOP, INITIAL, LOCAL)
 
 BRANCHES = {
@@ -221,7 +221,7 @@ def test_pool(cu):
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (8, 2), (5, 1), (40, 8)])
 def test_pool_sizes(size):
     axis = KeyAxis("compressed", *size)
-    ref = Reference(graph("k_cmp", Pool("k_cmp", "k", axis, "mean", False)))
+    ref = Reference(graph("k_cmp", Pool("k_cmp", "k", axis, "mean", "none")))
     x = normal(2, 37, 2, 5).requires_grad_()
     same_gradients(ref.pool("compressed", x), oracle.mean_pool(x, *size), (x,))
 
@@ -302,7 +302,9 @@ def test_refusals():
     with pytest.raises(Refused, match="not linear"):
         Reference(graph("o", attend("x", Source("k", "v", TOKENS, (Piece("x", (lt(KEY, count("T")),)),)))))
     linear = graph(
-        "out_compressed", *(Pool(f"{x}_cmp", x, BLOCKS, "linear", True) for x in "kv"), attend("c", ON_COMPRESSED)
+        "out_compressed",
+        *(Pool(f"{x}_cmp", x, BLOCKS, "linear", "per_token") for x in "kv"),
+        attend("c", ON_COMPRESSED),
     )
     with pytest.raises(InputError, match="pool linear needs phi"):
         Reference(linear).attention({"q": q, "k": k, "v": v})
