@@ -93,9 +93,14 @@ def bench_of(module: Any, request: Request) -> Bench:
     from nsagen.runtime import launch
     from nsagen.tools.tune_measure import DTYPES, GpuMeasurer
 
-    def compile_(wanted: Rounds, length: int) -> None:
-        from nsagen.tools.tune_compile import compile_all
+    compiled: list[tuple[int, Rounds]] = []
 
+    def compile_(wanted: Rounds, length: int) -> None:
+        from nsagen.tools.tune_compile import compile_all, short
+
+        if (short(length), wanted) in compiled:
+            return
+        compiled.append((short(length), wanted))
         done = compile_all(wanted, module.__file__, length, request.dtype)
         for _ in track(done, len(wanted), f"compiling for {length} tokens"):
             pass

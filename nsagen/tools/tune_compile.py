@@ -52,14 +52,19 @@ def compile_all(wanted: Rounds, path: str, length: int, dtype: str) -> Iterator[
         return
     context = multiprocessing.get_context("spawn")
     with _pool(ProcessPoolExecutor(count, context, _start, (path, short(length), dtype))) as pool:
-        for done in as_completed([pool.submit(_work, tried) for tried in wanted]):
-            _settle(done)
+        for done in as_completed(_submitted(pool, wanted)):
+            with suppress(BrokenProcessPool):
+                done.result()
             yield
 
 
-def _settle(done: Future[None]) -> None:
+def _submitted(pool: ProcessPoolExecutor, wanted: Rounds) -> list[Future[None]]:
+    """All of them, unless a process dies before that."""
+    futures: list[Future[None]] = []
     with suppress(BrokenProcessPool):
-        done.result()
+        for tried in wanted:
+            futures.append(pool.submit(_work, tried))
+    return futures
 
 
 @contextmanager

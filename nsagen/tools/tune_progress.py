@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from nsagen.runtime import tuned
 from nsagen.tools.tune_search import Rounds, Subject, Tried
@@ -40,16 +40,13 @@ def _best(subject: Subject, place: tuned.Place) -> str:
     return f"best {label} {times[label]:.3f} ms" if label else ""
 
 
+def columns() -> tuple[ProgressColumn, ...]:
+    now, best = TextColumn("{task.fields[now]}"), TextColumn("[bold]{task.fields[best]}")
+    return TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), now, best, TimeElapsedColumn()
+
+
 @contextmanager
 def board(subjects: Sequence[Subject], place: tuned.Place, wanted: Rounds) -> Iterator[Board]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[now]}"),
-        TextColumn("[bold]{task.fields[best]}"),
-        TimeElapsedColumn(),
-    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
         yield Board(progress, subjects, place, wanted)
