@@ -111,8 +111,7 @@ def main() -> None:
     for i in range(args.rounds):
         tried = {name: candidates(name)[i] for name in names if i < len(candidates(name))}
         for name, shape in tried.items():
-            for key in module._CONFIGS[name]:
-                module._CONFIGS[name][key] = (Config(*shape, 0),)
+            module._CONFIGS[name].forced = Config(*shape, 0)
         try:
             times = kernel_times(run, names, args.repeats)
         except Exception as error:  # a candidate that does not fit is a result, too

@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  13882cc6127b
-runtime  1
+content  4eefbc7f6cf2
+runtime  2
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -33,9 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
-from nsagen.runtime.launch import Config
+from nsagen.runtime.launch import Config, Tiles
 
-version.require(1, "fla")
+version.require(2, "fla")
 
 SPEC = {'name': 'fla',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -49,370 +49,205 @@ _LAYOUT = checks.Layout(
     name="fla", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
 )
-_SPACE = "nsagen_fla_13882cc6127b"
+_SPACE = "nsagen_fla_4eefbc7f6cf2"
 
-# (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
+# Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
+# BM, BN, warps, stages, bytes of shared memory, best first by the model.
 _CONFIGS = {
-    "compressed_fwd": {
+    "compressed_fwd": Tiles("compressed_fwd", "25996477b16d", {
         ("sm_80", 16): (
             Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 32, 4, 3, 65536),
-            Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(16, 16, 4, 1, 12288),
+            Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
+            Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(32, 16, 4, 3, 65536), Config(64, 16, 8, 1, 49152),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
+            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728),
+            Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 1, 49152), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688),
+            Config(16, 16, 4, 1, 24576),
         ),
-        ("sm_90", 16): (
-            Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 32, 4, 3, 65536),
-            Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(32, 16, 4, 3, 65536), Config(64, 16, 8, 1, 49152),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
-        ),
-        ("sm_100", 16): (
-            Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 32, 4, 3, 65536),
-            Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(32, 16, 4, 3, 65536), Config(64, 16, 8, 1, 49152),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
-        ),
-    },
-    "compressed_dq": {
+    }),
+    "compressed_dq": Tiles("compressed_dq", "fb5ba043b799", {
         ("sm_80", 16): (
             Config(64, 32, 4, 2, 65536), Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 32, 4, 3, 81920),
-            Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(16, 16, 4, 1, 16384),
+            Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
+            Config(64, 64, 4, 3, 131072), Config(128, 64, 8, 3, 163840), Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
+            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920),
+            Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 1, 65536), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072),
+            Config(16, 16, 4, 1, 32768),
         ),
-        ("sm_90", 16): (
-            Config(64, 32, 4, 2, 65536), Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 32, 4, 3, 81920),
-            Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
-        ),
-        ("sm_100", 16): (
-            Config(64, 32, 4, 2, 65536), Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 32, 4, 3, 81920),
-            Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
-        ),
-    },
-    "compressed_dkv": {
+    }),
+    "compressed_dkv": Tiles("compressed_dkv", "ad756d943cf8", {
         ("sm_80", 16): (
             Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(64, 128, 8, 2, 147456), Config(32, 128, 8, 3, 122880),
-            Config(16, 64, 4, 3, 59392), Config(32, 128, 8, 2, 106496), Config(16, 16, 4, 1, 16896),
+            Config(16, 64, 4, 3, 59392), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 2, 51200), Config(16, 128, 8, 3, 94208),
+            Config(16, 128, 8, 2, 86016), Config(64, 32, 4, 3, 118784), Config(32, 64, 4, 1, 53248), Config(64, 128, 8, 1, 114688),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
+            Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 2, 69632), Config(64, 128, 8, 2, 147456),
-            Config(32, 128, 8, 3, 122880), Config(16, 64, 4, 3, 59392), Config(16, 16, 4, 1, 16896),
+            Config(32, 128, 8, 3, 122880), Config(16, 64, 4, 3, 59392), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 2, 51200),
+            Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(64, 32, 4, 3, 118784), Config(128, 32, 4, 3, 221184),
+            Config(16, 16, 4, 1, 16896),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-        ("sm_100", 16): (
-            Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 2, 69632), Config(64, 128, 8, 2, 147456),
-            Config(32, 128, 8, 3, 122880), Config(16, 64, 4, 3, 59392), Config(16, 16, 4, 1, 16896),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-    },
-    "select_scores": {
+    }),
+    "select_scores": Tiles("select_scores", "8aac7b5c9734", {
         ("sm_80", 16): (
             Config(64, 32, 4, 2, 32768), Config(128, 32, 4, 2, 49152), Config(128, 32, 8, 2, 49152), Config(64, 32, 4, 3, 40960),
-            Config(128, 32, 4, 3, 57344), Config(128, 32, 8, 3, 57344), Config(16, 16, 4, 1, 8192),
+            Config(128, 32, 4, 3, 57344), Config(128, 32, 8, 3, 57344), Config(64, 64, 4, 2, 49152), Config(128, 64, 4, 2, 65536),
+            Config(128, 64, 8, 2, 65536), Config(64, 64, 4, 3, 65536), Config(128, 64, 4, 3, 81920), Config(128, 64, 8, 3, 81920),
+            Config(16, 16, 4, 1, 8192),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 24576), Config(32, 16, 4, 2, 32768), Config(32, 16, 4, 3, 40960), Config(64, 16, 8, 1, 40960),
-            Config(64, 16, 8, 2, 49152), Config(64, 16, 8, 3, 57344), Config(16, 16, 4, 1, 16384),
+            Config(64, 16, 8, 2, 49152), Config(64, 16, 8, 3, 57344), Config(16, 32, 4, 1, 24576), Config(16, 32, 4, 2, 40960),
+            Config(16, 32, 4, 3, 57344), Config(32, 32, 8, 1, 32768), Config(32, 32, 8, 2, 49152), Config(32, 32, 8, 3, 65536),
+            Config(16, 16, 4, 1, 16384),
         ),
-        ("sm_90", 16): (
-            Config(64, 32, 4, 2, 32768), Config(128, 32, 4, 2, 49152), Config(128, 32, 8, 2, 49152), Config(64, 32, 4, 3, 40960),
-            Config(128, 32, 4, 3, 57344), Config(128, 32, 8, 3, 57344), Config(16, 16, 4, 1, 8192),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 24576), Config(32, 16, 4, 2, 32768), Config(32, 16, 4, 3, 40960), Config(64, 16, 8, 1, 40960),
-            Config(64, 16, 8, 2, 49152), Config(64, 16, 8, 3, 57344), Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_100", 16): (
-            Config(64, 32, 4, 2, 32768), Config(128, 32, 4, 2, 49152), Config(128, 32, 8, 2, 49152), Config(64, 32, 4, 3, 40960),
-            Config(128, 32, 4, 3, 57344), Config(128, 32, 8, 3, 57344), Config(16, 16, 4, 1, 8192),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 24576), Config(32, 16, 4, 2, 32768), Config(32, 16, 4, 3, 40960), Config(64, 16, 8, 1, 40960),
-            Config(64, 16, 8, 2, 49152), Config(64, 16, 8, 3, 57344), Config(16, 16, 4, 1, 16384),
-        ),
-    },
-    "select_best": {
+    }),
+    "select_best": Tiles("select_best", "0decc6e93a53", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
         ("sm_80", 32): (
             Config(1, 1, 1, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(1, 1, 1, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(1, 1, 1, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(1, 1, 1, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(1, 1, 1, 1, 0),
-        ),
-    },
-    "selected_fwd": {
+    }),
+    "selected_fwd": Tiles("selected_fwd", "c629450232ab", {
         ("sm_80", 16): (
             Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 3, 53248),
-            Config(16, 32, 2, 2, 36864), Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 1, 12288),
+            Config(16, 32, 2, 2, 36864), Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 1, 20480),
+            Config(16, 16, 1, 1, 12288), Config(16, 64, 4, 2, 69632), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 3, 53248),
         ),
         ("sm_80", 32): (
             Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 73728), Config(16, 32, 1, 3, 106496), Config(16, 32, 2, 1, 40960),
-            Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 1, 24576),
+            Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 40960),
+            Config(16, 16, 1, 3, 57344), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496),
         ),
-        ("sm_90", 16): (
-            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 3, 53248),
-            Config(16, 32, 2, 2, 36864), Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 73728), Config(16, 32, 1, 3, 106496), Config(16, 32, 2, 1, 40960),
-            Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 1, 24576),
-        ),
-        ("sm_100", 16): (
-            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 3, 53248),
-            Config(16, 32, 2, 2, 36864), Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 1, 12288),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 73728), Config(16, 32, 1, 3, 106496), Config(16, 32, 2, 1, 40960),
-            Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 1, 24576),
-        ),
-    },
-    "selected_dq": {
+    }),
+    "selected_dq": Tiles("selected_dq", "934fb2d35576", {
         ("sm_80", 16): (
             Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 3, 57344),
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 3, 32768), Config(16, 16, 1, 1, 16384),
+            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 3, 32768), Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 1, 24576),
+            Config(16, 16, 1, 1, 16384), Config(16, 64, 4, 2, 73728), Config(16, 64, 4, 3, 106496), Config(16, 32, 4, 3, 57344),
         ),
         ("sm_80", 32): (
             Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 32, 2, 1, 49152),
-            Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768),
+            Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 49152),
+            Config(16, 16, 1, 3, 65536), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920), Config(16, 32, 4, 3, 114688),
         ),
-        ("sm_90", 16): (
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 3, 57344),
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 3, 32768), Config(16, 16, 1, 1, 16384),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 32, 2, 1, 49152),
-            Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768),
-        ),
-        ("sm_100", 16): (
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 3, 57344),
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 3, 32768), Config(16, 16, 1, 1, 16384),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 32, 2, 1, 49152),
-            Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768),
-        ),
-    },
-    "selected_dkv": {
+    }),
+    "selected_dkv": Tiles("selected_dkv", "b99845fc2083", {
         ("sm_80", 16): (
             Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784), Config(16, 16, 4, 1, 16896),
+            Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784), Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016),
+            Config(64, 64, 8, 2, 106496), Config(128, 32, 4, 2, 155648), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
+            Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 3, 135168),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784), Config(16, 16, 4, 1, 16896),
+            Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784), Config(64, 64, 8, 3, 139264), Config(128, 32, 4, 3, 221184),
+            Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496), Config(128, 32, 4, 2, 155648), Config(128, 64, 8, 2, 180224),
+            Config(16, 16, 4, 1, 16896),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-        ("sm_100", 16): (
-            Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784), Config(16, 16, 4, 1, 16896),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-    },
-    "selected_sum": {
+    }),
+    "selected_sum": Tiles("selected_sum", "5efc185d43d6", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(1, 16, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(1, 16, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(1, 16, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(1, 16, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(1, 16, 4, 1, 0),
-        ),
-    },
-    "window_fwd": {
+    }),
+    "window_fwd": Tiles("window_fwd", "82c33ea3e0e3", {
         ("sm_80", 16): (
             Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(16, 16, 4, 1, 12288),
+            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
+            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(64, 64, 4, 3, 114688),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
+            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
+            Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 3, 114688),
+            Config(16, 16, 4, 1, 24576),
         ),
-        ("sm_90", 16): (
-            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
-        ),
-        ("sm_100", 16): (
-            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
-        ),
-    },
-    "window_dq": {
+    }),
+    "window_dq": Tiles("window_dq", "e5fb13689d93", {
         ("sm_80", 16): (
             Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(16, 16, 4, 1, 16384),
+            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
+            Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112), Config(64, 64, 4, 3, 131072),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
+            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(32, 32, 8, 1, 65536),
+            Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
+            Config(16, 16, 4, 1, 32768),
         ),
-        ("sm_90", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
-        ),
-        ("sm_100", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
-        ),
-    },
-    "window_dkv": {
+    }),
+    "window_dkv": Tiles("window_dkv", "27e2dd088804", {
         ("sm_80", 16): (
             Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880),
-            Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 16, 4, 1, 16896),
+            Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(16, 128, 8, 3, 94208),
+            Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
+            Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632),
-            Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 16, 4, 1, 16896),
+            Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
+            Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248),
+            Config(16, 16, 4, 1, 16896),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-        ("sm_100", 16): (
-            Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632),
-            Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 16, 4, 1, 16896),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-    },
-    "combine_fwd": {
+    }),
+    "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-    },
-    "row_delta": {
+    }),
+    "row_delta": Tiles("row_delta", "5d10b55d893e", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-    },
-    "combine_bwd": {
+    }),
+    "combine_bwd": Tiles("combine_bwd", "c93a8f0bf1d9", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-    },
+    }),
 }
 
 

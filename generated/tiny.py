@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  d4b02b7bd57e
-runtime  1
+content  e496f033103f
+runtime  2
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -33,9 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
-from nsagen.runtime.launch import Config
+from nsagen.runtime.launch import Config, Tiles
 
-version.require(1, "tiny")
+version.require(2, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -49,370 +49,182 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
 )
-_SPACE = "nsagen_tiny_d4b02b7bd57e"
+_SPACE = "nsagen_tiny_e496f033103f"
 
-# (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
+# Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
+# BM, BN, warps, stages, bytes of shared memory, best first by the model.
 _CONFIGS = {
-    "compressed_fwd": {
+    "compressed_fwd": Tiles("compressed_fwd", "ef01aa4bfe73", {
         ("sm_80", 16): (
             Config(64, 64, 4, 3, 22528), Config(128, 64, 4, 3, 26624), Config(128, 64, 8, 3, 26624), Config(64, 128, 4, 3, 40960),
-            Config(128, 128, 8, 3, 45056), Config(64, 64, 4, 2, 16384), Config(16, 16, 4, 1, 2560),
+            Config(128, 128, 8, 3, 45056), Config(64, 64, 4, 2, 16384), Config(128, 64, 4, 2, 20480), Config(128, 64, 8, 2, 20480),
+            Config(64, 128, 4, 2, 28672), Config(128, 128, 8, 2, 32768), Config(64, 32, 4, 3, 13312), Config(128, 32, 4, 3, 17408),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 11264), Config(64, 16, 8, 2, 14336), Config(64, 16, 8, 3, 17408), Config(32, 16, 4, 1, 7168),
-            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 16, 4, 1, 5120),
+            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 32, 4, 1, 8192), Config(16, 32, 4, 2, 14336),
+            Config(16, 32, 4, 3, 20480), Config(32, 32, 8, 1, 10240), Config(32, 32, 8, 2, 16384), Config(32, 32, 8, 3, 22528),
+            Config(16, 16, 4, 1, 5120),
         ),
-        ("sm_90", 16): (
-            Config(64, 64, 4, 3, 22528), Config(128, 64, 4, 3, 26624), Config(128, 64, 8, 3, 26624), Config(64, 128, 4, 3, 40960),
-            Config(128, 128, 8, 3, 45056), Config(64, 64, 4, 2, 16384), Config(16, 16, 4, 1, 2560),
-        ),
-        ("sm_90", 32): (
-            Config(64, 16, 8, 1, 11264), Config(64, 16, 8, 2, 14336), Config(64, 16, 8, 3, 17408), Config(32, 16, 4, 1, 7168),
-            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 16, 4, 1, 5120),
-        ),
-        ("sm_100", 16): (
-            Config(64, 64, 4, 3, 22528), Config(128, 64, 4, 3, 26624), Config(128, 64, 8, 3, 26624), Config(64, 128, 4, 3, 40960),
-            Config(128, 128, 8, 3, 45056), Config(64, 64, 4, 2, 16384), Config(16, 16, 4, 1, 2560),
-        ),
-        ("sm_100", 32): (
-            Config(64, 16, 8, 1, 11264), Config(64, 16, 8, 2, 14336), Config(64, 16, 8, 3, 17408), Config(32, 16, 4, 1, 7168),
-            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 16, 4, 1, 5120),
-        ),
-    },
-    "compressed_dq": {
+    }),
+    "compressed_dq": Tiles("compressed_dq", "290d0df4a029", {
         ("sm_80", 16): (
             Config(64, 64, 4, 3, 24576), Config(128, 64, 4, 3, 30720), Config(128, 64, 8, 3, 30720), Config(64, 128, 4, 3, 43008),
-            Config(128, 128, 8, 3, 49152), Config(64, 64, 4, 2, 18432), Config(16, 16, 4, 1, 3072),
+            Config(128, 128, 8, 3, 49152), Config(64, 64, 4, 2, 18432), Config(128, 64, 4, 2, 24576), Config(128, 64, 8, 2, 24576),
+            Config(64, 128, 4, 2, 30720), Config(128, 128, 8, 2, 36864), Config(64, 32, 4, 3, 15360), Config(128, 32, 4, 3, 21504),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 15360), Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 21504), Config(32, 16, 4, 1, 9216),
-            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 16, 4, 1, 6144),
+            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 32, 4, 1, 9216), Config(16, 32, 4, 2, 15360),
+            Config(16, 32, 4, 3, 21504), Config(32, 32, 8, 1, 12288), Config(32, 32, 8, 2, 18432), Config(32, 32, 8, 3, 24576),
+            Config(16, 16, 4, 1, 6144),
         ),
-        ("sm_90", 16): (
-            Config(64, 64, 4, 3, 24576), Config(128, 64, 4, 3, 30720), Config(128, 64, 8, 3, 30720), Config(64, 128, 4, 3, 43008),
-            Config(128, 128, 8, 3, 49152), Config(64, 64, 4, 2, 18432), Config(16, 16, 4, 1, 3072),
-        ),
-        ("sm_90", 32): (
-            Config(64, 16, 8, 1, 15360), Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 21504), Config(32, 16, 4, 1, 9216),
-            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 16, 4, 1, 6144),
-        ),
-        ("sm_100", 16): (
-            Config(64, 64, 4, 3, 24576), Config(128, 64, 4, 3, 30720), Config(128, 64, 8, 3, 30720), Config(64, 128, 4, 3, 43008),
-            Config(128, 128, 8, 3, 49152), Config(64, 64, 4, 2, 18432), Config(16, 16, 4, 1, 3072),
-        ),
-        ("sm_100", 32): (
-            Config(64, 16, 8, 1, 15360), Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 21504), Config(32, 16, 4, 1, 9216),
-            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 16, 4, 1, 6144),
-        ),
-    },
-    "compressed_dkv": {
+    }),
+    "compressed_dkv": Tiles("compressed_dkv", "4f232dc24d69", {
         ("sm_80", 16): (
             Config(64, 64, 4, 3, 32768), Config(128, 64, 4, 3, 59392), Config(64, 128, 4, 3, 47104), Config(64, 128, 8, 3, 47104),
-            Config(128, 128, 8, 3, 81920), Config(64, 64, 4, 2, 26624), Config(16, 16, 4, 1, 3584),
+            Config(128, 128, 8, 3, 81920), Config(64, 64, 4, 2, 26624), Config(128, 64, 4, 2, 47104), Config(64, 128, 4, 2, 40960),
+            Config(64, 128, 8, 2, 40960), Config(128, 128, 8, 2, 69632), Config(32, 64, 4, 3, 19456), Config(32, 128, 4, 3, 29696),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 11264), Config(16, 32, 4, 2, 14336), Config(16, 32, 4, 3, 17408), Config(16, 64, 8, 1, 19456),
-            Config(16, 64, 8, 2, 22528), Config(16, 64, 8, 3, 25600), Config(16, 16, 4, 1, 7168),
+            Config(16, 64, 8, 2, 22528), Config(16, 64, 8, 3, 25600), Config(32, 16, 4, 1, 11264), Config(32, 16, 4, 2, 17408),
+            Config(32, 16, 4, 3, 23552), Config(32, 32, 8, 1, 16384), Config(32, 32, 8, 2, 22528), Config(32, 32, 8, 3, 28672),
+            Config(16, 16, 4, 1, 7168),
         ),
-        ("sm_90", 16): (
-            Config(64, 64, 4, 3, 32768), Config(128, 64, 4, 3, 59392), Config(64, 128, 4, 3, 47104), Config(64, 128, 8, 3, 47104),
-            Config(128, 128, 8, 3, 81920), Config(64, 64, 4, 2, 26624), Config(16, 16, 4, 1, 3584),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 11264), Config(16, 32, 4, 2, 14336), Config(16, 32, 4, 3, 17408), Config(16, 64, 8, 1, 19456),
-            Config(16, 64, 8, 2, 22528), Config(16, 64, 8, 3, 25600), Config(16, 16, 4, 1, 7168),
-        ),
-        ("sm_100", 16): (
-            Config(64, 64, 4, 3, 32768), Config(128, 64, 4, 3, 59392), Config(64, 128, 4, 3, 47104), Config(64, 128, 8, 3, 47104),
-            Config(128, 128, 8, 3, 81920), Config(64, 64, 4, 2, 26624), Config(16, 16, 4, 1, 3584),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 4, 1, 11264), Config(16, 32, 4, 2, 14336), Config(16, 32, 4, 3, 17408), Config(16, 64, 8, 1, 19456),
-            Config(16, 64, 8, 2, 22528), Config(16, 64, 8, 3, 25600), Config(16, 16, 4, 1, 7168),
-        ),
-    },
-    "select_scores": {
+    }),
+    "select_scores": Tiles("select_scores", "3dd800756724", {
         ("sm_80", 16): (
             Config(64, 64, 4, 3, 16384), Config(128, 64, 4, 3, 20480), Config(128, 64, 8, 3, 20480), Config(64, 128, 4, 3, 28672),
-            Config(128, 128, 8, 3, 32768), Config(64, 64, 4, 2, 12288), Config(16, 16, 4, 1, 2048),
+            Config(128, 128, 8, 3, 32768), Config(64, 64, 4, 2, 12288), Config(128, 64, 4, 2, 16384), Config(128, 64, 8, 2, 16384),
+            Config(64, 128, 4, 2, 20480), Config(128, 128, 8, 2, 24576), Config(64, 32, 4, 3, 10240), Config(128, 32, 4, 3, 14336),
+            Config(16, 16, 4, 1, 2048),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 10240), Config(64, 16, 8, 2, 12288), Config(64, 16, 8, 3, 14336), Config(32, 16, 4, 1, 6144),
-            Config(32, 16, 4, 2, 8192), Config(32, 16, 4, 3, 10240), Config(16, 16, 4, 1, 4096),
+            Config(32, 16, 4, 2, 8192), Config(32, 16, 4, 3, 10240), Config(16, 32, 4, 1, 6144), Config(16, 32, 4, 2, 10240),
+            Config(16, 32, 4, 3, 14336), Config(32, 32, 8, 1, 8192), Config(32, 32, 8, 2, 12288), Config(32, 32, 8, 3, 16384),
+            Config(16, 16, 4, 1, 4096),
         ),
-        ("sm_90", 16): (
-            Config(64, 64, 4, 3, 16384), Config(128, 64, 4, 3, 20480), Config(128, 64, 8, 3, 20480), Config(64, 128, 4, 3, 28672),
-            Config(128, 128, 8, 3, 32768), Config(64, 64, 4, 2, 12288), Config(16, 16, 4, 1, 2048),
-        ),
-        ("sm_90", 32): (
-            Config(64, 16, 8, 1, 10240), Config(64, 16, 8, 2, 12288), Config(64, 16, 8, 3, 14336), Config(32, 16, 4, 1, 6144),
-            Config(32, 16, 4, 2, 8192), Config(32, 16, 4, 3, 10240), Config(16, 16, 4, 1, 4096),
-        ),
-        ("sm_100", 16): (
-            Config(64, 64, 4, 3, 16384), Config(128, 64, 4, 3, 20480), Config(128, 64, 8, 3, 20480), Config(64, 128, 4, 3, 28672),
-            Config(128, 128, 8, 3, 32768), Config(64, 64, 4, 2, 12288), Config(16, 16, 4, 1, 2048),
-        ),
-        ("sm_100", 32): (
-            Config(64, 16, 8, 1, 10240), Config(64, 16, 8, 2, 12288), Config(64, 16, 8, 3, 14336), Config(32, 16, 4, 1, 6144),
-            Config(32, 16, 4, 2, 8192), Config(32, 16, 4, 3, 10240), Config(16, 16, 4, 1, 4096),
-        ),
-    },
-    "select_best": {
+    }),
+    "select_best": Tiles("select_best", "42b0b200d7a8", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
         ("sm_80", 32): (
             Config(1, 1, 1, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(1, 1, 1, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(1, 1, 1, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(1, 1, 1, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(1, 1, 1, 1, 0),
-        ),
-    },
-    "selected_fwd": {
+    }),
+    "selected_fwd": Tiles("selected_fwd", "d87c0588d6ff", {
         ("sm_80", 16): (
             Config(16, 16, 1, 2, 4096), Config(16, 16, 1, 3, 5632), Config(16, 16, 1, 1, 2560), Config(16, 16, 2, 2, 4096),
-            Config(16, 16, 4, 2, 4096), Config(16, 16, 2, 3, 5632),
+            Config(16, 16, 4, 2, 4096), Config(16, 16, 2, 3, 5632), Config(16, 16, 4, 3, 5632), Config(16, 16, 2, 1, 2560),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
             Config(16, 16, 1, 1, 5120), Config(16, 16, 1, 2, 8192), Config(16, 16, 1, 3, 11264), Config(16, 16, 2, 1, 5120),
-            Config(16, 16, 4, 1, 5120), Config(16, 16, 2, 2, 8192),
+            Config(16, 16, 4, 1, 5120), Config(16, 16, 2, 2, 8192), Config(16, 16, 4, 2, 8192), Config(16, 16, 2, 3, 11264),
+            Config(16, 16, 4, 3, 11264),
         ),
-        ("sm_90", 16): (
-            Config(16, 16, 1, 2, 4096), Config(16, 16, 1, 3, 5632), Config(16, 16, 1, 1, 2560), Config(16, 16, 2, 2, 4096),
-            Config(16, 16, 4, 2, 4096), Config(16, 16, 2, 3, 5632),
-        ),
-        ("sm_90", 32): (
-            Config(16, 16, 1, 1, 5120), Config(16, 16, 1, 2, 8192), Config(16, 16, 1, 3, 11264), Config(16, 16, 2, 1, 5120),
-            Config(16, 16, 4, 1, 5120), Config(16, 16, 2, 2, 8192),
-        ),
-        ("sm_100", 16): (
-            Config(16, 16, 1, 2, 4096), Config(16, 16, 1, 3, 5632), Config(16, 16, 1, 1, 2560), Config(16, 16, 2, 2, 4096),
-            Config(16, 16, 4, 2, 4096), Config(16, 16, 2, 3, 5632),
-        ),
-        ("sm_100", 32): (
-            Config(16, 16, 1, 1, 5120), Config(16, 16, 1, 2, 8192), Config(16, 16, 1, 3, 11264), Config(16, 16, 2, 1, 5120),
-            Config(16, 16, 4, 1, 5120), Config(16, 16, 2, 2, 8192),
-        ),
-    },
-    "selected_dq": {
+    }),
+    "selected_dq": Tiles("selected_dq", "58e1294736eb", {
         ("sm_80", 16): (
             Config(16, 16, 1, 2, 4608), Config(16, 16, 1, 3, 6144), Config(16, 16, 1, 1, 3072), Config(16, 16, 2, 2, 4608),
-            Config(16, 16, 4, 2, 4608), Config(16, 16, 2, 3, 6144),
+            Config(16, 16, 4, 2, 4608), Config(16, 16, 2, 3, 6144), Config(16, 16, 4, 3, 6144), Config(16, 16, 2, 1, 3072),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
             Config(16, 16, 1, 1, 6144), Config(16, 16, 1, 2, 9216), Config(16, 16, 1, 3, 12288), Config(16, 16, 2, 1, 6144),
-            Config(16, 16, 4, 1, 6144), Config(16, 16, 2, 2, 9216),
+            Config(16, 16, 4, 1, 6144), Config(16, 16, 2, 2, 9216), Config(16, 16, 4, 2, 9216), Config(16, 16, 2, 3, 12288),
+            Config(16, 16, 4, 3, 12288),
         ),
-        ("sm_90", 16): (
-            Config(16, 16, 1, 2, 4608), Config(16, 16, 1, 3, 6144), Config(16, 16, 1, 1, 3072), Config(16, 16, 2, 2, 4608),
-            Config(16, 16, 4, 2, 4608), Config(16, 16, 2, 3, 6144),
-        ),
-        ("sm_90", 32): (
-            Config(16, 16, 1, 1, 6144), Config(16, 16, 1, 2, 9216), Config(16, 16, 1, 3, 12288), Config(16, 16, 2, 1, 6144),
-            Config(16, 16, 4, 1, 6144), Config(16, 16, 2, 2, 9216),
-        ),
-        ("sm_100", 16): (
-            Config(16, 16, 1, 2, 4608), Config(16, 16, 1, 3, 6144), Config(16, 16, 1, 1, 3072), Config(16, 16, 2, 2, 4608),
-            Config(16, 16, 4, 2, 4608), Config(16, 16, 2, 3, 6144),
-        ),
-        ("sm_100", 32): (
-            Config(16, 16, 1, 1, 6144), Config(16, 16, 1, 2, 9216), Config(16, 16, 1, 3, 12288), Config(16, 16, 2, 1, 6144),
-            Config(16, 16, 4, 1, 6144), Config(16, 16, 2, 2, 9216),
-        ),
-    },
-    "selected_dkv": {
+    }),
+    "selected_dkv": Tiles("selected_dkv", "59ca00245cf7", {
         ("sm_80", 16): (
             Config(32, 16, 4, 2, 8704), Config(16, 16, 4, 2, 5120), Config(16, 16, 4, 3, 6656), Config(32, 16, 4, 3, 11776),
-            Config(64, 16, 4, 2, 15872), Config(32, 16, 4, 1, 5632), Config(16, 16, 4, 1, 3584),
+            Config(64, 16, 4, 2, 15872), Config(32, 16, 4, 1, 5632), Config(64, 16, 4, 3, 22016), Config(64, 16, 4, 1, 9728),
+            Config(16, 16, 4, 1, 3584), Config(128, 16, 4, 2, 30208), Config(128, 16, 4, 1, 17920), Config(32, 16, 8, 2, 8704),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 11264), Config(32, 16, 4, 2, 17408), Config(32, 16, 4, 3, 23552), Config(16, 16, 4, 1, 7168),
-            Config(16, 16, 4, 2, 10240), Config(16, 16, 4, 3, 13312),
+            Config(16, 16, 4, 2, 10240), Config(16, 16, 4, 3, 13312), Config(64, 16, 8, 1, 19456), Config(64, 16, 8, 2, 31744),
+            Config(64, 16, 8, 3, 44032), Config(32, 16, 8, 1, 11264), Config(32, 16, 8, 2, 17408), Config(32, 16, 8, 3, 23552),
         ),
-        ("sm_90", 16): (
-            Config(32, 16, 4, 2, 8704), Config(16, 16, 4, 2, 5120), Config(16, 16, 4, 3, 6656), Config(32, 16, 4, 3, 11776),
-            Config(64, 16, 4, 2, 15872), Config(32, 16, 4, 1, 5632), Config(16, 16, 4, 1, 3584),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 11264), Config(32, 16, 4, 2, 17408), Config(32, 16, 4, 3, 23552), Config(16, 16, 4, 1, 7168),
-            Config(16, 16, 4, 2, 10240), Config(16, 16, 4, 3, 13312),
-        ),
-        ("sm_100", 16): (
-            Config(32, 16, 4, 2, 8704), Config(16, 16, 4, 2, 5120), Config(16, 16, 4, 3, 6656), Config(32, 16, 4, 3, 11776),
-            Config(64, 16, 4, 2, 15872), Config(32, 16, 4, 1, 5632), Config(16, 16, 4, 1, 3584),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 11264), Config(32, 16, 4, 2, 17408), Config(32, 16, 4, 3, 23552), Config(16, 16, 4, 1, 7168),
-            Config(16, 16, 4, 2, 10240), Config(16, 16, 4, 3, 13312),
-        ),
-    },
-    "selected_sum": {
+    }),
+    "selected_sum": Tiles("selected_sum", "00833e0891ad", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(1, 16, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(1, 16, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(1, 16, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(1, 16, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(1, 16, 4, 1, 0),
-        ),
-    },
-    "window_fwd": {
+    }),
+    "window_fwd": Tiles("window_fwd", "18654d59fe60", {
         ("sm_80", 16): (
             Config(64, 16, 4, 1, 5632), Config(128, 16, 4, 1, 9728), Config(128, 16, 8, 1, 9728), Config(64, 16, 4, 2, 7168),
-            Config(128, 16, 4, 2, 11264), Config(128, 16, 8, 2, 11264), Config(16, 16, 4, 1, 2560),
+            Config(128, 16, 4, 2, 11264), Config(128, 16, 8, 2, 11264), Config(64, 16, 4, 3, 8704), Config(128, 16, 4, 3, 12800),
+            Config(128, 16, 8, 3, 12800), Config(64, 32, 4, 1, 7168), Config(128, 32, 4, 1, 11264), Config(128, 32, 8, 1, 11264),
+            Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 11264), Config(64, 16, 8, 2, 14336), Config(64, 16, 8, 3, 17408), Config(32, 16, 4, 1, 7168),
-            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 16, 4, 1, 5120),
+            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 16, 4, 1, 5120), Config(32, 16, 8, 1, 7168),
+            Config(16, 16, 4, 2, 8192), Config(32, 16, 8, 2, 10240), Config(16, 16, 4, 3, 11264), Config(32, 16, 8, 3, 13312),
         ),
-        ("sm_90", 16): (
-            Config(64, 16, 4, 1, 5632), Config(128, 16, 4, 1, 9728), Config(128, 16, 8, 1, 9728), Config(64, 16, 4, 2, 7168),
-            Config(128, 16, 4, 2, 11264), Config(128, 16, 8, 2, 11264), Config(16, 16, 4, 1, 2560),
-        ),
-        ("sm_90", 32): (
-            Config(64, 16, 8, 1, 11264), Config(64, 16, 8, 2, 14336), Config(64, 16, 8, 3, 17408), Config(32, 16, 4, 1, 7168),
-            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 16, 4, 1, 5120),
-        ),
-        ("sm_100", 16): (
-            Config(64, 16, 4, 1, 5632), Config(128, 16, 4, 1, 9728), Config(128, 16, 8, 1, 9728), Config(64, 16, 4, 2, 7168),
-            Config(128, 16, 4, 2, 11264), Config(128, 16, 8, 2, 11264), Config(16, 16, 4, 1, 2560),
-        ),
-        ("sm_100", 32): (
-            Config(64, 16, 8, 1, 11264), Config(64, 16, 8, 2, 14336), Config(64, 16, 8, 3, 17408), Config(32, 16, 4, 1, 7168),
-            Config(32, 16, 4, 2, 10240), Config(32, 16, 4, 3, 13312), Config(16, 16, 4, 1, 5120),
-        ),
-    },
-    "window_dq": {
+    }),
+    "window_dq": Tiles("window_dq", "50e46c570cfe", {
         ("sm_80", 16): (
             Config(64, 16, 4, 1, 7680), Config(128, 16, 4, 1, 13824), Config(128, 16, 8, 1, 13824), Config(64, 16, 4, 2, 9216),
-            Config(128, 16, 4, 2, 15360), Config(128, 16, 8, 2, 15360), Config(16, 16, 4, 1, 3072),
+            Config(128, 16, 4, 2, 15360), Config(128, 16, 8, 2, 15360), Config(64, 16, 4, 3, 10752), Config(128, 16, 4, 3, 16896),
+            Config(128, 16, 8, 3, 16896), Config(64, 32, 4, 1, 9216), Config(128, 32, 4, 1, 15360), Config(128, 32, 8, 1, 15360),
+            Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
             Config(64, 16, 8, 1, 15360), Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 21504), Config(32, 16, 4, 1, 9216),
-            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 16, 4, 1, 6144),
+            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 16, 4, 1, 6144), Config(16, 16, 4, 2, 9216),
+            Config(32, 16, 8, 1, 9216), Config(16, 16, 4, 3, 12288), Config(32, 16, 8, 2, 12288), Config(32, 16, 8, 3, 15360),
         ),
-        ("sm_90", 16): (
-            Config(64, 16, 4, 1, 7680), Config(128, 16, 4, 1, 13824), Config(128, 16, 8, 1, 13824), Config(64, 16, 4, 2, 9216),
-            Config(128, 16, 4, 2, 15360), Config(128, 16, 8, 2, 15360), Config(16, 16, 4, 1, 3072),
-        ),
-        ("sm_90", 32): (
-            Config(64, 16, 8, 1, 15360), Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 21504), Config(32, 16, 4, 1, 9216),
-            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 16, 4, 1, 6144),
-        ),
-        ("sm_100", 16): (
-            Config(64, 16, 4, 1, 7680), Config(128, 16, 4, 1, 13824), Config(128, 16, 8, 1, 13824), Config(64, 16, 4, 2, 9216),
-            Config(128, 16, 4, 2, 15360), Config(128, 16, 8, 2, 15360), Config(16, 16, 4, 1, 3072),
-        ),
-        ("sm_100", 32): (
-            Config(64, 16, 8, 1, 15360), Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 21504), Config(32, 16, 4, 1, 9216),
-            Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 16, 4, 1, 6144),
-        ),
-    },
-    "window_dkv": {
+    }),
+    "window_dkv": Tiles("window_dkv", "f61448cf48c5", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 11264), Config(16, 64, 4, 3, 12800), Config(32, 64, 4, 2, 16384), Config(64, 64, 4, 2, 26624),
-            Config(32, 64, 4, 3, 19456), Config(64, 64, 4, 3, 32768), Config(16, 16, 4, 1, 3584),
+            Config(32, 64, 4, 3, 19456), Config(64, 64, 4, 3, 32768), Config(64, 64, 4, 1, 20480), Config(16, 32, 4, 2, 7168),
+            Config(32, 64, 4, 1, 13312), Config(16, 32, 4, 3, 8704), Config(16, 64, 4, 1, 9728), Config(64, 128, 4, 2, 40960),
+            Config(16, 16, 4, 1, 3584),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 11264), Config(16, 32, 4, 2, 14336), Config(16, 32, 4, 3, 17408), Config(16, 16, 4, 1, 7168),
-            Config(16, 16, 4, 2, 10240), Config(32, 16, 4, 1, 11264),
+            Config(16, 16, 4, 2, 10240), Config(32, 16, 4, 1, 11264), Config(16, 16, 4, 3, 13312), Config(32, 16, 4, 2, 17408),
+            Config(32, 16, 4, 3, 23552), Config(16, 64, 8, 1, 19456), Config(16, 64, 8, 2, 22528), Config(16, 64, 8, 3, 25600),
         ),
-        ("sm_90", 16): (
-            Config(16, 64, 4, 2, 11264), Config(16, 64, 4, 3, 12800), Config(32, 64, 4, 2, 16384), Config(64, 64, 4, 2, 26624),
-            Config(32, 64, 4, 3, 19456), Config(64, 64, 4, 3, 32768), Config(16, 16, 4, 1, 3584),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 11264), Config(16, 32, 4, 2, 14336), Config(16, 32, 4, 3, 17408), Config(16, 16, 4, 1, 7168),
-            Config(16, 16, 4, 2, 10240), Config(32, 16, 4, 1, 11264),
-        ),
-        ("sm_100", 16): (
-            Config(16, 64, 4, 2, 11264), Config(16, 64, 4, 3, 12800), Config(32, 64, 4, 2, 16384), Config(64, 64, 4, 2, 26624),
-            Config(32, 64, 4, 3, 19456), Config(64, 64, 4, 3, 32768), Config(16, 16, 4, 1, 3584),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 4, 1, 11264), Config(16, 32, 4, 2, 14336), Config(16, 32, 4, 3, 17408), Config(16, 16, 4, 1, 7168),
-            Config(16, 16, 4, 2, 10240), Config(32, 16, 4, 1, 11264),
-        ),
-    },
-    "combine_fwd": {
+    }),
+    "combine_fwd": Tiles("combine_fwd", "aec1b0050dc6", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-    },
-    "row_delta": {
+    }),
+    "row_delta": Tiles("row_delta", "54f34538bc71", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-    },
-    "combine_bwd": {
+    }),
+    "combine_bwd": Tiles("combine_bwd", "8a053071f1c5", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-    },
+    }),
 }
 
 

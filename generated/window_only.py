@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  c35976db9951
-runtime  1
+content  f7e0c521e743
+runtime  2
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
-from nsagen.runtime.launch import Config
+from nsagen.runtime.launch import Config, Tiles
 
-version.require(1, "window_only")
+version.require(2, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -34,108 +34,67 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_c35976db9951"
+_SPACE = "nsagen_window_only_f7e0c521e743"
 
-# (architecture, operand bits) -> tile configurations, best first: BM, BN, warps, stages, bytes of shared memory.
+# Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
+# BM, BN, warps, stages, bytes of shared memory, best first by the model.
 _CONFIGS = {
-    "window_fwd": {
+    "window_fwd": Tiles("window_fwd", "82c33ea3e0e3", {
         ("sm_80", 16): (
             Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(16, 16, 4, 1, 12288),
+            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
+            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(64, 64, 4, 3, 114688),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
+            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
+            Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 3, 114688),
+            Config(16, 16, 4, 1, 24576),
         ),
-        ("sm_90", 16): (
-            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
-        ),
-        ("sm_100", 16): (
-            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
-            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 16, 4, 1, 24576),
-        ),
-    },
-    "window_dq": {
+    }),
+    "window_dq": Tiles("window_dq", "e5fb13689d93", {
         ("sm_80", 16): (
             Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(16, 16, 4, 1, 16384),
+            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
+            Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112), Config(64, 64, 4, 3, 131072),
+            Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
+            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(32, 32, 8, 1, 65536),
+            Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
+            Config(16, 16, 4, 1, 32768),
         ),
-        ("sm_90", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_90", 32): (
-            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
-        ),
-        ("sm_100", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_100", 32): (
-            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
-            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 16, 4, 1, 32768),
-        ),
-    },
-    "window_dkv": {
+    }),
+    "window_dkv": Tiles("window_dkv", "27e2dd088804", {
         ("sm_80", 16): (
             Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880),
-            Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 16, 4, 1, 16896),
+            Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(16, 128, 8, 3, 94208),
+            Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784),
+            Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
+            Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632),
-            Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 16, 4, 1, 16896),
+            Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
+            Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248),
+            Config(16, 16, 4, 1, 16896),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-        ("sm_100", 16): (
-            Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632),
-            Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 16, 4, 1, 16896),
-        ),
-        ("sm_100", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(16, 16, 4, 1, 33792),
-        ),
-    },
-    "row_delta": {
+    }),
+    "row_delta": Tiles("row_delta", "0dc458fc13b6", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
         ),
-        ("sm_90", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_90", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-        ("sm_100", 16): (
-            Config(32, 1, 4, 1, 0),
-        ),
-        ("sm_100", 32): (
-            Config(16, 1, 4, 1, 0),
-        ),
-    },
+    }),
 }
 
 

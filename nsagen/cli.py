@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from nsagen.compiler import Compiled
     from nsagen.spec import Spec
 
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-cache_app = typer.Typer(no_args_is_help=True, help="Where generated modules are kept, and removing them.")
+cache_app = typer.Typer(no_args_is_help=True, help="Where modules and measurements are kept, and removing them.")
 app.add_typer(cache_app, name="cache")
 
 
@@ -241,6 +241,33 @@ def compile_(
         raise typer.Exit(FAILED)
 
 
+@command(
+    app,
+    "tune",
+    "tune nsa_paper",
+    "tune my_nsa.yaml --length 8192 --length 131072 --dtype fp16",
+    "tune generated/nsa_128.py --export nvidia_h200.json",
+)
+def tune(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, a ready spec's name, or a module's file.")],
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="N", help="Tokens; may be repeated; default 8192 and 65536.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = Dtype.bf16,
+    candidates: Annotated[int, typer.Option(min=1, metavar="N", help="Measured of each kernel, best first.")] = 12,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
+    export: Annotated[Path | None, typer.Option(metavar="FILE", help="Add what is known on this GPU to FILE.")] = None,
+) -> None:
+    """Measure tile candidates on the GPU and keep the times: launches take the fastest from then on.
+
+    What was measured is not measured again. Ctrl-C keeps what is done (exit 130); the same command goes on.
+    """
+    from nsagen.tools import tune as tool
+
+    if not tool.run(tool.Request(spec, tuple(length or tool.LENGTHS), dtype.value, candidates, force, export)):
+        raise typer.Exit(INTERRUPTED)
+
+
 @command(app, "list", "list")
 def list_() -> None:
     """The specs that come with nsagen, a line each."""
@@ -283,4 +310,4 @@ def cache_clear() -> None:
     """Remove what nsagen wrote to the cache."""
     from nsagen.runtime import cache
 
-    typer.echo(f"removed {cache.clear()} modules from {cache.directory()}")
+    typer.echo(f"removed {cache.clear()} modules and measurements from {cache.directory()}")

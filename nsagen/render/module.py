@@ -15,9 +15,10 @@ from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import Kernel, Plan, TileTable
 from nsagen.render.host import branch_views, op_views, part_views, pool_node, select_node, whole_call
+from nsagen.render.keys import kernel_key
 from nsagen.render.view import Named, kernel_view
 
-SHIPPED_CONFIGS = 6  # candidates of each table that a module carries, best first
+SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
 COMPRESSORS = {
     "mean": "MeanCompressor", "weighted": "WeightedCompressor", "linear": "LinearCompressor", "mlp": "MLPCompressor"
 }  # fmt: skip
@@ -26,6 +27,7 @@ COMPRESSORS = {
 @dataclass(frozen=True)
 class KernelText:
     name: str
+    key: str
     source: str
     configs: tuple[TileTable, ...]
 
@@ -104,10 +106,30 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
     }  # fmt: skip
 
 
+def kernel_keys(plan: Plan) -> dict[str, str]:
+    """The key under which each kernel's measurements are kept."""
+    return {k.name: kernel_key(_source(k, plan)) for k in plan.kernels}
+
+
 def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
-    source = environment().get_template(f"{kernel.body}.py.j2").render(x=kernel_view(kernel, plan)).strip("\n")
-    tables = tuple(_shipped(t) for t in kernel.tiles)
-    return KernelText(kernel.name, source, tables)
+    source = _source(kernel, plan)
+    return KernelText(kernel.name, kernel_key(source), source, _distinct(kernel.tiles))
+
+
+def _source(kernel: Kernel, plan: Plan) -> str:
+    return environment().get_template(f"{kernel.body}.py.j2").render(x=kernel_view(kernel, plan)).strip("\n")
+
+
+def _distinct(tables: tuple[TileTable, ...]) -> tuple[TileTable, ...]:
+    """Without a table that the architecture before has, too: the runtime goes back to it."""
+    kept: dict[int, TileTable] = {}
+    distinct: list[TileTable] = []
+    for table in map(_shipped, tables):
+        before = kept.get(table.bits)
+        kept[table.bits] = table
+        if before is None or before.configs != table.configs:
+            distinct.append(table)
+    return tuple(distinct)
 
 
 def _shipped(table: TileTable) -> TileTable:

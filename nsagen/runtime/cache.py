@@ -1,8 +1,9 @@
-"""The cache on disk: generated modules under content-keyed names, one file each.
+"""The cache on disk: generated modules and what was measured of their kernels, under content-keyed names.
 
 NSAGEN_CACHE_DIR, else the user's cache directory. Files are written by temp-and-rename, so a reader sees a whole file
-or none; a lock only keeps many processes from writing the same one. Nothing in it is needed again: it may be deleted
-at any time.
+or none, whenever a writer dies. Locks only spare work and keep one writer's additions from another's: the system frees
+them when their owner dies, and where none is to be had, writing goes on without. Nothing in the cache is needed again:
+it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import shutil
 import tempfile
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nsagen.files import write_text
 
 VARIABLE = "NSAGEN_CACHE_DIR"
-_OURS = re.compile(r"[a-z][a-z0-9_]{0,62}_[0-9a-f]{12}\.py(\.lock)?|\.[a-z][a-z0-9_]*\.py\..*\.tmp")
+PATIENCE = 30  # seconds for a lock: an owner that is stopped, not dead, must not stop others
+_OURS = re.compile(r"[a-z][a-z0-9_]*_[0-9a-f]{12}\.(py|json)(\.lock)?|\.[a-z][a-z0-9_]*\.(py|json)\..*\.tmp")
 _lock = threading.Lock()
 _fallback: Path | None = None
 
@@ -39,39 +42,68 @@ def directory() -> Path:
 
 def store(name: str, digest: str, text: str) -> Path:
     """The path of a file NAME_DIGEST.py with this text, in the cache or, where it cannot be written, elsewhere."""
+    return update(f"{name}_{digest}.py", lambda old: text)
+
+
+def update(file: str, change: Callable[[str | None], str]) -> Path:
+    """Write change(the file's text, or None) in its place, in the cache or, where it cannot be written, elsewhere."""
     try:
-        return _store(directory(), name, digest, text)
+        return _update(directory() / file, change)
     except OSError as error:
-        return _store(_temporary(error), name, digest, text)
+        return _update(_temporary(error) / file, change)
+
+
+def read(file: str) -> list[str]:
+    """The file's text in the cache and in this process's stand-in for it, where they are there."""
+    found: list[str] = []
+    with suppress(OSError, RuntimeError):  # no home, either
+        found += filter(None, [_text(directory() / file)])
+    return found + ([text] if _fallback and (text := _text(_fallback / file)) else [])
 
 
 def clear() -> int:
-    """Remove what nsagen wrote to the cache, and nothing else; the number of modules removed."""
+    """Remove what nsagen wrote to the cache, and nothing else; the number of modules and measurements removed."""
     folder, removed = directory(), 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if _OURS.fullmatch(path.name):
             path.unlink(missing_ok=True)
-            removed += path.suffix == ".py"
+            removed += path.suffix in (".py", ".json")
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     return removed
 
 
-def _store(folder: Path, name: str, digest: str, text: str) -> Path:
-    path = folder / f"{name}_{digest}.py"
-    if path.is_file() and path.read_bytes() == text.encode():
+def _update(path: Path, change: Callable[[str | None], str]) -> Path:
+    if _text(path) == change(_text(path)):
         return path  # also where the cache is read-only
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        write_text(path, text)
+        write_text(path, change(_text(path)))
     return path
 
 
-def _locked(path: Path) -> AbstractContextManager[object]:
+def _text(path: Path) -> str | None:
+    """None where there is no such file, or none that can be read as text."""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """With the file's lock; without, where there is none to be had: the rename is atomic all the same."""
     try:
         from filelock import FileLock
-    except ImportError:
-        return nullcontext()  # the rename is atomic all the same
-    return FileLock(f"{path}.lock", timeout=30)  # a Timeout is an OSError
+
+        lock = FileLock(f"{path}.lock", timeout=PATIENCE)
+        lock.acquire()
+    except (ImportError, OSError, NotImplementedError):  # a Timeout is an OSError
+        lock = None
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
 
 
 def _temporary(error: OSError) -> Path:
@@ -85,6 +117,6 @@ def _temporary(error: OSError) -> Path:
             warnings.warn(
                 f"nsagen: the cache {directory()} cannot be written ({reason}); using {_fallback} for this process. "
                 f"Set {VARIABLE} to a writable directory",
-                stacklevel=4,
+                stacklevel=5,
             )
         return _fallback

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
+
+from nsagen.runtime import tuned
+
+ARCHES = ("sm_80", "sm_90", "sm_100")
 
 
 class Config(NamedTuple):
@@ -22,8 +27,29 @@ class Config(NamedTuple):
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
+    @property
+    def label(self) -> str:
+        return f"{self.bm}x{self.bn}w{self.warps}s{self.stages}"
 
-Configs = dict[tuple[str, int], tuple[Config, ...]]  # (architecture, operand bits) -> best first
+
+Configs = dict[tuple[str, int], tuple[Config, ...]]  # (from this architecture on, operand bits) -> best first
+
+
+@dataclass(eq=False)
+class Tiles:
+    """A kernel's tile candidates, and what this process picked of them for a device, dtype and length."""
+
+    kernel: str
+    key: str  # the hash of its source
+    configs: Configs
+    forced: Config | None = None  # what the tuner is measuring
+    picked: dict[tuple[object, ...], Config] = field(default_factory=dict)
+
+
+class Chip(NamedTuple):
+    arch: str
+    smem: int  # bytes a block can have
+    gpu: str
 
 
 def use_kernels(x: torch.Tensor) -> bool:
@@ -33,20 +59,49 @@ def use_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda or triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def pick(configs: Configs, x: torch.Tensor) -> Config:
-    """The first configuration for x's device and dtype; under the interpreter the smallest, which is the fastest."""
+def pick(tiles: Tiles, x: torch.Tensor) -> Config:
+    """The configuration for x's device, dtype and length: the fastest measured, else the first that fits the device.
+
+    Under the interpreter the smallest, which is the fastest there. Compiles and measures nothing; again, a look-up.
+    """
+    if tiles.forced is not None:
+        return tiles.forced
+    at = (x.device, x.dtype, x.dtype == torch.float32 and precision(x), tuned.bucket(x.shape[1]))
+    config = tiles.picked.get(at)
+    if config is None:
+        config = tiles.picked[at] = _pick(tiles, x)
+    return config
+
+
+def _pick(tiles: Tiles, x: torch.Tensor) -> Config:
     bits = 16 if x.dtype in (torch.bfloat16, torch.float16) else 32
     if not x.is_cuda:
-        return min(configs["sm_80", bits], key=lambda c: c.bm * c.bn)
-    arch, smem = _device(x.device.index or 0)
-    return next((c for c in configs[arch, bits] if c.smem <= smem), configs[arch, bits][-1])
+        return min(tiles.configs["sm_80", bits], key=lambda c: c.bm * c.bn)
+    here = chip(x.device.index or 0)
+    fitting = {c.label: c for c in candidates(tiles, here, bits)}
+    fastest = tuned.fastest(tiles.kernel, tiles.key, place(here, x.dtype, x.shape[1]), list(fitting))
+    return fitting[fastest or next(iter(fitting))]
+
+
+def candidates(tiles: Tiles, chip: Chip, bits: int) -> tuple[Config, ...]:
+    """Those that fit the chip, best first by the model; the smallest where none does."""
+    older = ARCHES[: ARCHES.index(chip.arch) + 1]
+    table = next(tiles.configs[a, bits] for a in reversed(older) if (a, bits) in tiles.configs)
+    return tuple(c for c in table if c.smem <= chip.smem) or table[-1:]
+
+
+def place(chip: Chip, dtype: torch.dtype, length: int) -> tuned.Place:
+    """Where a measurement of that length is kept; float32 dots in full and in reduced precision are two."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    kind = "16" if narrow else "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return tuned.Place(chip.gpu, triton.__version__, kind, length)
 
 
 @lru_cache(maxsize=64)
-def _device(index: int) -> tuple[str, int]:
+def chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     arch = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
-    return arch, getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return Chip(arch, getattr(properties, "shared_memory_per_block_optin", 99 << 10), properties.name)
 
 
 def precision(x: torch.Tensor) -> str:

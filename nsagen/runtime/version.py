@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nsagen.errors import VersionError
 
-RUNTIME_VERSION = 1
+RUNTIME_VERSION = 2
 """Raised by one whenever a module generated before the change would no longer run, or would run wrongly."""
 
 

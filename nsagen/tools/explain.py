@@ -10,6 +10,7 @@ from nsagen.errors import NsagenError
 from nsagen.ir.graph import Attend, Pool, Source
 from nsagen.ir.plan import Kernel, Plan, Segment, TileConfig, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
+from nsagen.tools import measured
 from nsagen.tools.console import table, unified
 from nsagen.tools.costs import H200, Work, dense_flops, flops_of_pair, formula, main_ops, work_of_op
 
@@ -49,7 +50,7 @@ def summary(compiled: Compiled) -> str:
     ]
     for kernel in plan.kernels:
         lines += ["", *_kernel(kernel)]
-    return "\n".join([*lines, "", *_costs(plan)])
+    return "\n".join([*lines, "", *_costs(plan), *measured.lines(plan)])
 
 
 def _domains(compiled: Compiled) -> Iterator[str]:

@@ -58,9 +58,10 @@ def check(
     device: str,
     ends: list[int] | None = None,
     strided: bool = False,
+    module: Any = None,
 ) -> None:
     """Assert that the module agrees with the oracle under the same lists, and that its lists are best by its scores."""
-    module = nsagen.load(spec)
+    module = module or nsagen.load(spec)
     inputs = make_inputs(spec, batch, tokens, torch.float32, device, seed, strided)
     torch.manual_seed(seed)
     phi = module.Compressor(device=device) if hasattr(module, "Compressor") else None

@@ -1,0 +1,52 @@
+"""What `nsagen tune` measured, beside what the model predicts: for `nsagen explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nsagen.ir.plan import Kernel, Plan, TileConfig
+from nsagen.render.module import kernel_keys
+from nsagen.runtime import tuned
+from nsagen.tools.console import table
+from nsagen.tools.costs import H200, main_ops, work_of
+
+HEAD = ("kernel", "GPU", "triton", "dots", "tokens", "first choice", "predicted", "ms", "fastest", "predicted", "ms")
+
+
+def lines(plan: Plan) -> list[str]:
+    """A row a kernel and place; nothing where nothing was measured."""
+    keys = kernel_keys(plan)
+    rows = [row for kernel in plan.kernels for row in _rows(kernel, plan, keys[kernel.name])]
+    if not rows:
+        return []
+    about = f"MEASURED (predicted: useful work at the {H200.name}'s peak rate × the tile's cost; ms: by `nsagen tune`)"
+    return ["", about, "", table(HEAD, rows)]
+
+
+def _rows(kernel: Kernel, plan: Plan, key: str) -> Iterator[list[str]]:
+    for place, times in sorted(tuned.measured(kernel.name, key).items()):
+        tiles = _tiles(kernel, place)
+        best = tuned.best(times, tiles)
+        if best is None:
+            continue
+        row = [kernel.name, place.gpu, place.triton, place.kind, str(place.length)]
+        for label in (next(iter(tiles)), best):
+            row += [label, _predicted(kernel, plan, tiles[label], place), _shown(times.get(label))]
+        yield row
+
+
+def _tiles(kernel: Kernel, place: tuned.Place) -> dict[str, TileConfig]:
+    """Surviving candidates, best first, on the newest architecture: there, those of the others survive, too."""
+    table = next(t for t in reversed(kernel.tiles) if t.bits == (16 if place.kind == "16" else 32))
+    return {f"{c.bm}x{c.bn}w{c.warps}s{c.stages}": c for c in table.configs if c.dropped is None}
+
+
+def _predicted(kernel: Kernel, plan: Plan, tile: TileConfig, place: tuned.Place) -> str:
+    if H200.name not in place.gpu or place.kind != "16":
+        return "-"  # the model knows no other rates
+    launches = [x for op in main_ops(plan) for x in op.launches if x.kernel == kernel.name]
+    return _shown(1e3 * tile.cost * sum(work_of(x, plan, place.length).seconds(H200) for x in launches))
+
+
+def _shown(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.3f}"
