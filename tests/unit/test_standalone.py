@@ -1,0 +1,175 @@
+"""Standalone modules: torch and triton alone, the same bits as the module on the runtime, no clash between copies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from test_imports import imports
+
+from nsagen import api, build, load
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADS = {"query": 4, "kv": 2, "qk_dim": 24, "v_dim": 16}
+COMPRESSED = {"block": 8, "stride": 4, "pool": "mlp"}
+SELECTED = {"block": 8, "top_n": 3, "initial": 1, "local": 1}
+SPECS = {
+    "alone_gated": {
+        "kv": "shared",
+        "branches": {"compressed": COMPRESSED, "selected": SELECTED, "window": {"size": 10, "sinks": 2}},
+        "combine": "gated_sum",
+    },
+    "alone_union": {
+        "kv": "per_branch",
+        "branches": {"compressed": {**COMPRESSED, "pool": "mean"}, "window": {"size": 7}},
+        "combine": "one_softmax",
+    },
+    "alone_window": {"kv": "shared", "branches": {"window": {"size": 9}}, "combine": "single"},
+}
+PROBE = """
+import importlib.util, sys
+import torch
+
+path, result, blocked = sys.argv[1:]
+if blocked == "blocked":
+    sys.modules["nsagen"] = None
+found = importlib.util.spec_from_file_location("module", path)
+nsa = sys.modules["module"] = importlib.util.module_from_spec(found)
+found.loader.exec_module(nsa)
+torch.set_num_threads(1)
+spec, heads = nsa.SPEC, nsa.SPEC["heads"]
+saved = []
+for cu in (None, torch.tensor([0, 5, 5, 37], dtype=torch.int32)):
+    torch.manual_seed(3)
+    new = lambda *shape: torch.randn(1, 37, *shape, requires_grad=True)
+    q, leaves = new(heads["query"], heads["qk_dim"]), []
+    pair = lambda: (new(heads["kv"], heads["qk_dim"]), new(heads["kv"], heads["v_dim"]))
+    if spec["kv"] == "per_branch":
+        pairs = {b: pair() for b in spec["branches"]}
+        k, v = {b: p[0] for b, p in pairs.items()}, {b: p[1] for b, p in pairs.items()}
+        leaves = [x for p in pairs.values() for x in p]
+    else:
+        k, v = leaves = pair()
+    gates = new(heads["query"], len(spec["branches"])) if spec["combine"] == "gated_sum" else None
+    phi = nsa.Compressor() if "compressed" in spec["branches"] else None
+    out = nsa.attention(q, k, v, None if gates is None else gates.sigmoid(), phi, cu_seqlens=cu)
+    out.square().sum().backward()
+    leaves = [q, *leaves, *([] if gates is None else [gates]), *(phi.parameters() if phi else ())]
+    saved += [out.detach(), *(x.grad for x in leaves)]
+assert blocked != "blocked" or not any(m.split(".")[0] == "nsagen" for m in sys.modules if sys.modules[m])
+torch.save(saved, result)
+"""
+
+
+def spec_of(name: str) -> dict[str, object]:
+    return {"name": name, "heads": HEADS, **SPECS[name]}
+
+
+def probe(path: Path, result: Path, blocked: str, interpret: str) -> list[torch.Tensor]:
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROBE, str(path), str(result), blocked]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=path.parent)
+    assert done.returncode == 0, done.stderr
+    return torch.load(result)
+
+
+def load_file(path: Path, name: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found and found.loader
+    sys.modules[name] = module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def run(nsa: ModuleType) -> list[torch.Tensor]:
+    """Forward and backward of the gated spec."""
+    torch.manual_seed(5)
+    shapes = (HEADS["query"], HEADS["qk_dim"]), (HEADS["kv"], HEADS["qk_dim"]), (HEADS["kv"], HEADS["v_dim"])
+    q, k, v = (torch.randn(1, 21, *s, requires_grad=True) for s in shapes)
+    gates = torch.rand(1, 21, HEADS["query"], 3)
+    out = nsa.attention(q, k, v, gates, nsa.Compressor())
+    out.sum().backward()
+    return [out.detach(), q.grad, k.grad, v.grad]  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"], ids=["torch", "interpreter"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_same_bits_without_nsagen(name, interpret, tmp_path):
+    alone = build(spec_of(name), tmp_path / "alone", standalone=True)
+    usual = build(spec_of(name), tmp_path / "usual")
+    got = probe(alone, tmp_path / "alone.pt", "blocked", interpret)
+    expected = probe(usual, tmp_path / "usual.pt", "free", interpret)
+    assert len(got) == len(expected) > 2
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [*SPECS, *api.ready_specs()])
+def test_it_imports_torch_and_triton_alone(name, tmp_path):
+    path = build(spec_of(name) if name in SPECS else name, tmp_path, standalone=True)
+    assert {n.split(".")[0] for n in imports(path)} <= {"torch", "triton", *sys.stdlib_module_names}
+    text = path.read_text()
+    assert "version.require" not in text
+    ruff = shutil.which("ruff") or str(Path(sys.executable).with_name("ruff"))
+    done = subprocess.run(
+        # F841: a kernel may leave a bound unused, in the usual module, too
+        [ruff, "check", "--isolated", "--quiet", "--select=F,E9", "--ignore=F841", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_only_what_is_used_is_there(tmp_path):
+    text = build(spec_of("alone_window"), tmp_path, standalone=True).read_text()
+    assert "nsagen.runtime.torch_path" in text
+    assert "class _MLPPool" not in text
+    assert "def _device_load" in text
+    assert "def _lists_invert" not in text
+
+
+def test_copies_and_the_usual_module_share_a_process(tmp_path):
+    spec = spec_of("alone_gated")
+    first = build(spec, tmp_path / "a", standalone=True)
+    second = build(spec, tmp_path / "b", standalone=True)
+    other = build({**spec, "heads": {**HEADS, "v_dim": 24}}, tmp_path / "c", standalone=True)
+    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+    usual = load(spec)
+    modules = [load_file(p, f"copy_{i}") for i, p in enumerate((first, second, other))]
+    expected = run(usual)
+    for module in modules[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(run(module), expected, strict=True))
+    assert modules[0]._Ops.attention is modules[1]._Ops.attention
+    assert len({m._SPACE for m in (usual, *modules)}) == 3
+    assert all(torch.equal(a, b) for a, b in zip(run(usual), expected, strict=True))  # still whole
+
+
+def test_copies_imported_by_threads_at_once(tmp_path):
+    paths = [build(spec_of("alone_window"), tmp_path / str(i), standalone=True) for i in range(4)]
+    start, ops = threading.Barrier(4), []
+
+    def work(i: int) -> None:
+        start.wait()
+        ops.append(load_file(paths[i], f"threaded_{i}")._Ops.window_attention)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ops) == 4
+    assert len({id(op) for op in ops}) == 1
+
+
+def test_build_checks_the_standalone_text(tmp_path):
+    path = build(spec_of("alone_window"), tmp_path, standalone=True)
+    assert build(spec_of("alone_window"), tmp_path, standalone=True, check=True) == path
+    with pytest.raises(api.OutOfDate):
+        build(spec_of("alone_window"), tmp_path, check=True)
