@@ -58,7 +58,8 @@ def _in_fields(literal: str, names: dict[str, str]) -> str:
     """An f-string with names replaced in its {fields}, wherever they stand."""
     pattern = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, names))})(?!\w)")
     parts, depth = [], 0
-    for part in re.split(r"(\{\{|\}\}|\{|\})" if "{{" in literal else r"(\{|\})", literal):
-        depth += {"{": 1, "}": -1}.get(part, 0)
+    for part in re.findall(r"\{\{|[{}]|[^{}]+", literal):
+        if part != "{{" or depth:  # outside a field two braces are one brace of the text; so are }}, which end none
+            depth = max(0, depth + part.count("{") - part.count("}"))
         parts.append(pattern.sub(lambda m: names[m[0]], part) if depth else part)
     return "".join(parts)
