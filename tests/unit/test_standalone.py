@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -173,3 +174,27 @@ def test_build_checks_the_standalone_text(tmp_path):
     assert build(spec_of("alone_window"), tmp_path, standalone=True, check=True) == path
     with pytest.raises(api.OutOfDate):
         build(spec_of("alone_window"), tmp_path, check=True)
+
+
+COMPILE = """
+import importlib.util, json, sys
+from nsagen import api
+from nsagen.tools.aot import compile_job, jobs_of
+compiled = api.compiled_of(api.read(json.loads(sys.argv[1])))
+found = importlib.util.spec_from_file_location("alone", sys.argv[2])
+alone = sys.modules["alone"] = importlib.util.module_from_spec(found)
+found.loader.exec_module(alone)
+for job in jobs_of(compiled.plan, "sm_90", "bf16"):
+    got, usual = (compile_job(m, job, compiled.plan) for m in (alone, api.module_of(compiled)))
+    assert got.error is None and got == usual, (got, usual)
+"""
+
+
+def test_its_kernels_compile_alike(tmp_path):
+    """For a GPU that need not be here: the same registers, shared memory and instructions."""
+    spec = spec_of("alone_window")
+    path = build(spec, tmp_path, standalone=True)
+    variables = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "NSAGEN_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", COMPILE, json.dumps(spec), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    assert done.returncode == 0, done.stderr
