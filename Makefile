@@ -7,7 +7,7 @@ RUN := $(BIN)/python
 INTERPRET := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 1)
 READY := $(basename $(notdir $(wildcard specs/*.yaml)))
 
-.PHONY: demo test fuzz lint goldens generated clean
+.PHONY: demo test package docs fuzz lint goldens generated clean
 
 $(VENV)/.ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,15 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready lint
 	TRITON_INTERPRET=$(INTERPRET) $(RUN) -m pytest -n 2
 
+# sdist and wheel, installed into empty environments; the part without torch on every Python that is here.
+package: $(VENV)/.ready
+	$(RUN) -m pytest --override-ini=addopts=-q -m package tests/package
+
+docs:
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check "mkdocs>=1.6"
+	$(VENV)-docs/bin/mkdocs build --strict
+
 fuzz: $(VENV)/.ready
 	TRITON_INTERPRET=$(INTERPRET) NSAGEN_FUZZ=300 $(RUN) -m pytest -n 2 -m fuzz
 
@@ -38,4 +47,4 @@ goldens: $(VENV)/.ready
 	$(RUN) -m pytest tests/unit/test_golden.py --update-goldens
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-docs site .pytest_cache .ruff_cache .hypothesis build dist

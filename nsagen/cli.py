@@ -137,11 +137,21 @@ def check(specs: SpecsArgument) -> None:
     _read_all(specs, lambda name, spec: typer.echo(f"{name}: ok ({spec.name}: {', '.join(spec.branches)})"))
 
 
-@command(app, "build", "build nsa_paper", "build my_nsa.yaml --out src/kernels", "build specs/*.yaml --check")
+@command(
+    app,
+    "build",
+    "build nsa_paper",
+    "build my_nsa.yaml --out src/kernels",
+    "build my_nsa.yaml --standalone",
+    "build specs/*.yaml --check",
+)
 def build(
     specs: SpecsArgument,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where NAME.py goes.")] = Path("generated"),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 if a file is out of date.")] = False,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="A file that needs torch and triton alone, not nsagen.")
+    ] = False,
 ) -> None:
     """Generate a module from each spec."""
     from nsagen.errors import NsagenError
@@ -150,7 +160,7 @@ def build(
     code = 0
     for spec in _read_all(specs):
         try:
-            good, text = build_one(spec, out, check)
+            good, text = build_one(spec, out, check, standalone)
         except NsagenError as error:
             _complain(error, f"{spec.name}: ")
             code = BAD_INPUT

@@ -67,9 +67,14 @@ def compile_spec(spec: Spec, pipeline: Pipeline | None = None) -> Compiled:
     return Compiled(spec, stages, graph, plan, source, digest)
 
 
-def _render(spec: Spec, graph: Graph, plan: Plan) -> tuple[str, str]:
+def standalone_source(compiled: Compiled) -> str:
+    """The module's text with what it uses of nsagen.runtime in it. Its digest, and so its ops' names, are its own."""
+    return _render(compiled.spec, compiled.graph, compiled.plan, standalone=True)[1]
+
+
+def _render(spec: Spec, graph: Graph, plan: Plan, standalone: bool = False) -> tuple[str, str]:
     """(digest, text): the digest is the hash of the text itself, with a blank in its own place."""
     blank = "0" * 12
-    text = render_module(spec.to_dict(), graph, plan, blank, RUNTIME_VERSION)
+    text = render_module(spec.to_dict(), graph, plan, blank, RUNTIME_VERSION, standalone)
     digest = hashlib.sha256(text.encode()).hexdigest()[: len(blank)]
     return digest, text.replace(blank, digest)

@@ -114,5 +114,12 @@ class IRError(NsagenError):
     """The IR is malformed after a pass; the message names its line."""
 
 
+class MissingPackage(NsagenError, ImportError):
+    """Something needs a package that nsagen works without: which one, and the extra that brings it."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: install it with `pip install 'nsagen[{extra}]'`", name=package)
+
+
 class VersionError(NsagenError):
     """A generated module and the runtime do not fit."""

@@ -16,6 +16,7 @@ from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import Kernel, Plan, TileTable
 from nsagen.render.host import branch_views, op_views, part_views, pool_node, select_node, whole_call
 from nsagen.render.keys import kernel_key
+from nsagen.render.standalone import link
 from nsagen.render.view import Named, kernel_view
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
@@ -52,10 +53,16 @@ def _fields(x: Any) -> dict[str, Any]:
     return {} if isinstance(x, str) else vars(x)
 
 
-def render_module(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtime_version: int) -> str:
-    """The module's text. graph must be differentiated; digest is the content hash in its header and op names."""
-    text = environment().get_template("module.py.j2").render(_context(spec, graph, plan, digest, runtime_version))
-    return _tidy(text)
+def render_module(
+    spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtime_version: int, standalone: bool = False
+) -> str:
+    """The module's text. graph must be differentiated; digest is the content hash in its header and op names.
+
+    standalone: what it uses of nsagen.runtime stands in it, and it imports torch and triton alone.
+    """
+    context = _context(spec, graph, plan, digest, runtime_version) | {"standalone": standalone}
+    text = _tidy(environment().get_template("module.py.j2").render(context))
+    return link(text) if standalone else text
 
 
 def _folded(pool: Pool) -> bool:

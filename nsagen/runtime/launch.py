@@ -69,11 +69,11 @@ def pick(tiles: Tiles, x: torch.Tensor) -> Config:
     at = (x.device, x.dtype, x.dtype == torch.float32 and precision(x), tuned.bucket(x.shape[1]))
     config = tiles.picked.get(at)
     if config is None:
-        config = tiles.picked[at] = _pick(tiles, x)
+        config = tiles.picked[at] = _look_up(tiles, x)
     return config
 
 
-def _pick(tiles: Tiles, x: torch.Tensor) -> Config:
+def _look_up(tiles: Tiles, x: torch.Tensor) -> Config:
     bits = 16 if x.dtype in (torch.bfloat16, torch.float16) else 32
     if not x.is_cuda:
         return min(tiles.configs["sm_80", bits], key=lambda c: c.bm * c.bn)

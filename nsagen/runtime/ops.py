@@ -2,21 +2,26 @@
 
 An operator's name is process-wide, while a module may be imported twice: from the cache and from `generated/`, or by
 two threads. Equal names mean equal content here, so the first registration wins and every later one returns it.
-Registering again in torch would instead destroy the operator that the first module still holds.
+Registering again in torch would instead destroy the operator that the first module still holds. A standalone module
+carries a copy of this file, so what is registered is written down where all copies in the process find it.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
 
-_lock = threading.RLock()
-_ops: dict[str, CustomOpDef] = {}
-_differentiable: set[CustomOpDef] = set()
+# Copies of other versions read this, too: its name stands for this layout, and another layout takes another name.
+_shared = vars(sys.modules.setdefault("_nsagen_operators_1", ModuleType("_nsagen_operators_1")))
+_lock = _shared.setdefault("lock", threading.RLock())
+_ops: dict[str, CustomOpDef] = _shared.setdefault("ops", {})
+_differentiable: set[CustomOpDef] = _shared.setdefault("differentiable", set())
 
 
 def register(namespace: str, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:

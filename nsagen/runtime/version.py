@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from nsagen.errors import VersionError
 
 RUNTIME_VERSION = 2
@@ -15,8 +17,20 @@ def require(version: int, module: str) -> None:
     """
     if version == RUNTIME_VERSION:
         return
-    way_out = "rebuild it with `nsagen build`" if version < RUNTIME_VERSION else "upgrade nsagen, or rebuild it here"
+    age, way_out = (
+        ("older", "build it again from its spec with `nsagen build`, or install the nsagen that built it")
+        if version < RUNTIME_VERSION
+        else ("newer", "upgrade nsagen, or build the module again from its spec with the `nsagen build` installed here")
+    )
     raise VersionError(
         f"module {module!r} was generated for version {version} of nsagen.runtime, "
-        f"but the installed runtime has version {RUNTIME_VERSION}: {way_out}"
+        f"{age} than the installed version {RUNTIME_VERSION}: {way_out}"
     )
+
+
+def require_stated(doc: object) -> None:
+    """`require` for the generated module with this docstring, whose imports come before its own call; others pass."""
+    stated = re.search(r"(?m)^runtime  (\d+)$", doc) if isinstance(doc, str) else None
+    if stated:
+        assert isinstance(doc, str)
+        require(int(stated[1]), doc.split(":", 1)[0])

@@ -10,10 +10,10 @@ from nsagen.spec import Spec
 SHOWN = 40  # lines of a diff
 
 
-def build_one(spec: Spec, out: Path, check: bool) -> tuple[bool, str]:
+def build_one(spec: Spec, out: Path, check: bool, standalone: bool = False) -> tuple[bool, str]:
     """Build (or check) a spec: whether all is well, and what to say."""
     try:
-        path = build(spec.to_dict(), out, check=check)
+        path = build(spec.to_dict(), out, check=check, standalone=standalone)
     except OutOfDate as error:
         return False, f"{error}\n{_excerpt(error.diff)}"
     return True, f"{path}: {'up to date' if check else 'built'}"

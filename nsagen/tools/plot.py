@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nsagen.errors import NsagenError
+from nsagen.errors import MissingPackage, NsagenError
 from nsagen.ir.graph import TOKENS, Attend, Graph, KeyAxis, Piece, Source
 from nsagen.sym import AtLeast, Conjunct, evaluate, to_text
 
@@ -17,7 +17,7 @@ def plot(graph: Graph, file: str | Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise NsagenError("--plot needs matplotlib: install it with `pip install matplotlib`") from None
+        raise MissingPackage("--plot", "matplotlib", "bench") from None
     panels = [(_title(n.branch, s), s.axis, s.pieces) for n in graph.nodes if isinstance(n, Attend) for s in n.sources]
     tokens = _tokens(panels)
     figure = Figure(figsize=(4.6 * len(panels), 4.8), layout="constrained")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from nsagen.errors import NsagenError
+from nsagen.errors import MissingPackage, NsagenError
 
 VARIABLE = "TRITON_INTERPRET"
 
@@ -19,6 +19,10 @@ def compiled_kernels() -> None:
 
 def interpreted_kernels() -> None:
     """Kernels run on CPU tensors from here on."""
+    try:
+        import numpy  # noqa: F401
+    except ImportError:
+        raise MissingPackage("Triton's interpreter", "numpy", "bench") from None
     if not _interprets() and "triton" in sys.modules:
         raise NsagenError(f"triton was imported without {VARIABLE}=1: set it before, or verify in a process of its own")
     os.environ[VARIABLE] = "1"

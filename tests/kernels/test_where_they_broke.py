@@ -102,7 +102,7 @@ def test_a_planted_fault_is_seen(fault: str, device: str) -> None:
 
 
 def test_nan_in_a_tile_that_is_masked_whole_for_a_row(device: str) -> None:
-    """exp(−inf − −inf): the first block ends within a query tile (5 queries of 3 heads), so some of its rows see none."""
+    """exp(−inf − −inf): the first block ends within a query tile (5 queries), so some of its rows see none."""
     spec = with_options("compressed", block=9)
     check(spec, **WHOLE, device=device)
     sees(WHOLE, planted(spec, ("compressed_fwd", "-1.0e30", 'float("-inf")')), device, spec)

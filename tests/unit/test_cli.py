@@ -170,7 +170,7 @@ def test_explain_plot(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("explain", "good.yaml", "--plot", "p.png")
     assert done.exit_code == 2
-    assert "pip install matplotlib" in done.stderr
+    assert "--plot needs matplotlib: install it with `pip install 'nsagen[bench]'`" in done.stderr
 
 
 def test_new(here):

@@ -1,4 +1,4 @@
-"""Custom operators: registered once, differentiable, seen through by torch.compile; and the runtime's version."""
+"""Custom operators: registered once, differentiable, seen through by torch.compile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.errors import VersionError
-from nsagen.runtime import ops, version
+from nsagen.runtime import ops
 
 torch.set_num_threads(1)
 
@@ -132,14 +131,3 @@ def test_annotations_as_objects() -> None:
     fn.__annotations__ = {"x": Tensor, "factors": list[float], "return": Tensor}
     op = ops.register(NAMESPACE, next(_fresh), fn, lambda x, factors: torch.empty_like(x))
     assert op(torch.ones(1), [1.0, 2.0]).item() == 3
-
-
-def test_version() -> None:
-    version.require(version.RUNTIME_VERSION, "nsa_paper")
-    with pytest.raises(VersionError) as old:
-        version.require(version.RUNTIME_VERSION - 1, "nsa_paper")
-    assert f"'nsa_paper' was generated for version {version.RUNTIME_VERSION - 1}" in str(old.value)
-    assert f"has version {version.RUNTIME_VERSION}" in str(old.value)
-    assert "nsagen build" in str(old.value)
-    with pytest.raises(VersionError, match="upgrade nsagen"):
-        version.require(version.RUNTIME_VERSION + 1, "nsa_paper")
