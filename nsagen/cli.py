@@ -37,6 +37,11 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
+class Half(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
@@ -276,6 +281,49 @@ def tune(
 
     if not tool.run(tool.Request(spec, tuple(length or tool.LENGTHS), dtype.value, candidates, force, export)):
         raise typer.Exit(INTERRUPTED)
+
+
+@command(
+    app,
+    "bench",
+    "bench nsa_128",
+    "bench my_nsa.yaml --lengths 8k,64k --against cudnn,fa3 --plot bench.png --json bench.json",
+    "bench nsa_128 --forward-only --no-parts --rep 500",
+    "bench tiny --device cpu --lengths 64,128",
+)
+def bench(
+    spec: SpecArgument,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N…", help="Tokens, 64k for 65536. Default: 4k to 128k.")
+    ] = None,
+    dtype: Annotated[Half, typer.Option(help="Of q, k, v and gates.")] = Half.bf16,
+    device: Annotated[Device, typer.Option(help="cpu: a trial through the torch path.")] = Device.cuda,
+    forward_only: Annotated[bool, typer.Option("--forward-only", help="As in inference, no backward.")] = False,
+    parts: Annotated[bool, typer.Option("--parts/--no-parts", help="Each public part too.")] = True,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="Of fa2, cudnn, flex, fa3, fla, sdpa; or none. Default: what is there."),
+    ] = None,
+    rep: Annotated[int, typer.Option(min=1, metavar="MS", help="Milliseconds of one measurement.")] = 200,
+    slowest: Annotated[float, typer.Option(min=0, metavar="S", help="Skip a rival that takes longer a call.")] = 4.0,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: benchmarks/results/… or here; none on the CPU.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw times by length.")] = None,
+) -> None:
+    """Time the whole operation and its parts beside dense attention: medians, peak memory, break-even length.
+
+    What does not fit, is not installed or takes too long is a dash with its reason.
+
+    Exit 1 if the whole operation ran at no length, or on an interrupt.
+    """
+    from nsagen.tools.bench import Request, run
+
+    request = Request(
+        spec, lengths, dtype.value, device.value, forward_only, parts, against, rep, slowest, json, plot
+    )  # fmt: skip
+    if not run(_compiled(spec), request):
+        raise typer.Exit(FAILED)
 
 
 @command(app, "list", "list")

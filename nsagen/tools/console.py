@@ -23,7 +23,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _numeric(text: str) -> bool:
-    return not text.strip("0123456789.,-+e%×") or text in ("inf", "nan")
+    return not text.strip("0123456789.,-–+e%×") or text in ("inf", "nan")
 
 
 def unified(old: str, new: str, before: str, after: str) -> str:

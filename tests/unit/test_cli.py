@@ -30,7 +30,7 @@ branches:
   windw: {size: 3}
   window: {size: "4"}
 """
-COMMANDS = ("check", "build", "explain", "verify", "compile", "tune", "list", "new", "schema")
+COMMANDS = ("check", "build", "explain", "verify", "compile", "tune", "bench", "list", "new", "schema")
 
 
 @pytest.fixture(autouse=True)

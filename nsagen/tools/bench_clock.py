@@ -1,0 +1,173 @@
+"""The clock of `nsagen bench`: forward, backward and peak memory of a case at a length; a failure is a reason."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen.tools.bench_inputs import Case, Work
+
+WARMUP = 25  # ms
+SETS, ROOM = 3, 256 << 20  # sets of inputs in turn, while the first tensor of one stays below so many bytes
+LEAST, MOST = 3, 50  # calls that a wall clock times
+OUT_OF_MEMORY, TOO_SLOW = "out of memory", "too slow"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case at one length; None where there is no number, and then a reason."""
+
+    name: str
+    kind: str
+    length: int
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    peak_gib: float | None = None
+    reason: str | None = None
+    note: str | None = None
+
+    @property
+    def both_ms(self) -> float | None:
+        return None if self.forward_ms is None or self.backward_ms is None else self.forward_ms + self.backward_ms
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Clock:
+    device: str
+    rep: int  # ms of one measurement
+    backward: bool = True
+    slowest: float = 4.0  # seconds that a forward and backward may take
+    rows: list[Row] = field(default_factory=list)
+
+    def row(self, case: Case, length: int) -> Row:
+        """Raises nothing but an interrupt. The row is kept, so that what cannot work at a greater length is left."""
+        found: dict[str, float] = {}
+        reason = self._hopeless(case, length) or self._measured(case, length, found)
+        if reason is None and self.backward:
+            reason = case.forward_only
+        row = Row(case.name, case.kind, length, **found, reason=reason, note=case.note)
+        self.rows.append(row)
+        return row
+
+    def _hopeless(self, case: Case, length: int) -> str | None:
+        """By the last shorter length: no memory there, or dense attention (its time grows with T²) too slow here."""
+        before = max((r for r in self.rows if r.name == case.name and r.length < length), default=None, key=_length)
+        if before is None:
+            return None
+        if before.forward_ms is None:
+            return before.reason if (before.reason or "").startswith((OUT_OF_MEMORY, TOO_SLOW)) else None
+        seconds = (before.forward_ms + (before.backward_ms or 0.0)) / 1e3 * (length / before.length) ** 2
+        if case.kind in ("dense", "peer") and seconds > self.slowest:
+            return f"{TOO_SLOW}: over {self.slowest:g} s a call (--slowest), by its time at {before.length} tokens"
+        return None
+
+    def _measured(self, case: Case, length: int, found: dict[str, float]) -> str | None:
+        try:
+            self._measure(case, length, found)
+        except Exception as error:
+            reason = reason_of(error)
+        else:
+            return None
+        finally:
+            _clear(self.device)
+        return reason
+
+    def _measure(self, case: Case, length: int, found: dict[str, float]) -> None:
+        backward = self.backward and case.forward_only is None
+        base = torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        works = [case.make(length, 0)]
+        with torch.set_grad_enabled(backward):
+            self._once(works[0], backward)  # compiles
+            peak = self._peak(works[0], backward, base)
+            works += [case.make(length, seed) for seed in range(1, _sets(works[0]))]
+            found["forward_ms"] = self._ms(_in_turn([work.call for work in works]), [])
+            if backward:
+                found["backward_ms"] = self._backward_ms(works)
+            if peak is not None:
+                found["peak_gib"] = peak
+
+    def _once(self, work: Work, backward: bool) -> None:
+        outs = work.call()
+        if backward:
+            work.backward(outs)
+        _forget(work.leaves)
+
+    def _peak(self, work: Work, backward: bool, base: int) -> float | None:
+        """GiB of inputs, what is kept, outputs and gradients, at most at once."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self._once(work, backward)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - base) / 2**30
+
+    def _backward_ms(self, works: Sequence[Work]) -> float:
+        ready = [(work, work.call()) for work in works]
+        calls = [lambda work=work, outs=outs: work.backward(outs) for work, outs in ready]
+        return self._ms(_in_turn(calls), [leaf for work in works for leaf in work.leaves])
+
+    def _ms(self, call: Callable[[], Any], leaves: Sequence[Tensor]) -> float:
+        """The median. The gradients of the leaves are dropped between calls, so that none is added to another."""
+        if self.device != "cuda":
+            return statistics.median(_wall(call, leaves, self.rep))
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=WARMUP, rep=self.rep, grad_to_none=leaves, return_mode="median")  # type: ignore[arg-type]
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower():
+        return OUT_OF_MEMORY  # a compiler may have wrapped it
+    text = next(iter(str(error).strip().splitlines()), "")
+    if "No available kernel" in text:
+        return "torch has no such kernel for these dims, dtype and GPU"
+    return text[:160] if type(error).__name__ == "NsagenError" else f"{type(error).__name__}: {text[:160]}"
+
+
+def _length(row: Row) -> int:
+    return row.length
+
+
+def _sets(work: Work) -> int:
+    """Several where they are cheap; a case without leaves says nothing of its size and has one."""
+    return SETS if work.leaves and work.leaves[0].nbytes <= ROOM else 1
+
+
+def _in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    turn: Iterator[Callable[[], Any]] = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def _wall(call: Callable[[], Any], leaves: Sequence[Tensor], rep: int) -> list[float]:
+    times: list[float] = []
+    while len(times) < LEAST or (sum(times) < rep and len(times) < MOST):
+        _forget(leaves)
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _forget(leaves: Sequence[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def _clear(device: str) -> None:
+    """What a case leaves behind; a device that an earlier kernel broke says so at the next case."""
+    gc.collect()
+    if device == "cuda":
+        with suppress(Exception):
+            torch.cuda.empty_cache()
