@@ -34,7 +34,7 @@ docs:
 	$(VENV)-docs/bin/mkdocs build --strict
 
 fuzz: $(VENV)/.ready
-	TRITON_INTERPRET=$(INTERPRET) NSAGEN_FUZZ=300 $(RUN) -m pytest -n 2 -m fuzz
+	TRITON_INTERPRET=$(INTERPRET) NSAGEN_FUZZ=300 $(RUN) -m pytest -n 2 -m fuzz -o timeout=7200
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
