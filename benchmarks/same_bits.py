@@ -15,28 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiles import inputs, load
+from tiles import load, operation
 from triton import knobs
 
 
 def digests(module: Any, length: int, dtype: torch.dtype) -> dict[str, str]:
     """SHA-256 of the output and of each gradient, of one seeded forward and backward."""
-    q, k, v, d_out = inputs(module, length, length, dtype)
-    branches = list(module.SPEC["branches"])
-    named = {"q": q}
-    if module.SPEC["kv"] == "per_branch":
-        k, v = ({b: torch.randn_like(x) for b in branches} for x in (k, v))
-        named |= {f"k.{b}": x for b, x in k.items()} | {f"v.{b}": x for b, x in v.items()}
-    else:
-        named |= {"k": k, "v": v}
-    gates = None
-    if module._LAYOUT.gated:
-        gates = named["gates"] = torch.rand(1, length, q.shape[2], len(branches), device="cuda", dtype=dtype)
-    phi = module.Compressor(device="cuda", dtype=dtype) if module._LAYOUT.pooled else None
-    named |= dict(phi.named_parameters()) if phi is not None else {}
-    leaves = [x.requires_grad_() for x in named.values()]
-    out = module.attention(q, k, v, gates, phi)
-    gradients = torch.autograd.grad(out, leaves, d_out)
+    forward, named, d_out = operation(module, length, dtype)
+    out = forward()
+    gradients = torch.autograd.grad(out, list(named.values()), d_out)
     results = {"out": out.detach(), **{f"d {n}": g for n, g in zip(named, gradients, strict=True)}}
     return {name: _digest(x) for name, x in results.items()}
 

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -53,21 +54,32 @@ def inputs(module: Any, length: int, rows: int, dtype: torch.dtype) -> tuple[tor
     )
 
 
-def whole(module: Any, length: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A function that runs the whole op forward and backward once."""
+def operation(
+    module: Any, length: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Callable[[], torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """The whole op on seeded inputs, the named tensors that gradients are taken of, and its output's gradient."""
     q, k, v, d_out = inputs(module, length, length, dtype)
     branches = list(module.SPEC["branches"])
+    named = {"q": q}
     if module.SPEC["kv"] == "per_branch":
-        k = {b: torch.randn_like(k).requires_grad_() for b in branches}
-        v = {b: torch.randn_like(v).requires_grad_() for b in branches}
+        k, v = ({b: torch.randn_like(x) for b in branches} for x in (k, v))
+        named |= {f"k.{b}": x for b, x in k.items()} | {f"v.{b}": x for b, x in v.items()}
     else:
-        k.requires_grad_(), v.requires_grad_()
-    q.requires_grad_()
+        named |= {"k": k, "v": v}
     gates = None
     if module._LAYOUT.gated:
-        gates = torch.rand(1, length, q.shape[2], len(branches), device="cuda", dtype=dtype).requires_grad_()
+        gates = named["gates"] = torch.rand(1, length, q.shape[2], len(branches), device="cuda", dtype=dtype)
     phi = module.Compressor(device="cuda", dtype=dtype) if module._LAYOUT.pooled else None
-    return lambda: module.attention(q, k, v, gates, phi).backward(d_out)
+    named |= dict(phi.named_parameters()) if phi is not None else {}
+    for x in named.values():
+        x.requires_grad_()
+    return lambda: module.attention(q, k, v, gates, phi), named, d_out
+
+
+def whole(module: Any, length: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], None]:
+    """A function that runs the whole op forward and backward once."""
+    forward, _, d_out = operation(module, length, dtype)
+    return lambda: forward().backward(d_out)
 
 
 def candidates(kernel: str) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import triton
-from tiles import inputs, load
+from tiles import inputs, load, operation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
@@ -45,21 +45,8 @@ def timed(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], d_out
 
 
 def ours(module: Any, length: int) -> dict[str, Any]:
-    q, k, v, d_out = inputs(module, length, length, torch.bfloat16)
-    branches = list(module.SPEC["branches"])
-    leaves = [q.requires_grad_()]
-    if module.SPEC["kv"] == "per_branch":
-        k, v = ({b: torch.randn_like(x).requires_grad_() for b in branches} for x in (k, v))
-        leaves += [*k.values(), *v.values()]
-    else:
-        leaves += [k.requires_grad_(), v.requires_grad_()]
-    gates = None
-    if module._LAYOUT.gated:
-        gates = torch.rand(1, length, q.shape[2], len(branches), device="cuda", dtype=q.dtype).requires_grad_()
-        leaves.append(gates)
-    phi = module.Compressor(device="cuda", dtype=q.dtype) if module._LAYOUT.pooled else None
-    leaves += list(phi.parameters()) if phi is not None else []
-    return timed(lambda: module.attention(q, k, v, gates, phi), leaves, d_out)
+    forward, named, d_out = operation(module, length)
+    return timed(forward, list(named.values()), d_out)
 
 
 def dense(module: Any, length: int) -> dict[str, Any]:

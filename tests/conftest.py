@@ -73,3 +73,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ.pop("NSAGEN_CACHE_DIR")
     else:
         os.environ["NSAGEN_CACHE_DIR"] = before
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own, and no shipped measurements."""
+    from nsagen.runtime import cache, tuned
+
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_fallback", None)
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    tuned._shipped.cache_clear()
+    yield tmp_path / "cache"
+    tuned._shipped.cache_clear()

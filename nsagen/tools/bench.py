@@ -110,7 +110,7 @@ def _prepared(compiled: Compiled, request: Request) -> tuple[Clock, list[Case]]:
     from nsagen.tools.bench_cases import own_cases
     from nsagen.tools.bench_clock import Clock
     from nsagen.tools.bench_inputs import Setting
-    from nsagen.tools.cases import DTYPES
+    from nsagen.tools.random_lists import DTYPES
     from nsagen.tools.rivals import rivals
 
     setting = Setting(compiled.spec, DTYPES[request.dtype], request.device)

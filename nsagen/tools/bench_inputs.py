@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nsagen.spec import Spec
-
-CHUNK = 4096  # queries whose random block lists are drawn at once
+from nsagen.tools.random_lists import random_lists
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,8 @@ def dense_inputs(setting: Setting, length: int, seed: int) -> tuple[Tensor, Tens
 
 
 def random_blocks(setting: Setting, source: torch.Generator, length: int) -> Tensor:
-    """Lists as a caller would give them: for each query random blocks up to its own, ascending, −1 last."""
+    """Lists as a caller would give them."""
     selected = setting.spec.branches["selected"]
     size, count = int(getattr(selected, "block")), int(getattr(selected, "top_n"))  # noqa: B009
-    candidates = max(count, -(-length // size))
-    lists: list[Tensor] = []
-    for start in range(0, length, CHUNK):
-        own = torch.arange(start, min(length, start + CHUNK), device=setting.device) // size
-        shape = len(own), setting.spec.heads.kv, candidates
-        rank = torch.rand(shape, generator=source, device=setting.device)
-        rank = rank.masked_fill(torch.arange(candidates, device=setting.device) > own[:, None, None], -1.0)
-        best = rank.topk(count, dim=-1)
-        chosen = best.indices.masked_fill(best.values < 0, candidates).sort(-1).values
-        lists.append(chosen.masked_fill(chosen == candidates, -1).to(torch.int32))
-    return torch.cat(lists)[None]
+    own = torch.arange(length, device=setting.device) // size
+    return random_lists(own, 1, setting.spec.heads.kv, count, source)

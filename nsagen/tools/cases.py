@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.spec import Spec
+from nsagen.tools.random_lists import DTYPES, random_lists
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 1024  # numbers of a query's heads: from here on the interpreter gets few tokens
 
 
@@ -110,15 +110,10 @@ def inputs_of(module: ModuleType, spec: Spec, case: Case, seed: int, device: str
 
 
 def _blocks(spec: Spec, case: Case) -> Tensor | None:
-    """Random lists where the caller gives them: unique, ascending, −1 last, none after the query's own block."""
+    """Random lists where the caller gives them."""
     selected = spec.branches.get("selected")
     if selected is None or getattr(selected, "scores", "") != "caller":
         return None
     size, count = (int(getattr(selected, name)) for name in ("block", "top_n"))
     position = torch.cat([torch.arange(n) for n in case.lengths])
-    candidates = max(count, -(-max(case.lengths) // size))
-    rank = torch.rand(case.batch, case.tokens, spec.heads.kv, candidates)
-    late = torch.arange(candidates) > (position // size)[:, None, None]
-    order = rank.masked_fill(late, -1.0).sort(-1, descending=True)
-    chosen = order.indices[..., :count].masked_fill(order.values[..., :count] < 0, candidates).sort(-1).values
-    return chosen.masked_fill(chosen == candidates, -1).to(torch.int32)
+    return random_lists(position // size, case.batch, spec.heads.kv, count)

@@ -91,7 +91,8 @@ def _tune_at(subjects: Sequence[Subject], length: int, force: bool, bench: Bench
 
 def bench_of(module: Any, request: Request) -> Bench:
     from nsagen.runtime import launch
-    from nsagen.tools.tune_measure import DTYPES, GpuMeasurer
+    from nsagen.tools.random_lists import DTYPES
+    from nsagen.tools.tune_measure import GpuMeasurer
 
     compiled: list[tuple[int, Rounds]] = []
 

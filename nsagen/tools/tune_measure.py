@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nsagen.errors import NsagenError
 from nsagen.runtime import launch
+from nsagen.tools.random_lists import DTYPES, random_lists
 from nsagen.tools.tune_search import CandidateFailed, DeviceLost, TooLarge, Tried
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETS = 3  # of inputs, in turn: none is in the L2 cache from the run before
 REPEATS = 5
 TOLERANCE = 0.05  # between two candidates: rounding, and now and then another choice among equal blocks
@@ -143,12 +143,6 @@ def inputs_of(module: Any, length: int, dtype: torch.dtype, seed: int, device: s
 
 
 def _blocks(module: Any, length: int, device: str) -> Tensor:
-    """Random lists where the caller gives them: unique, ascending, −1 last, none after the query's own block."""
     branch = module.SPEC["branches"]["selected"]
-    own = (torch.arange(length, device=device) // branch["block"])[None, :, None, None]
-    drawn = torch.rand(1, length, module._LAYOUT.kv_heads, branch["top_n"], device=device)
-    chosen = (drawn * (own + 1)).long().clamp(max=own).sort(-1).values
-    twice = torch.zeros_like(chosen, dtype=torch.bool)
-    twice[..., 1:] = chosen[..., 1:] == chosen[..., :-1]
-    chosen = chosen.masked_fill(twice, length).sort(-1).values
-    return chosen.masked_fill(chosen == length, -1).to(torch.int32)
+    own = torch.arange(length, device=device) // branch["block"]
+    return random_lists(own, 1, module._LAYOUT.kv_heads, branch["top_n"])

@@ -61,7 +61,7 @@ def test_inputs_differ_by_seed_and_length_and_are_never_zero():
 
 
 def test_random_lists_are_lists(monkeypatch):
-    monkeypatch.setattr("nsagen.tools.bench_inputs.CHUNK", 100)
+    monkeypatch.setattr("nsagen.tools.random_lists.CHUNK", 100)
     setting = setting_of("selected_only")
     length = 64 * 20 + 7
     lists = random_blocks(setting, setting.source(length, 0), length)[0]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -33,14 +32,7 @@ ONE = Subject("one_fwd", "0" * 12, (A, B, C))
 TWO = Subject("two_fwd", "1" * 12, (A, B))
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Iterator[Path]:
-    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_fallback", None)
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
-    tuned._shipped.cache_clear()
-    yield tmp_path / "cache"
-    tuned._shipped.cache_clear()
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 class Fake:

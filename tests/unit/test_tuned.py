@@ -31,15 +31,7 @@ FILE = f"{KERNEL}_{KEY}.json"
 FIRST, SECOND, BIG = Config(64, 64, 4, 3, 100), Config(32, 64, 4, 2, 50), Config(128, 128, 8, 3, 1 << 20)
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    """A cache of the test's own, and nothing shipped."""
-    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_fallback", None)
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
-    tuned._shipped.cache_clear()
-    yield tmp_path / "cache"
-    tuned._shipped.cache_clear()
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_what_is_recorded_is_measured():
