@@ -22,7 +22,7 @@ demo: $(VENV)/.ready
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.ready lint
-	TRITON_INTERPRET=$(INTERPRET) $(RUN) -m pytest -n 2
+	TRITON_INTERPRET=$(INTERPRET) $(RUN) -m pytest -n 2 --dist worksteal
 
 # sdist and wheel, installed into empty environments; the part without torch on every Python that is here.
 package: $(VENV)/.ready
@@ -34,7 +34,7 @@ docs:
 	$(VENV)-docs/bin/mkdocs build --strict
 
 fuzz: $(VENV)/.ready
-	TRITON_INTERPRET=$(INTERPRET) NSAGEN_FUZZ=300 $(RUN) -m pytest -n 2 -m fuzz -o timeout=7200
+	TRITON_INTERPRET=$(INTERPRET) NSAGEN_FUZZ=300 $(RUN) -m pytest -n 2 --dist worksteal -m fuzz -o timeout=7200
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
