@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  4eefbc7f6cf2
-runtime  2
+content  00c6068a9e0b
+runtime  3
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(2, "fla")
+version.require(3, "fla")
 
 SPEC = {'name': 'fla',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -48,8 +48,9 @@ SPEC = {'name': 'fla',
 _LAYOUT = checks.Layout(
     name="fla", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
+    scored=(64, 64),
 )
-_SPACE = "nsagen_fla_4eefbc7f6cf2"
+_SPACE = "nsagen_fla_00c6068a9e0b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.

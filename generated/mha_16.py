@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  2648c7bcd952
-runtime  2
+content  ca9cca115187
+runtime  3
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(2, "mha_16")
+version.require(3, "mha_16")
 
 SPEC = {'name': 'mha_16',
  'heads': {'query': 16, 'kv': 16, 'qk_dim': 128, 'v_dim': 128},
@@ -48,8 +48,9 @@ SPEC = {'name': 'mha_16',
 _LAYOUT = checks.Layout(
     name="mha_16", query_heads=16, kv_heads=16, qk_dim=128, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
+    scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_2648c7bcd952"
+_SPACE = "nsagen_mha_16_ca9cca115187"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.

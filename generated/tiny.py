@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  e496f033103f
-runtime  2
+content  0067e6ff9b2c
+runtime  3
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(2, "tiny")
+version.require(3, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -48,8 +48,9 @@ SPEC = {'name': 'tiny',
 _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
+    scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_e496f033103f"
+_SPACE = "nsagen_tiny_0067e6ff9b2c"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.

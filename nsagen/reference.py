@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from nsagen.errors import InputError, Refused
 from nsagen.ir.graph import Attend, Combine, Graph, KeyAxis, Pool, Select, Source, writes
+from nsagen.ir.graph import phi as phi_of
 from nsagen.sym import KEY, QUERY, Conjunct, Multiple, evaluate, symbols_of
 from nsagen.sym.expr import linear_coefficient
 
@@ -63,7 +64,9 @@ class Reference:
         cu_seqlens: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> dict[str, Tensor]:
-        """Every value of the graph by name. Values in `inputs` are not computed, so blocks or k_cmp may be given too.
+        """Every value of the graph by name, but for the log-sum-exp of a selection, which normalises its own scores.
+
+        Values in `inputs` are not computed, so blocks or k_cmp may be given too.
 
         phi(k, v, cu_seqlens=…) -> k_cmp, v_cmp: for pools other than mean, or a mean with rope; k_raw: its keys.
         """
@@ -175,8 +178,10 @@ class Reference:
         self, node: Pool, values: dict[str, Tensor], phi: Callable[..., tuple[Tensor, Tensor]] | None,
         k_raw: Tensor | None, call: _Call,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Both results of φ: the keys' node stands before the values' one."""
-        keys, vals = (n for n in self.graph.nodes if isinstance(n, Pool) and n.axis == node.axis)
+        """Both results of φ: the keys' node stands before the values' one. A pool that only scores is a plain mean."""
+        if node not in phi_of(self.graph):
+            return {node.out: self.pool(node.axis.name, values[node.src], call.cu_seqlens, call.dtype)}
+        keys, vals = phi_of(self.graph)
         pair = values[keys.src] if k_raw is None else k_raw, values[vals.src]
         if phi is not None:
             pooled = phi(*pair, cu_seqlens=call.cu_seqlens)

@@ -32,15 +32,20 @@ def attend_fwd(p: Program) -> None:
 
 
 def _store_forward(p: Program, rows: Rows, m: Array, z: Array, acc: list[Array]) -> None:
-    """A row that sees nothing has output 0 and lse −inf, and must have been foretold."""
+    z = store_lse(p, rows, m, z)
+    out = join([a / z[:, None] for a in acc], p.run.heads.v_dim)
+    p.store("out", rows, out)
+    p.store("rest", rows, out - out)  # float64 keeps all of it
+
+
+def store_lse(p: Program, rows: Rows, m: Array, z: Array) -> Array:
+    """z, or 1 for a row that sees nothing: it has output 0 and lse −inf, and must have been foretold."""
     some = z > 0
     if "rows_may_be_empty" not in p.run.kernel.facts and not some[rows.live].all():
         raise IRError(f"{p.run.line}: query {rows.at[rows.live & ~some][0]} sees nothing, and no fact says so")
     z = np.where(some, z, 1.0)
     p.store("lse", rows, np.where(some, m + np.log(z), -np.inf))
-    out = join([a / z[:, None] for a in acc], p.run.heads.v_dim)
-    p.store("out", rows, out)
-    p.store("rest", rows, out - out)  # float64 keeps all of it
+    return z
 
 
 def attend_dq(p: Program) -> None:

@@ -10,7 +10,19 @@ from nsagen.errors import Refused
 from nsagen.interp.domains import Array, union
 from nsagen.interp.importance import best_blocks, importance
 from nsagen.interp.numbers import evaluate
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Pool, Select, Source
+from nsagen.ir.graph import (
+    Attend,
+    AttendGrad,
+    Combine,
+    CombineGrad,
+    Graph,
+    LogSumExp,
+    Node,
+    Pool,
+    Select,
+    Source,
+    ended_blocks,
+)
 
 Values = dict[str, Array]
 
@@ -45,6 +57,8 @@ def _run(node: Node, values: Values, scale: float) -> None:
         values[node.out], values[node.lse] = _attend(node, values, scale)
         if node.rest:
             values[node.rest] = np.zeros_like(values[node.out])  # nothing is rounded here
+    elif isinstance(node, LogSumExp):
+        values[node.lse] = _log_sum_exp(node, values, scale)
     elif isinstance(node, Select):
         values[node.out] = _select(node, values, scale)
     elif isinstance(node, Combine):
@@ -94,14 +108,26 @@ def _attend(node: Attend, values: Values, scale: float) -> tuple[Array, Array]:
     q = values[node.q]
     scores = np.concatenate([_scores(q, s, values, scale) for s in node.sources], -1)
     v = np.concatenate([values[s.v] for s in node.sources], 1)
-    top = np.max(scores, -1, keepdims=True, initial=-np.inf)  # there may be no key at all
+    p, lse = _softmax(scores)
+    out = np.einsum("bthgs,bshd->bthgd", p, v)
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+
+def _softmax(scores: Array) -> tuple[Array, Array]:
+    """Probabilities over the last axis, and lse [..., 1]; 0 and −inf where every score is −inf, or there is none."""
+    top = np.max(scores, -1, keepdims=True, initial=-np.inf)
     p = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
     total = p.sum(-1, keepdims=True)
-    out = np.einsum("bthgs,bshd->bthgd", p / np.where(total > 0, total, 1.0), v)
     lse = np.full(total.shape, -np.inf)
     np.log(total, out=lse, where=total > 0)
     lse += np.where(np.isneginf(top), 0.0, top)
-    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+    return p / np.where(total > 0, total, 1.0), lse
+
+
+def _log_sum_exp(node: LogSumExp, values: Values, scale: float) -> Array:
+    q = values[node.q]
+    keys = Source(node.k, node.k, node.axis, (ended_blocks(node.axis),))
+    return _softmax(_scores(q, keys, values, scale))[1].reshape(q.shape[:3])
 
 
 def _combine_grad(node: CombineGrad, values: Values) -> None:

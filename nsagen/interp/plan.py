@@ -16,7 +16,7 @@ from nsagen.interp.lists import attend_list_dkv, invert, sum_items
 from nsagen.interp.numbers import evaluate
 from nsagen.interp.program import Program, Run, poisoned, programs
 from nsagen.interp.program import Sequence as Packed
-from nsagen.interp.select import select_blocks, select_scores
+from nsagen.interp.select import score_lse, select_blocks, select_scores
 from nsagen.ir.plan import Body, Buffer, Guard, Kernel, Launch, Op, Plan
 
 Tile = tuple[int, int]  # BM, BN
@@ -39,6 +39,7 @@ BODIES: dict[Body, Callable[[Run], None]] = {
     "sum_items": sum_items,
     "combine_fwd": combine_fwd,
     "combine_bwd": combine_bwd,
+    "score_lse": _each(score_lse),
     "select_scores": select_scores,
     "select_blocks": select_blocks,
 }

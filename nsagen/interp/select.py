@@ -1,4 +1,4 @@
-"""The bodies of the selection: templates/select_scores.py.j2 and select_blocks.py.j2, over one chunk of queries."""
+"""The bodies of the selection: templates/score_lse.py.j2, and over one chunk of queries templates/select_*.py.j2."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ from itertools import product
 import numpy as np
 
 from nsagen.errors import IRError
+from nsagen.interp.attend import FLOOR, store_lse
 from nsagen.interp.columns import dot, split
 from nsagen.interp.domains import Array
 from nsagen.interp.importance import best_blocks
 from nsagen.interp.program import Program, Rows, Run, programs, write_once
 from nsagen.ir.graph import Select
+
+
+def score_lse(p: Program) -> None:
+    """The running softmax of attend_fwd without values."""
+    kernel, rows = p.run.kernel, p.queries(p.first)
+    q = split(p.load("q", rows), kernel.qk_parts)
+    m, z = np.full(len(rows.at), FLOOR), np.zeros(len(rows.at))
+    for walk in kernel.walks:
+        for step in p.steps(walk):
+            keys = p.keys(step.indices, step.limit)
+            k = split(p.load("k", keys, step.guarded), kernel.qk_parts)
+            seen = step.seen(rows.at[:, None], keys.at[None, :], p.env(walk.axis))
+            scores = np.where(seen, dot(q, k) * p.run.scale, -np.inf)
+            top = np.maximum(m, scores.max(1))
+            m, z = top, z * np.exp(m - top) + np.exp(scores - top[:, None]).sum(1)
+    store_lse(p, rows, m, z)
 
 
 def select_scores(run: Run) -> None:

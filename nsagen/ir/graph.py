@@ -149,6 +149,19 @@ class Select:
 
 
 @dataclass(frozen=True)
+class LogSumExp:
+    """lse = ln Σ_i exp(scale·q·k_i) over the blocks that have ended; −inf where none has. Not differentiable.
+
+    The normaliser of a Select's scores where no attention of the graph is a softmax over these keys alone.
+    """
+
+    q: str
+    k: str
+    axis: KeyAxis
+    lse: str
+
+
+@dataclass(frozen=True)
 class Combine:
     """out = Σ_c gates[…, c]·terms[c]  (paper Eq. 5)."""
 
@@ -193,7 +206,7 @@ class AttendGrad:
     dv: tuple[str, ...]
 
 
-Node = Pool | Attend | Select | Combine | CombineGrad | AttendGrad
+Node = Pool | Attend | Select | LogSumExp | Combine | CombineGrad | AttendGrad
 
 
 @dataclass(frozen=True)
@@ -211,12 +224,26 @@ class Graph:
         return next(v for v in self.values if v.name == name)
 
 
+def chosen_ahead(graph: Graph) -> tuple[Select, ...]:
+    """Selections that need no attention of the graph: they run before it, and it takes their lists as arguments."""
+    normalisers = {n.lse for n in graph.nodes if isinstance(n, LogSumExp)}
+    return tuple(n for n in graph.nodes if isinstance(n, Select) and n.lse in normalisers)
+
+
+def phi(graph: Graph) -> tuple[Pool, ...]:
+    """The pools that the module φ runs, whose results are attended to. Another one only scores: a plain mean."""
+    attended = {x for n in graph.nodes if isinstance(n, Attend) for s in n.sources for x in (s.k, s.v)}
+    return tuple(n for n in graph.nodes if isinstance(n, Pool) and n.out in attended)
+
+
 def reads(node: Node) -> tuple[str, ...]:
     """Names of the values that a node reads."""
     if isinstance(node, Pool):
         return (node.src,)
     if isinstance(node, Select):
         return (node.q, node.k, node.lse)
+    if isinstance(node, LogSumExp):
+        return (node.q, node.k)
     if isinstance(node, Combine):
         return (*node.terms, node.gates)
     if isinstance(node, CombineGrad):
@@ -231,6 +258,8 @@ def writes(node: Node) -> tuple[str, ...]:
     """Names of the values that a node defines."""
     if isinstance(node, (Pool, Combine, Select)):
         return (node.out,)
+    if isinstance(node, LogSumExp):
+        return (node.lse,)
     if isinstance(node, Attend):
         return (node.out, node.lse, *_some(node.rest))
     if isinstance(node, CombineGrad):

@@ -20,7 +20,7 @@ N = count("N")  # keys on the walk's axis
 
 Body = Literal[
     "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
-    "select_scores", "select_blocks", "sum_items",
+    "score_lse", "select_scores", "select_blocks", "sum_items",
 ]  # fmt: skip
 Direction = Literal["forward", "reverse"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsagen.ir.graph import Attend, Combine, CombineGrad, Graph, Node, Pool, Select, Source, writes
+from nsagen.ir.graph import Attend, Combine, CombineGrad, Graph, LogSumExp, Node, Pool, Select, Source, writes
 from nsagen.ir.plan import Access, Buffer, Kernel, Launch, Mask, Op, Plan, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
 
@@ -39,6 +39,8 @@ def _node(node: Node) -> list[str]:
         return [f"  %{node.out} = pool {node.pool}{positions} %{node.src} {blocks}{reason}"]
     if isinstance(node, Select):
         return [_select(node)]
+    if isinstance(node, LogSumExp):
+        return [f"  %{node.lse} = logsumexp %{node.q} %{node.k} l {node.axis.block} d {node.axis.stride}"]
     if isinstance(node, Combine):
         return [f"  %{node.out} = combine {_names(node.terms)} gates %{node.gates}"]
     if isinstance(node, CombineGrad):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nsagen.errors import IRError
-from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, Node, Pool, Select, Value, reads, writes
+from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, LogSumExp, Node, Pool, Select, Value, reads, writes
 from nsagen.ir.plan import FACTS, Access, Kernel, Launch, Mask, Op, Plan, TileConfig, Walk
 from nsagen.sym import Expr, symbols_of
 
@@ -66,6 +66,8 @@ def _node(node: Node, graph: Graph, names: set[str], defined: set[str]) -> None:
         _attend(node, graph, line)
     if isinstance(node, Select):
         _select(node, graph, line)
+    if isinstance(node, LogSumExp):
+        _need(graph.value(node.k).axes[1] == node.axis.name, line, "keys lie on the node's axis")
     if isinstance(node, CombineGrad):
         _need(len(node.deltas) == len(node.terms) == len(node.rests), line, "one delta and one rest, or none, a term")
         _need((node.gates is None) == (node.d_gates is None), line, "gates and their gradient come together")

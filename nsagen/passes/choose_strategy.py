@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nsagen.errors import Refused
-from nsagen.ir.graph import TOKEN_AXIS, Attend, Combine, CombineGrad, Graph, Select, Source, ended_blocks
+from nsagen.ir.graph import TOKEN_AXIS, Attend, Combine, CombineGrad, Graph, LogSumExp, Select, Source, ended_blocks
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
 from nsagen.passes.operators import buffers, operators, suffixes
 
@@ -28,6 +28,9 @@ ITEMS = Choice(
 RECOMPUTE = Choice("recompute_scores", "p = exp(s − lse) costs one dot; keeping it would take T × keys values")
 EXACT = Choice(
     "second_pass", "with lse known, the heads of a group add up in registers, exactly: no score per head is stored"
+)
+FIRST_PASS = Choice(
+    "first_pass", "no attention is a softmax over these keys alone: their log-sum-exp comes from a pass without values"
 )
 CHUNKS = Choice("query_chunks", "scores of all queries would be T × T/d values; a chunk's are bounded")
 ONE_PASS = Choice("one_pass", "bound by memory: every term is read once, sums in float32")
@@ -55,6 +58,8 @@ class ChooseStrategy:
         for node in graph.nodes:
             if isinstance(node, Attend):
                 kernels += [_forward(node), _query_grad(node), *_key_grads(node)]
+            elif isinstance(node, LogSumExp):
+                kernels.append(_normaliser(node))
             elif isinstance(node, Select):
                 kernels += _selection(node)
             elif isinstance(node, (Combine, CombineGrad)):
@@ -132,6 +137,13 @@ def _key_grads(node: Attend) -> list[Kernel]:
         sums = (replace(parts, mode="load"), items, *outs)
         kernels.append(Kernel(f"{node.branch}_sum{suffix}", node.branch, "sum_items", grid, sums, (), (ITEMS,)))
     return kernels
+
+
+def _normaliser(node: LogSumExp) -> Kernel:
+    operands = (_load("q", "q"), _load("k", "k", "key"), Operand("lse", "lse", "query", "store"))
+    walk = Walk(0, ended_blocks(node.axis), node.axis, "forward")
+    tiles = Grid(TOKEN_AXIS, BT, "descending")
+    return Kernel("select_lse", "", "score_lse", tiles, operands, (walk,), (FIRST_PASS, PACK))
 
 
 def _selection(node: Select) -> list[Kernel]:

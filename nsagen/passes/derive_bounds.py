@@ -46,7 +46,7 @@ def _bounded(walk: Walk) -> Walk:
 
 def _facts(kernel: Kernel) -> tuple[str, ...]:
     """A row surely sees a key only if every domain holds s = t, for every t: checked on the predicates."""
-    if not kernel.body.startswith("attend"):
+    if not kernel.body.startswith(("attend", "score_lse")):
         return ()
     own_key = any(_sees_itself(w) for w in kernel.walks)
     return () if own_key else ("rows_may_be_empty",)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from nsagen.ir.graph import Attend, AttendGrad, Combine, CombineGrad, Graph, Node, Select, Value, writes
+from nsagen.ir.graph import (
+    Attend,
+    AttendGrad,
+    Combine,
+    CombineGrad,
+    Graph,
+    Node,
+    Select,
+    Value,
+    chosen_ahead,
+    writes,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class Differentiate:
         users = Counter(x for n in attends for x in (n.q, *(x for s in n.sources for x in (s.k, s.v))))
         backward = [_attend_grad(n, f"shift_{n.branch}" if combine else n.lse, values, users) for n in attends]
         nodes: tuple[Node, ...] = (*graph.nodes, grad, *backward)
-        chosen = tuple(n.out for n in graph.nodes if isinstance(n, Select))
+        ahead = chosen_ahead(graph)  # arguments of the attentions, which autograd keeps
+        chosen = tuple(n.out for n in graph.nodes if isinstance(n, Select) and n not in ahead)
         saved = (*(x for n in attends for x in writes(n)), *chosen)
         grads = _grads(backward, combine)
         return replace(graph, values=tuple(values.values()), nodes=nodes, saved=saved, grads=grads)

@@ -47,7 +47,7 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     size, qk, v = bits // 8, sum(kernel.qk_parts), sum(kernel.v_parts)
     threads = 32 * warps
     walked = bn
-    if kernel.body == "select_scores":
+    if kernel.body in ("score_lse", "select_scores"):
         smem = size * (bm * qk + stages * bn * qk)
         words = bm * bn * 2
     elif kernel.body == "attend_fwd":

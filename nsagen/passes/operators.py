@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nsagen.ir.graph import TOKENS, Attend, AttendGrad, Combine, CombineGrad, Graph, Select, Source, Value, writes
+from nsagen.ir.graph import (
+    TOKENS,
+    Attend,
+    AttendGrad,
+    Combine,
+    CombineGrad,
+    Graph,
+    LogSumExp,
+    Pool,
+    Select,
+    Source,
+    Value,
+    chosen_ahead,
+    writes,
+)
 from nsagen.ir.plan import Buffer, Launch, Op
 from nsagen.sym import Expr, const, count
 
@@ -13,10 +27,14 @@ Binds = tuple[tuple[str, str], ...]
 
 
 def operators(graph: Graph) -> tuple[Op, ...]:
-    """A part and its gradient for every attention, the selection, and the whole op with its gradient if gated."""
+    """A part and its gradient for every attention, the selection, and the whole op with its gradient if gated.
+
+    A selection that needs no attention stays out of the whole op, which takes its lists like a caller's.
+    """
     attends = [n for n in graph.nodes if isinstance(n, Attend)]
     grads = {n.branch: n for n in graph.nodes if isinstance(n, AttendGrad)}
     ops = [op for n in attends for op in _part(n, grads[n.branch])]
+    ops += [_normaliser_op(n) for n in graph.nodes if isinstance(n, LogSumExp)]
     ops += [_selection_op(n) for n in graph.nodes if isinstance(n, Select)]
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
     combine_grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
@@ -59,6 +77,11 @@ def _select(node: Select) -> tuple[Launch, Launch]:
 
 def _selection_op(node: Select) -> Op:
     return Op("select_blocks", "part", (node.q, node.k, node.lse), (node.out,), _select(node))
+
+
+def _normaliser_op(node: LogSumExp) -> Op:
+    launch = Launch("select_lse", (("q", node.q), ("k", node.k), ("lse", node.lse)))
+    return Op("score_lse", "part", (node.q, node.k), (node.lse,), (launch,))
 
 
 class _Gradients:
@@ -108,9 +131,10 @@ def _part(node: Attend, grad: AttendGrad) -> list[Op]:
 
 
 def _whole_inputs(graph: Graph, attends: list[Attend], combine: Combine) -> tuple[str, ...]:
-    """Differentiable ones first; lists only where the caller gives them."""
+    """Differentiable ones first; lists only where they are there before."""
     keys, lists = inputs_of(attends)
-    return ("q", *keys, combine.gates, *(x for x in lists if x in graph.inputs))
+    ahead = {*graph.inputs, *(n.out for n in chosen_ahead(graph))}
+    return ("q", *keys, combine.gates, *(x for x in lists if x in ahead))
 
 
 def _terms(combine: Combine) -> Binds:
@@ -119,10 +143,11 @@ def _terms(combine: Combine) -> Binds:
 
 def _whole(graph: Graph, attends: list[Attend], combine: Combine) -> Op:
     launches: list[Launch] = []
+    ahead = chosen_ahead(graph)
     for node in graph.nodes:
         if isinstance(node, Attend):
             launches.append(_forward(node))
-        elif isinstance(node, Select):
+        elif isinstance(node, Select) and node not in ahead:
             launches += _select(node)
     launches.append(Launch("combine_fwd", (*_terms(combine), ("gates", combine.gates), ("out", combine.out))))
     outputs = (combine.out, *graph.saved)
@@ -168,8 +193,10 @@ def _sizes(graph: Graph) -> dict[str, Expr]:
     columns = next((len(n.terms) for n in graph.nodes if isinstance(n, Combine)), 1)
     sizes: dict[str, Expr] = {"B": BATCH, "T": TOKENS, "Hq": const(h.query), "Hkv": const(h.kv)}
     sizes |= {"Dqk": const(h.qk_dim), "Dv": const(h.v_dim), "C": const(columns)}
+    for node in graph.nodes:
+        if isinstance(node, Pool):
+            sizes[node.axis.name] = node.axis.length()
     for source in (s for n in graph.nodes if isinstance(n, Attend) for s in n.sources):
-        sizes[source.axis.name] = source.axis.length()
         if source.listed:
             sizes["n"], sizes["l'"] = const(source.listed.count), const(source.listed.size)
     return sizes

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsagen.ir.graph import TOKENS, Attend, AttendGrad, BlockList, Graph, Pool, Select, Source
+from nsagen.ir.graph import (
+    TOKENS,
+    Attend,
+    AttendGrad,
+    BlockList,
+    Graph,
+    LogSumExp,
+    Pool,
+    Select,
+    Source,
+    chosen_ahead,
+    phi,
+)
 from nsagen.ir.plan import BT, T0, Launch, N, Op, Plan, Walk
 from nsagen.passes.operators import suffixes
 from nsagen.render.view import Named
@@ -190,6 +202,8 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
             lines.append(f"{outs} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale)")
         elif kernel.body == "attend_dq":
             lines += _backward(op, launch, kernel.branch, bind, graph, plan)
+        elif kernel.body == "score_lse":
+            lines.append(f"{bind['lse']} = _log_sum_exp(q, {bind['k']}, cu_seqlens, scale)")
         elif kernel.body == "select_scores":
             chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
             lines.append(f"{chosen} = _select(q, {bind['k']}, {bind['lse']}, cu_seqlens, scale)")
@@ -288,4 +302,13 @@ def select_node(graph: Graph) -> Select | None:
 
 
 def pool_node(graph: Graph) -> Pool | None:
-    return next((n for n in graph.nodes if isinstance(n, Pool)), None)
+    return next(iter(phi(graph)), None)
+
+
+def ahead_view(graph: Graph) -> dict[str, str] | None:
+    """The selection that runs before the attention: its keys, and what they are a plain mean of, if not φ's."""
+    if not chosen_ahead(graph):
+        return None
+    keys = next(n.k for n in graph.nodes if isinstance(n, LogSumExp))
+    means = [n for n in graph.nodes if isinstance(n, Pool) and n not in phi(graph)]
+    return {"k": keys, "mean_of": next((n.src for n in means if n.out == keys), "")}

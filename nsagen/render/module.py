@@ -14,7 +14,7 @@ from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import Kernel, Plan, TileTable
-from nsagen.render.host import branch_views, op_views, part_views, pool_node, select_node, whole_call
+from nsagen.render.host import ahead_view, branch_views, op_views, part_views, pool_node, select_node, whole_call
 from nsagen.render.keys import kernel_key
 from nsagen.render.standalone import link
 from nsagen.render.view import Named, kernel_view
@@ -95,6 +95,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
             "positions": _folded(pool),
         },
         "select": select,
+        "ahead": ahead_view(graph),
         "select_rows": 1 << (plan.heads.group - 1).bit_length(),
         "caller_blocks": "blocks" in graph.inputs,
         "blocks_count": next((b.shape[-1] for b in plan.buffers if b.name == "blocks"), 0),

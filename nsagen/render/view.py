@@ -318,6 +318,7 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
         "attend_dkv": "dk and dv from the scores recomputed with lse",
         "attend_list_dkv": "an item's part of dk and dv, float32, from the scores recomputed with lse",
         "sum_items": "dk and dv of a key block: its items' parts, added in order",
+        "score_lse": "log-sum-exp of scale·q·k over the ended blocks",
         "select_scores": "importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads",
         "select_blocks": "the best blocks of a query and KV head, ascending, −1 for none",
         "combine_fwd": "out = Σ_c gate_c·term_c",

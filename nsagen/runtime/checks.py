@@ -33,6 +33,7 @@ class Layout:
     gated: bool
     pooled: tuple[str, int, int] | None  # branch, l, d
     caller_blocks: bool  # the selected blocks are an argument
+    scored: tuple[int, int] | None = None  # l, d of the keys that score the blocks
 
 
 class Checked(NamedTuple):
@@ -98,23 +99,43 @@ def part(
         k = call.keys("k", k, q, layout.qk_dim)
         v = call.keys("v", v, q, layout.v_dim)
     else:
-        k = call.pooled_keys("k_cmp", k, q, layout.qk_dim, cu_seqlens)
-        v = call.pooled_keys("v_cmp", v, q, layout.v_dim, cu_seqlens)
+        k = call.pooled_keys("k_cmp", k, q, layout.qk_dim, layout.pooled[1:], cu_seqlens)
+        v = call.pooled_keys("v_cmp", v, q, layout.v_dim, layout.pooled[1:], cu_seqlens)
     return q, k, v, call.scale(scale), cu_seqlens
+
+
+def pool(layout: Layout, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Checks the arguments of `pool_keys`; returns k detached: no gradient flows through the choice."""
+    call = _Call(layout, "pool_keys")
+    call.tensor("k", k)
+    heads, dim = layout.kv_heads, layout.qk_dim
+    if k.ndim != 4 or tuple(k.shape[2:]) != (heads, dim):
+        call.fail(f"k must be [B, T, {heads}, {dim}]", list(k.shape), "these are the spec's KV heads and qk_dim")
+    return k.detach(), call.sequences(cu_seqlens, k)
+
+
+def score(
+    layout: Layout, function: str, q: Tensor, k_cmp: Tensor, scale: float | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    """Checks what scores blocks; returns it detached: no gradient flows through the choice."""
+    assert layout.scored is not None
+    call = _Call(layout, function)
+    q = call.query(q)
+    cu_seqlens = call.sequences(cu_seqlens, q)
+    k_cmp = call.pooled_keys("k_cmp", k_cmp, q, layout.qk_dim, layout.scored, cu_seqlens)
+    return q.detach(), k_cmp.detach(), call.scale(scale), cu_seqlens
 
 
 def select(
     layout: Layout, q: Tensor, k_cmp: Tensor, lse: Tensor, scale: float | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
-    """Checks the arguments of `select_blocks`; returns them detached: no gradient flows through the choice."""
+    """Checks the arguments of `select_blocks`; returns them detached."""
+    q, k_cmp, factor, cu_seqlens = score(layout, "select_blocks", q, k_cmp, scale, cu_seqlens)
     call = _Call(layout, "select_blocks")
-    q = call.query(q)
-    cu_seqlens = call.sequences(cu_seqlens, q)
-    k_cmp = call.pooled_keys("k_cmp", k_cmp, q, layout.qk_dim, cu_seqlens)
     call.tensor("lse", lse)
     call.shape("lse", lse, tuple(q.shape[:3]))
     call.same_device("lse", lse, q)
-    return q.detach(), k_cmp.detach(), lse.detach().contiguous(), call.scale(scale), cu_seqlens
+    return q, k_cmp, lse.detach().contiguous(), factor, cu_seqlens
 
 
 def blocks(layout: Layout, function: str, lists: Tensor, q: Tensor, count: int) -> Tensor:
@@ -170,10 +191,11 @@ class _Call:
         self.shape(name, x, (q.shape[0], q.shape[1], self.layout.kv_heads, dim))
         return self.like_query(name, x, q)
 
-    def pooled_keys(self, name: str, x: Tensor, q: Tensor, dim: int, cu_seqlens: Tensor | None) -> Tensor:
-        """Keys or values of blocks, [B, rows, Hkv, dim]."""
-        assert self.layout.pooled is not None
-        _, block, stride = self.layout.pooled
+    def pooled_keys(
+        self, name: str, x: Tensor, q: Tensor, dim: int, axis: tuple[int, int], cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Keys or values of blocks of the axis l, d: [B, rows, Hkv, dim]."""
+        block, stride = axis
         length = q.shape[1]
         if cu_seqlens is None:
             rows, formula = max(0, (length - block) // stride + 1), "max(0, ⌊(T − l)/d⌋ + 1)"
@@ -182,7 +204,7 @@ class _Call:
         self.tensor(name, x)
         if x.ndim == 4 and x.shape[1] != rows:
             rule = f"{name} must have {rows} rows, {formula} for q's T = {length}, l = {block}, d = {stride}"
-            self.fail(rule, x.shape[1], "compress this q's keys with the module's Compressor")
+            self.fail(rule, x.shape[1], "pool this q's keys with the module's own function for it")
         self.shape(name, x, (q.shape[0], rows, self.layout.kv_heads, dim))
         return self.like_query(name, x, q)
 

@@ -26,6 +26,10 @@ class _Rows(NamedTuple):
     tokens: Tensor | None = None  # packed: int64 [size + l/d − 1, d], the tokens of chunk i
     used: Tensor | None = None  # packed: bool [size, 1, 1], the row holds a block
 
+    def cleared(self, x: Tensor) -> Tensor:
+        """x [B, size, Hkv, D] with zeros in the unused rows."""
+        return x if self.used is None else torch.where(self.used, x, 0)
+
 
 class Shape(NamedTuple):
     """What a pool works on: l, d, KV heads, head dim."""
@@ -76,16 +80,18 @@ class Compressor(nn.Module):
         rows = max(0, ⌊(T − l)/d⌋ + 1); packed: ⌊T/d⌋, block i of sequence s at row ⌊cu[s]/d⌋ + i, unused rows zero.
         """
         self._check(k, v, cu_seqlens)
-        rows = self._rows(k) if cu_seqlens is None else self._packed_rows(k, cu_seqlens)
-        k_cmp = self.k(self._chunks(k, rows), rows.size).to(k.dtype)
-        v_cmp = self.v(self._chunks(v, rows), rows.size).to(v.dtype)
+        rows = self._rows(k, cu_seqlens)
+        k_cmp, v_cmp = self._pooled(self.k, k, rows), self._pooled(self.v, v, rows)
         if self.rope is not None:
             k_cmp = self.rope(k_cmp, rows.positions).to(k.dtype)
-        if rows.used is None:
-            return k_cmp, v_cmp
-        return torch.where(rows.used, k_cmp, 0), torch.where(rows.used, v_cmp, 0)
+        return rows.cleared(k_cmp), rows.cleared(v_cmp)
 
-    def _rows(self, k: Tensor) -> _Rows:
+    def _pooled(self, pool: Pool, x: Tensor, rows: _Rows) -> Tensor:
+        return pool(self._chunks(x, rows), rows.size).to(x.dtype)
+
+    def _rows(self, k: Tensor, cu_seqlens: Tensor | None) -> _Rows:
+        if cu_seqlens is not None:
+            return self._packed_rows(k, cu_seqlens)
         count = max(0, (k.shape[1] - self.block) // self.stride + 1)
         return _Rows(count, torch.arange(count, device=k.device) * self.stride)
 
@@ -240,6 +246,15 @@ class LinearCompressor(Compressor):
 
 class MLPCompressor(Compressor):
     pool = MLPPool
+
+
+@torch.no_grad()
+def block_means(k: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The mean of every whole block of `size` tokens, [B, rows, Hkv, D] in k's dtype, rows as φ's with l = d = size."""
+    heads, dim = k.shape[2:]
+    phi = MeanCompressor(block=size, stride=size, kv_heads=heads, k_dim=dim, v_dim=dim)
+    rows = phi._rows(k, cu_seqlens)
+    return rows.cleared(phi._pooled(phi.k, k, rows))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

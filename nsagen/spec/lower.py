@@ -14,6 +14,7 @@ from nsagen.ir.graph import (
     Graph,
     Heads,
     KeyAxis,
+    LogSumExp,
     Node,
     Piece,
     Pool,
@@ -62,6 +63,11 @@ class Lowering:
             self.nodes.append(Pool(out, src, axis, pool, "per_token" if positions else "none"))
         return "k_cmp", "v_cmp"
 
+    def select(self, options: Any, keys: str, axis: KeyAxis, lse: str) -> None:
+        """The selected branch's lists, by the importance of keys on the axis with this log-sum-exp."""
+        forced = (options.initial, options.local)
+        self.selects.append(Select("blocks", "q", keys, lse, axis, options.block, options.top_n, *forced))
+
     def attend(self, branch: str, *sources: Source) -> None:
         """The branch's attention: softmax over the union of the sources."""
         self.sources[branch] = sources
@@ -78,6 +84,7 @@ def lower_spec(spec: Spec) -> Graph:
     lowering = Lowering(spec)
     for branch, options in spec.branches.items():
         kind(branch).lower(options, lowering)
+    _choose_ahead(lowering)
     output = {"gated_sum": _gated_sum, "single": _single, "one_softmax": _one_softmax}[spec.combine](lowering)
     values = tuple(lowering.values.values())
     return Graph(spec.name, lowering.heads, values, tuple(lowering.nodes), tuple(lowering.inputs), output)
@@ -107,24 +114,24 @@ def lower_selected(options: Any, low: Lowering) -> None:
     low.attend("selected", Source(k, v, TOKEN_AXIS, (Piece("causal", (le(KEY, QUERY),)),), listed))
     if options.scores == "caller":
         low.inputs.append("blocks")
-    elif options.scores == "compressed" and low.spec.combine == "gated_sum":
-        scores: Any = low.spec.branches["compressed"]
-        axis = KeyAxis("compressed", scores.block, scores.stride)
-        low.selects.append(
-            Select(
-                "blocks",
-                "q",
-                "k_cmp",
-                "lse_compressed",
-                axis,
-                options.block,
-                options.top_n,
-                options.initial,
-                options.local,
-            )
-        )
+    elif options.scores == "pooled":
+        axis = KeyAxis("pooled", options.block, options.block)
+        low.define(Value("k_pooled", ("B", axis.name, "Hkv", "Dqk"), "input"))
+        low.nodes.append(Pool("k_pooled", k, axis, "mean", "none"))
+        low.select(options, "k_pooled", axis, "lse_scores")
     else:
-        raise Refused(f"selected: from {options.scores} under combine {low.spec.combine} has no lowering yet")
+        scores: Any = low.spec.branches["compressed"]
+        alone = low.spec.combine == "gated_sum"  # the compressed branch has a softmax, and so an lse, of its own
+        axis = KeyAxis("compressed", scores.block, scores.stride)
+        low.select(options, "k_cmp", axis, "lse_compressed" if alone else "lse_scores")
+
+
+def _choose_ahead(low: Lowering) -> None:
+    """The selections whose scores no branch's attention normalises: before all of them."""
+    for node in low.selects:
+        if node.lse == "lse_scores":
+            low.define(Value(node.lse, ("B", "T", "Hq"), "float32"))
+            low.nodes += [LogSumExp(node.q, node.k, node.axis, node.lse), node]
 
 
 def _attend(low: Lowering, branch: str, sources: tuple[Source, ...]) -> str:
@@ -140,8 +147,7 @@ def _gated_sum(low: Lowering) -> str:
     outs: dict[str, str] = {}
     for branch in sorted(low.sources, key=lambda b: b != "compressed"):  # its lse scores the selection
         outs[branch] = _attend(low, branch, low.sources[branch])
-        if branch == "compressed":
-            low.nodes += low.selects
+        low.nodes += [n for n in low.selects if n.lse == f"lse_{branch}"]
     terms = tuple(outs[branch] for branch in low.sources)
     out = low.define(Value("out", ("B", "T", "Hq", "Dv"), "input"))
     low.nodes.append(Combine(terms, gates, out))
@@ -154,15 +160,14 @@ def _single(low: Lowering) -> str:
 
 
 def _one_softmax(low: Lowering) -> str:
-    """One softmax over the union of the branches: a token that an earlier branch holds is taken out of later ones."""
+    """One softmax over the union of the branches: a token that an earlier one holds is taken out of later ones.
+
+    Listed blocks come last, since other domains can be taken out of them and not they out of others.
+    """
     union: list[Source] = []
-    for source in (s for sources in low.sources.values() for s in sources):
+    for source in sorted((s for of in low.sources.values() for s in of), key=lambda s: s.listed is not None):
         pieces = source.pieces
         for earlier in union:
-            if earlier.listed and (earlier.k, earlier.axis) == (source.k, source.axis):
-                raise Refused(
-                    "one_softmax: name the selected branch last, so that earlier domains are taken out of its blocks"
-                )
             if (earlier.k, earlier.axis) == (source.k, source.axis):
                 for taken in earlier.pieces:
                     pieces = tuple(rest for p in pieces for rest in _without(p, taken))

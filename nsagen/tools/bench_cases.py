@@ -13,6 +13,7 @@ from torch import Tensor
 from nsagen.compiler import Compiled
 from nsagen.ir.graph import Attend
 from nsagen.tools.bench_inputs import Case, Setting, Work, random_blocks
+from nsagen.tools.choice import scores_of
 
 NO_GRADIENT = "a choice of blocks has no gradient"
 
@@ -85,10 +86,12 @@ class _Tensors:
     def blocks(self, q: Tensor) -> Tensor:
         """Lists for the selected branch alone: the caller's, or those that the module chooses by other keys."""
         lists = self.caller_blocks()
-        if lists is None:
-            k_cmp, v_cmp = self.pooled()
-            lists = self.module.select_blocks(q, k_cmp, self.module.compressed_attention(q, k_cmp, v_cmp)[1])
-        return lists
+        return self.module.select_blocks(q, *self.scores(q)) if lists is None else lists
+
+    def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys that score blocks, and their log-sum-exp."""
+        pooled = self.pooled() if hasattr(self.module, "Compressor") else None
+        return scores_of(self.module, q, self.keys()[0].detach(), pooled)
 
 
 def _maker(module: ModuleType, setting: Setting, build: Callable[[_Tensors], Work]) -> Callable[[int, int], Work]:
@@ -122,9 +125,9 @@ def _compressor(of: _Tensors) -> Work:
 
 
 def _select_blocks(of: _Tensors) -> Work:
-    q, (k_cmp, v_cmp) = of.query().detach(), of.pooled()
-    _, lse = of.module.compressed_attention(q, k_cmp, v_cmp)
-    return Work(lambda: (of.module.select_blocks(q, k_cmp, lse),))
+    q = of.query().detach()
+    keys, lse = of.scores(q)
+    return Work(lambda: (of.module.select_blocks(q, keys, lse),))
 
 
 def _attention_of(node: Attend) -> Callable[[_Tensors], Work]:

@@ -17,6 +17,7 @@ from nsagen.errors import NsagenError
 from nsagen.ir.graph import Attend, Select
 from nsagen.reference import Reference
 from nsagen.tools.cases import Case, Inputs, inputs_of
+from nsagen.tools.choice import scores_of
 from nsagen.tools.measure import Named, error, finite_where_both_are, gradients
 
 FORWARD = {("fp32", "cpu"): 2e-5, ("fp32", "cuda"): 1e-4}  # 16-bit ones: COARSE
@@ -79,7 +80,7 @@ class _Sides:
         self.dtype = _reference_dtype(inputs.leaves["q"])
         self.call: dict[str, Any] = {"cu_seqlens": inputs.cu_seqlens}
         self.pooled = self._pooled()
-        self.blocks = self._chosen()
+        self.scored, self.blocks = self._chosen()
 
     def whole(self) -> Iterator[Result]:
         """out and the gradients of q, k, v, gates and φ, under the blocks that the module chose."""
@@ -142,19 +143,19 @@ class _Sides:
         return i.phi(i.keys_of("k", "compressed"), i.keys_of("v", "compressed"), cu_seqlens=i.cu_seqlens)
 
     @torch.no_grad()
-    def _chosen(self) -> Tensor | None:
-        """The blocks that the whole operation attends to: the caller's, or what its own parts choose."""
-        if not hasattr(self.module, "select_blocks") or self.pooled is None:
-            return self.inputs.blocks
-        q = self.inputs.leaves["q"]
-        _, lse = self.module.compressed_attention(q, *self.pooled, **self.call)
-        return self.module.select_blocks(q, self.pooled[0], lse, **self.call)
+    def _chosen(self) -> tuple[Tensor | None, Tensor | None]:
+        """(keys that score blocks, the blocks that the whole operation attends to): the caller's, or its own choice."""
+        if not hasattr(self.module, "select_blocks"):
+            return None, self.inputs.blocks
+        q, k = self.inputs.leaves["q"], self.inputs.keys_of("k", "selected")
+        keys, lse = scores_of(self.module, q, k, self.pooled, **self.call)
+        return keys, self.module.select_blocks(q, keys, lse, **self.call)
 
     def _choice(self) -> Result:
-        assert self.pooled is not None
+        assert self.scored is not None
         assert self.blocks is not None
         q = self.inputs.leaves["q"]
-        gap = self.reference.choice_gap(self.blocks, q, self.pooled[0], dtype=self.dtype, **self.call)
+        gap = self.reference.choice_gap(self.blocks, q, self.scored, dtype=self.dtype, **self.call)
         return Result("blocks' score gap", gap, CHOICE, tuple(self.blocks.shape))
 
     def _keys(self, node: Attend) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nsagen.ir.graph import TOKENS, BlockList, Heads, KeyAxis, Piece
@@ -102,6 +102,7 @@ def flops_of_pair(kernel: Kernel, heads: Heads) -> int:
         "attend_dq": 2 * qk + v,
         "attend_dkv": keys_grad,
         "attend_list_dkv": keys_grad,
+        "score_lse": qk,
         "select_scores": qk,
     }
     return 2 * products.get(kernel.body, 0)
@@ -134,9 +135,18 @@ def work_of_op(op: Op, plan: Plan, tokens: int) -> list[Work]:
 
 
 def main_ops(plan: Plan) -> list[Op]:
-    """Forward and backward of the whole operation (the only part's, where there is one branch)."""
-    whole = [op for op in plan.ops if op.doc in ("whole", "whole_grad")]
-    return whole or [op for op in plan.ops if op.doc in ("part", "part_grad")]
+    """Forward and backward of the whole operation (the only attention's, where there is one branch).
+
+    A selection that runs before the attention counts in the forward.
+    """
+    named = {op.name: op for op in plan.ops}
+    forward, backward = next(
+        (named[name], named[name + "_grad"])
+        for name in ("attention", *(op.name for op in plan.ops if op.doc == "part"))
+        if name + "_grad" in named
+    )
+    ahead = [x for name in ("score_lse", "select_blocks") if "score_lse" in named for x in named[name].launches]
+    return [replace(forward, launches=(*ahead, *forward.launches)), backward]
 
 
 def dense_flops(heads: Heads, tokens: int, backward: bool) -> int:

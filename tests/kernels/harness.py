@@ -24,10 +24,14 @@ def blocks_of(module: Any, q: Tensor, k: Any, v: Any, phi: Any, cu: Tensor | Non
     """The lists that the module's own selection makes, through its public parts."""
     if not hasattr(module, "select_blocks"):
         return None
-    ks, vs = (x["compressed"] if isinstance(x, Mapping) else x for x in (k, v))
-    k_cmp, v_cmp = phi(ks, vs, cu_seqlens=cu)
-    _, lse = module.compressed_attention(q, k_cmp, v_cmp, cu_seqlens=cu)
-    return module.select_blocks(q, k_cmp, lse, cu_seqlens=cu)
+    if hasattr(module, "pool_keys"):
+        keys = module.pool_keys(k["selected"] if isinstance(k, Mapping) else k, cu_seqlens=cu)
+        return module.select_blocks(q, keys, module.score_lse(q, keys, cu_seqlens=cu), cu_seqlens=cu)
+    keys, values = phi(*(x["compressed"] if isinstance(x, Mapping) else x for x in (k, v)), cu_seqlens=cu)
+    if hasattr(module, "score_lse"):
+        return module.select_blocks(q, keys, module.score_lse(q, keys, cu_seqlens=cu), cu_seqlens=cu)
+    _, lse = module.compressed_attention(q, keys, values, cu_seqlens=cu)
+    return module.select_blocks(q, keys, lse, cu_seqlens=cu)
 
 
 def caller_lists(spec: Mapping[str, Any], inputs: Inputs, seed: int, ends: list[int] | None) -> Tensor | None:

@@ -157,7 +157,7 @@ def test_packed_rows_are_those_of_each_sequence(data: st.DataObject) -> None:
         for start, length in zip(cu.tolist(), lengths, strict=False):
             own = x[:, start : start + length]
             pooled = phi.k(
-                own[:, : length // stride * stride].unflatten(1, (length // stride, stride)), phi._rows(own).size
+                own[:, : length // stride * stride].unflatten(1, (length // stride, stride)), phi._rows(own, None).size
             )
             wanted[:, start // stride : start // stride + pooled.shape[1]] = pooled
         torch.testing.assert_close(got, wanted)
