@@ -287,6 +287,18 @@ def importance(
     return scores.unflatten(2, (k_cmp.shape[2], -1)).sum(3)
 
 
+def pooled_importance(
+    q: Tensor, k: Tensor, sel_block: int, scale: float | None = None, cu_seqlens: Ends = None
+) -> Tensor:
+    """k [B, T, Hkv, Dqk] of the selected branch -> [B, T, Hkv, n_sel]: p_j, summed over the query heads of a group.
+
+    p is the softmax over the means of the blocks that have ended; a block that has not scores 0.
+    """
+    # With l = d = l' a key stands for one selection block: the weights are the identity.
+    means = mean_pool(k, sel_block, sel_block, cu_seqlens)
+    return importance(q, means, sel_block, sel_block, sel_block, scale, cu_seqlens)
+
+
 def select(
     scores: Tensor, sel_block: int, top_n: int, initial: int = 0, local: int = 0, cu_seqlens: Ends = None
 ) -> Tensor:
@@ -358,7 +370,7 @@ def attention(
 ) -> Tensor:
     """out [B, T, Hq, Dv] of a spec with the YAML's keys; k, v a tensor, or a mapping by branch for per_branch.
 
-    phi: for any pool but mean. blocks: used as they are, whatever `from` says. k_raw: un-rotated keys for φ.
+    phi: for any pool but mean. blocks: used as they are, whatever `from` says. k_raw: un-rotated keys for φ alone.
     """
     parts = domains(spec, q, k, v, phi, blocks=blocks, k_raw=k_raw, rope=rope, scale=scale, cu_seqlens=cu_seqlens)
     combine = spec.get("combine", "single" if len(parts) == 1 else "gated_sum")
@@ -400,20 +412,41 @@ def domains(
         found["window"] = ks["window"], vs["window"], see_window(length, o["size"], o.get("sinks", 0), cu_seqlens)
     if "selected" in branches:
         if blocks is None:
-            blocks = choose(spec, q, found["compressed"][0], scale, cu_seqlens)
+            scoring = found["compressed"][0] if _source(spec) == "compressed" else ks["selected"]
+            blocks = choose(spec, q, scoring, scale, cu_seqlens)
         visible = see_selected(blocks, branches["selected"]["block"], cu_seqlens)
         found["selected"] = ks["selected"], vs["selected"], visible
     return {name: (found[name][0], found[name][1], _by_head(found[name][2], q, found[name][0])) for name in branches}
 
 
 def choose(
-    spec: Mapping[str, Any], q: Tensor, k_cmp: Tensor, scale: float | None = None, cu_seqlens: Ends = None
+    spec: Mapping[str, Any], q: Tensor, k: Tensor, scale: float | None = None, cu_seqlens: Ends = None
 ) -> Tensor:
-    """The selected branch's blocks, int32 [B, T, Hkv, n], by the compressed branch's probabilities."""
-    c, s = spec["branches"]["compressed"], spec["branches"]["selected"]
-    assert s.get("from", "compressed") == "compressed"
-    scores = importance(q.detach(), k_cmp.detach(), c["block"], c["stride"], s["block"], scale, cu_seqlens)
+    """The selected branch's blocks, int32 [B, T, Hkv, n]; k as `block_scores` takes it."""
+    s = spec["branches"]["selected"]
+    scores = block_scores(spec, q, k, scale, cu_seqlens)
     return select(scores, s["block"], s["top_n"], s.get("initial", 1), s.get("local", 2), cu_seqlens)
+
+
+def block_scores(
+    spec: Mapping[str, Any], q: Tensor, k: Tensor, scale: float | None = None, cu_seqlens: Ends = None
+) -> Tensor:
+    """[B, T, Hkv, n_sel], without a gradient; the softmax is over the scoring axis alone, whatever the combine.
+
+    k: for `from: compressed` k_cmp [B, N, Hkv, Dqk], for `from: pooled` the selected branch's keys [B, T, Hkv, Dqk].
+    """
+    source, size = _source(spec), spec["branches"]["selected"]["block"]
+    q, k = q.detach(), k.detach()
+    if source == "pooled":
+        return pooled_importance(q, k, size, scale, cu_seqlens)
+    assert source == "compressed", f"from: {source} has no scores"
+    c = spec["branches"]["compressed"]
+    return importance(q, k, c["block"], c["stride"], size, scale, cu_seqlens)
+
+
+def _source(spec: Mapping[str, Any]) -> str:
+    """Where the blocks come from: compressed, pooled or caller."""
+    return spec["branches"]["selected"].get("from", "compressed")
 
 
 def union(parts: Mapping[str, Domain], shared: bool) -> Domain:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 ROWS, TOKENS, HEADS = 600, 100, 16
 GROUPS = (3, 5, 7, 1, 2, 4, 6, 8)
+FROMS = ("compressed", "pooled", "caller")
 STRIDES = (3, 4, 5, 2, 7, 8, 1)
 TILES = (16, 32, 64)  # rows of a query tile, all heads of a group counted; keys of a key tile
 
@@ -28,28 +29,47 @@ def specs(
     kinds: Sequence[str] = ("window", "compressed"),
     pools: Sequence[str] = ("mean",),
     combines: Sequence[str] = ("gated_sum", "single"),
+    froms: Sequence[str] = FROMS,
 ) -> Spec:
-    """A legal spec over some of the kinds, in any order; `single` where it is allowed and one branch is drawn.
+    """A legal spec over some of the kinds; `single` where it is allowed and one branch is drawn.
 
-    selected takes its blocks from the compressed branch where there is one under gated_sum, else from the caller.
+    The branches stand in any order that lowers. selected takes its blocks from one of `froms`, from the compressed
+    branch only where there is one, and from the caller where no other is left.
     """
     names = draw(st.permutations(kinds))[: draw(st.integers(1, len(kinds)))]
     allowed = [c for c in combines if c != "single" or len(names) == 1]
     combine = draw(st.sampled_from(allowed or ["gated_sum"]))
+    kv = draw(st.sampled_from(("shared", "per_branch")))
     stride = draw(st.sampled_from(STRIDES))
     block = stride * draw(st.integers(1, max(1, 16 // stride)))
     drawn = {
         "window": draw(_windows()),
         "compressed": draw(_compressed(block, stride, pools)),
-        "selected": draw(_selected(block, stride, "compressed" in names and combine == "gated_sum")),
+        "selected": draw(_selected(block, stride, _possible(froms, names))),
     }
+    order = _window_first(names) if (kv, combine) == ("shared", "one_softmax") else names
     return {
         "name": "drawn",
         "heads": draw(_heads()),
-        "kv": draw(st.sampled_from(("shared", "per_branch"))),
-        "branches": {name: drawn[name] for name in names},
+        "kv": kv,
+        "branches": {name: drawn[name] for name in order},
         "combine": combine,
     }
+
+
+def _possible(froms: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The `froms` that the branches allow; compressed counts twice, since only there l and d shape the scores."""
+    return [f for f in froms if f != "compressed"] + [f for f in froms if f == "compressed" and f in names] * 2
+
+
+def _window_first(names: Sequence[str]) -> list[str]:
+    """Of two branches over the same keys the listed one comes last: what the window holds is taken out of its blocks.
+
+    compressed keeps its place, since its keys are others.
+    """
+    over_tokens = [name for name in ("window", "selected") if name in names]
+    places = iter(over_tokens)
+    return [next(places) if name in over_tokens else name for name in names]
 
 
 @st.composite
@@ -73,12 +93,12 @@ def _compressed(draw: st.DrawFn, block: int, stride: int, pools: Sequence[str]) 
 
 
 @st.composite
-def _selected(draw: st.DrawFn, block: int, stride: int, scored: bool) -> dict[str, Any]:
-    """d | l' and l <= l'; initial and local differ as a rule."""
-    size = block + stride * draw(st.integers(0, 3))
+def _selected(draw: st.DrawFn, block: int, stride: int, froms: Sequence[str]) -> dict[str, Any]:
+    """d | l' and l <= l' where the compressed branch scores, any l' else; initial and local differ as a rule."""
+    scores = draw(st.sampled_from(tuple(froms) or ("caller",)))
+    size = block + stride * draw(st.integers(0, 3)) if scores == "compressed" else draw(st.integers(1, 29))
     initial, local, more = draw(st.integers(0, 2)), draw(st.integers(0, 3)), draw(st.integers(0, 4))
     top_n = max(1, initial + local + more)
-    scores = "compressed" if scored else "caller"
     return {"block": size, "top_n": top_n, "initial": initial, "local": local, "from": scores}
 
 

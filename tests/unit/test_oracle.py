@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import oracle
 import pytest
 import strategies
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 ALL = ("window", "compressed", "selected")
 POOLS = ("mean", "weighted", "linear", "mlp")
+COMBINES = ("gated_sum", "single", "one_softmax")
+CHOSEN = ("compressed", "pooled")  # the oracle makes the lists itself
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -130,6 +132,89 @@ def test_importance_by_hand():
     # t = 9 sees blocks 0 … 3; selection block 0 shares 4, 2 tokens with blocks 0, 1, selection block 1 shares 2, 4, 2 …
     assert scores[0, 9, 0].tolist() == pytest.approx([3 / 4 * 3, 3 / 4 * 4, 3 / 4 * 1, 0])
     assert (scores[0, :3] == 0).all()
+
+
+def keys_of(values: list[float]) -> Tensor:
+    """Keys [1, T, 1, 1]."""
+    return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+
+
+def test_pooled_importance_by_hand():
+    """l' = 4: blocks end at tokens 3, 7, 11. Equal means: p is uniform over the ended ones; three heads are summed."""
+    q, k, _ = triple(14)
+    scores = oracle.pooled_importance(q, torch.zeros_like(k), 4)
+    assert scores.shape == (1, 14, 2, 4)
+    assert scores[0, 11, 1].tolist() == pytest.approx([1, 1, 1, 0])
+    assert scores[0, 10, 1].tolist() == pytest.approx([1.5, 1.5, 0, 0])
+    assert scores[0, 3, 0].tolist() == pytest.approx([3, 0, 0, 0])
+    assert (scores[0, :3] == 0).all()
+
+
+def test_pooled_importance_is_of_mean_keys():
+    """Means log 1, log 2, log 5; the single keys, whose exponentials would rank otherwise, do not matter."""
+    means = [math.log(1), math.log(2), math.log(5)]
+    k = keys_of([m + sign * spread for m, spread in zip(means, (9, 1, 0), strict=True) for sign in (1, -1)])
+    q = torch.full((1, 6, 1, 1), 2.0)
+    scores = oracle.pooled_importance(q, k, 2, scale=0.5)
+    assert scores[0, 5, 0].tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+    assert scores[0, 4, 0].tolist() == pytest.approx([1 / 3, 2 / 3, 0])
+
+
+def test_pooled_importance_of_a_group_is_a_sum():
+    """p = .5 .4 .1 and .1 .4 .5: the group takes block 1, which is the best of neither head."""
+    p = torch.tensor([[0.5, 0.4, 0.1], [0.1, 0.4, 0.5]], dtype=torch.float64)
+    q = torch.eye(2, dtype=torch.float64).expand(1, 3, 2, 2)
+    scores = oracle.pooled_importance(q, p.T.log()[None, :, None], 1, scale=1)
+    close(scores[0, 2, 0], p.sum(0))
+    assert oracle.select(scores, 1, 1)[0, 2].tolist() == [[1]]
+
+
+def test_pooled_importance_packed():
+    """l' = 2, sequences of 3, 0, 4 and 1 tokens: blocks are cut from each sequence's start."""
+    k = keys_of([7, 7, 7, 0, 0, 3, -1, 5, torch.nan])
+    q = torch.ones(1, 9, 1, 1)
+    scores = oracle.pooled_importance(q, k, 2, cu_seqlens=[0, 3, 3, 7, 8])[0, :, 0]
+    assert scores[:6].tolist() == [[0, 0], [1, 0], [1, 0], [0, 0], [1, 0], [1, 0]]
+    assert scores[6].tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
+    assert (scores[7:] == 0).all()
+
+
+POOLED = {"branches": {"selected": {"block": 2, "top_n": 2, "initial": 0, "local": 0, "from": "pooled"}}}
+
+
+def test_choose_pooled_by_hand():
+    """The block under way scores 0: below any that ended, however good its keys are; forced, it is taken."""
+    k = keys_of([1, 1, 3, 3, 2, 2, 9])
+    q = torch.ones(1, 7, 1, 1)
+    rows = oracle.choose(POOLED, q, k)[0, :, 0].tolist()
+    assert rows == [[0, -1], [0, -1], [0, 1], [0, 1], [0, 1], [1, 2], [1, 2]]
+    forced = {"selected": {**POOLED["branches"]["selected"], "local": 1}}
+    assert oracle.choose({"branches": forced}, q, k)[0, 4:, 0].tolist() == [[1, 2], [1, 2], [1, 3]]
+
+
+def test_choose_pooled_takes_the_lower_of_equals():
+    spec = {"branches": {"selected": {**POOLED["branches"]["selected"], "top_n": 3}}}
+    rows = oracle.choose(spec, torch.ones(1, 9, 1, 1), torch.zeros(1, 9, 1, 1))[0, :, 0].tolist()
+    assert rows[8] == [0, 1, 2]
+    assert rows[4] == [0, 1, 2]  # fewer ended than n: the own one fills up
+    assert rows[1] == [0, -1, -1]
+
+
+@pytest.mark.parametrize("cu", [None, [0, 5, 5, 8, 23]])
+def test_choose_pooled_is_compressed_by_means_of_the_same_blocks(cu):
+    q, k, _ = triple(23)
+    selected = {"block": 3, "top_n": 3, "initial": 0, "local": 1}
+    branches = {"compressed": {"block": 3, "stride": 3, "pool": "mean"}, "selected": selected}
+    by_pooled = {"branches": {"selected": {**selected, "from": "pooled"}}}
+    wanted = oracle.choose({"branches": branches}, q, oracle.mean_pool(k, 3, 3, cu), 0.9, cu)
+    assert torch.equal(oracle.choose(by_pooled, q, k, 0.9, cu), wanted)
+    assert (wanted[0, 22] >= 0).all()
+
+
+def test_the_callers_blocks_have_no_scores():
+    spec = {"branches": {"selected": {"block": 2, "top_n": 2, "from": "caller"}}}
+    with pytest.raises(AssertionError, match="from: caller has no scores"):
+        oracle.attention(spec, *triple(5))
 
 
 def test_select_by_hand():
@@ -292,6 +377,77 @@ def test_attention_is_the_gated_sum_of_its_parts():
     close(oracle.attention({"branches": branches}, q, k, v, gates), oracle.gated_sum(outs, gates))
 
 
+def with_pooled(kv: str, combine: str, *names: str) -> strategies.Spec:
+    branches = {
+        "compressed": {"block": 4, "stride": 2, "pool": "mean"},
+        "window": {"size": 3, "sinks": 1},
+        "selected": {"block": 3, "top_n": 3, "initial": 0, "local": 1, "from": "pooled"},
+    }
+    return {"kv": kv, "branches": {name: branches[name] for name in names}, "combine": combine}
+
+
+@pytest.mark.parametrize("cu", [None, [0, 2, 2, 13, 22]])
+@pytest.mark.parametrize(
+    ("combine", "names"),
+    [
+        ("single", ("selected",)),
+        ("one_softmax", ("selected",)),
+        ("one_softmax", ("window", "selected")),
+        ("one_softmax", ("compressed", "window", "selected")),
+        ("gated_sum", ("selected", "window")),
+        ("gated_sum", ("selected", "compressed", "window")),
+    ],
+)
+def test_pooled_blocks_come_from_the_selected_branchs_keys(combine, names, cu):
+    """Of three pairs of keys, and whatever φ reads."""
+    q, k, v = triple(22)
+    ks, vs = {n: k * (i + 1) for i, n in enumerate(names)}, {n: v + i for i, n in enumerate(names)}
+    ks["selected"] = normal(*k.shape, seed=7)
+    spec = with_pooled("per_branch", combine, *names)
+    gates = normal(1, 22, 6, len(names)).sigmoid() if combine == "gated_sum" else None
+    own, raw = {"scale": 0.8, "cu_seqlens": cu}, normal(*k.shape, seed=8)
+    blocks = oracle.choose(spec, q, ks["selected"], **own)
+    assert not torch.equal(blocks, oracle.choose(spec, q, k, **own))
+    assert not torch.equal(blocks, oracle.choose(spec, q, raw, **own))
+    out = oracle.attention(spec, q, ks, vs, gates, k_raw=raw, **own)
+    close(out, oracle.attention(spec, q, ks, vs, gates, k_raw=raw, blocks=blocks, **own))
+
+
+def test_one_softmax_scores_by_the_compressed_axis_alone():
+    """p_cmp = .9 .1 and .3 .7: block 0. In the union the window takes most of head 0's share: it would be block 1."""
+    p = torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=torch.float64)
+    of_window = torch.tensor([5.0, 0], dtype=torch.float64)
+    in_union = p / (p.sum(1) + of_window.exp())[:, None]
+    assert p.sum(0).argmax() == 0
+    assert in_union.sum(0).argmax() == 1
+    q = torch.eye(2, dtype=torch.float64).expand(1, 5, 2, 2)
+    keys = torch.cat([p.T.log().repeat_interleave(2, 0), torch.zeros(1, 2)])[None, :, None]
+    k = {"compressed": keys, "selected": keys, "window": of_window.expand(1, 5, 1, 2)}
+    v = {name: normal(1, 5, 1, 3, seed=i) for i, name in enumerate(k)}
+    branches = {
+        "window": {"size": 1},
+        "selected": {"block": 2, "top_n": 1, "initial": 0, "local": 0},
+        "compressed": {"block": 2, "stride": 2, "pool": "mean"},
+    }
+    spec = {"kv": "per_branch", "branches": branches, "combine": "one_softmax"}
+    right, wrong = (oracle.attention(spec, q, k, v, blocks=torch.full((1, 5, 1, 1), j), scale=1)[:, 4] for j in (0, 1))
+    close(oracle.attention(spec, q, k, v, scale=1)[:, 4], right)
+    assert oracle.error(wrong, right) > 1e-3
+
+
+@pytest.mark.parametrize("combine", ["gated_sum", "one_softmax"])
+def test_the_combine_does_not_change_the_choice(combine):
+    q, k, v = triple(20)
+    branches = {
+        "compressed": {"block": 4, "stride": 2, "pool": "mean"},
+        "selected": {"block": 4, "top_n": 3, "initial": 0, "local": 1},
+    }
+    spec = {"kv": "shared", "branches": branches, "combine": combine}
+    gates = normal(1, 20, 6, 2).sigmoid() if combine == "gated_sum" else None
+    blocks = oracle.select(oracle.importance(q, oracle.mean_pool(k, 4, 2), 4, 2, 4), 4, 3, 0, 1)
+    close(oracle.attention(spec, q, k, v, gates), oracle.attention(spec, q, k, v, gates, blocks=blocks))
+
+
 def test_gradients_are_right():
     q, k, v = (x.requires_grad_() for x in triple(6, heads=2, kv=1, qk=3, v=2))
     gates = normal(1, 6, 2, 2).sigmoid().requires_grad_()
@@ -299,6 +455,17 @@ def test_gradients_are_right():
     spec = {"branches": branches, "combine": "gated_sum"}
     assert torch.autograd.gradcheck(lambda *x: oracle.attention(spec, *x), (q, k, v, gates))
     assert torch.autograd.gradcheck(lambda *x: oracle.attention(spec, *x, cu_seqlens=[0, 1, 6]), (q, k, v, gates))
+
+
+@pytest.mark.parametrize(
+    ("combine", "names"), [("single", ("selected",)), ("one_softmax", ("compressed", "window", "selected"))]
+)
+def test_no_gradient_flows_through_the_choice_by_pooled_keys(combine, names):
+    q, k, v = (x.requires_grad_() for x in triple(9, heads=2, kv=1, qk=3, v=2))
+    spec = with_pooled("shared", combine, *names)
+    assert not oracle.block_scores(spec, q, k).requires_grad
+    assert torch.autograd.gradcheck(lambda *x: oracle.attention(spec, *x), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: oracle.attention(spec, *x, cu_seqlens=[0, 1, 8]), (q, k, v))
 
 
 @pytest.mark.parametrize("kind", POOLS)
@@ -329,17 +496,61 @@ def alone(spec, given: strategies.Inputs, start: int, end: int) -> Tensor:
     return oracle.attention(spec, *(None if x is None else cut(x) for x in given))
 
 
-@settings(max_examples=15)
+@settings(max_examples=20)
 @given(st.data())
 def test_packed_is_each_sequence_alone(data):
-    scored = st.one_of(strategies.specs(ALL), strategies.specs(ALL, combines=("one_softmax",)))
-    spec = data.draw(scored.filter(lambda s: s["branches"].get("selected", {}).get("from") != "caller"))
+    spec = data.draw(strategies.specs(ALL, combines=COMBINES, froms=CHOSEN))
     cu = data.draw(strategies.packed(spec))
     given_ = strategies.make_inputs(spec, 1, cu[-1], torch.float64, seed=data.draw(strategies.seeds))
     out = oracle.attention(spec, *given_, cu_seqlens=torch.tensor(cu, dtype=torch.int32))
     for start, end in pairwise(cu):
         if start < end:
             close(out[:, start:end], alone(spec, given_, start, end))
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_the_future_does_not_matter(data):
+    spec = data.draw(strategies.specs(ALL, combines=COMBINES, froms=CHOSEN))
+    batch, tokens = data.draw(strategies.shapes(spec))
+    given_ = strategies.make_inputs(spec, batch, tokens, torch.float64, seed=data.draw(strategies.seeds))
+    now = data.draw(st.integers(1, tokens))
+    close(oracle.attention(spec, *given_)[:, :now], alone(spec, given_, 0, now))
+
+
+@settings(max_examples=100)
+@given(strategies.specs(ALL, combines=COMBINES))
+def test_drawn_blocks_have_a_source_that_fits(spec):
+    selected, compressed = (spec["branches"].get(name) for name in ("selected", "compressed"))
+    if selected is None:
+        return
+    assert selected["initial"] + selected["local"] <= selected["top_n"]
+    if selected["from"] == "compressed":
+        assert compressed is not None
+        assert selected["block"] % compressed["stride"] == 0
+        assert selected["block"] >= compressed["block"]
+    names = list(spec["branches"])
+    if "window" in names and (spec["kv"], spec["combine"]) == ("shared", "one_softmax"):
+        assert names.index("window") < names.index("selected")
+
+
+SOURCES = [(f, c) for f, c in product(strategies.FROMS, COMBINES) if (f, c) != ("compressed", "single")]
+
+
+@pytest.mark.parametrize(("of", "combine"), SOURCES)
+def test_every_source_is_drawn_under_every_combine(of, combine):
+    def is_it(spec: strategies.Spec) -> bool:
+        return (spec["branches"].get("selected", {}).get("from"), spec["combine"]) == (of, combine)
+
+    find(strategies.specs(ALL, combines=COMBINES), is_it, settings=settings(max_examples=2000, phases=[Phase.generate]))
+
+
+@settings(max_examples=30)
+@given(st.data(), st.sampled_from([*CHOSEN, "caller"]))
+def test_sources_can_be_kept_apart(data, of):
+    branches = data.draw(strategies.specs(ALL, combines=COMBINES, froms=(of,)))["branches"]
+    wanted = "caller" if of == "compressed" and of not in branches else of
+    assert branches.get("selected", {"from": wanted})["from"] == wanted
 
 
 @settings(max_examples=40)
