@@ -33,13 +33,12 @@ def specs(
 ) -> Spec:
     """A legal spec over some of the kinds; `single` where it is allowed and one branch is drawn.
 
-    The branches stand in any order that lowers. selected takes its blocks from one of `froms`, from the compressed
+    The branches stand in any order. selected takes its blocks from one of `froms`, from the compressed
     branch only where there is one, and from the caller where no other is left.
     """
     names = draw(st.permutations(kinds))[: draw(st.integers(1, len(kinds)))]
     allowed = [c for c in combines if c != "single" or len(names) == 1]
     combine = draw(st.sampled_from(allowed or ["gated_sum"]))
-    kv = draw(st.sampled_from(("shared", "per_branch")))
     stride = draw(st.sampled_from(STRIDES))
     block = stride * draw(st.integers(1, max(1, 16 // stride)))
     drawn = {
@@ -47,12 +46,11 @@ def specs(
         "compressed": draw(_compressed(block, stride, pools)),
         "selected": draw(_selected(block, stride, _possible(froms, names))),
     }
-    order = _window_first(names) if (kv, combine) == ("shared", "one_softmax") else names
     return {
         "name": "drawn",
         "heads": draw(_heads()),
-        "kv": kv,
-        "branches": {name: drawn[name] for name in order},
+        "kv": draw(st.sampled_from(("shared", "per_branch"))),
+        "branches": {name: drawn[name] for name in names},
         "combine": combine,
     }
 
@@ -60,16 +58,6 @@ def specs(
 def _possible(froms: Sequence[str], names: Sequence[str]) -> list[str]:
     """The `froms` that the branches allow; compressed counts twice, since only there l and d shape the scores."""
     return [f for f in froms if f != "compressed"] + [f for f in froms if f == "compressed" and f in names] * 2
-
-
-def _window_first(names: Sequence[str]) -> list[str]:
-    """Of two branches over the same keys the listed one comes last: what the window holds is taken out of its blocks.
-
-    compressed keeps its place, since its keys are others.
-    """
-    over_tokens = [name for name in ("window", "selected") if name in names]
-    places = iter(over_tokens)
-    return [next(places) if name in over_tokens else name for name in names]
 
 
 @st.composite

@@ -98,9 +98,13 @@ def check(
 
 
 def assert_best(spec: Mapping[str, Any], twins: Inputs, pools: Any, chosen: Tensor, ends: list[int] | None) -> None:
-    c, s = spec["branches"]["compressed"], spec["branches"]["selected"]
-    ks, vs = (x["compressed"] if isinstance(x, Mapping) else x for x in (twins.k, twins.v))
-    k_cmp, _ = oracle.compress(ks, vs, c["block"], c["stride"], pools or (oracle.mean, oracle.mean), None, ends)
-    scores = oracle.importance(twins.q.detach(), k_cmp.detach(), c["block"], c["stride"], s["block"], None, ends)
+    s = spec["branches"]["selected"]
+    if s.get("from", "compressed") == "pooled":
+        keys = twins.k["selected"] if isinstance(twins.k, Mapping) else twins.k
+    else:
+        c = spec["branches"]["compressed"]
+        ks, vs = (x["compressed"] if isinstance(x, Mapping) else x for x in (twins.k, twins.v))
+        keys, _ = oracle.compress(ks, vs, c["block"], c["stride"], pools or (oracle.mean, oracle.mean), None, ends)
+    scores = oracle.block_scores(spec, twins.q, keys, None, ends)
     gap = oracle.choice_gap(chosen, scores, s["block"], s["top_n"], s.get("initial", 1), s.get("local", 2), ends)
     assert gap < 1e-4 * max(1.0, float(scores.max()))

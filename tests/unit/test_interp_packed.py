@@ -156,10 +156,12 @@ def test_packed_sequences_are_strangers(name: str) -> None:
 
 # --- drawn and ready specs
 
+COMBINES = ("gated_sum", "single", "one_softmax")
+
 
 @pytest.mark.fuzz
 @settings(max_examples=10)
-@given(strategies.specs(("window", "compressed", "selected"), combines=("gated_sum", "single")), st.data())
+@given(strategies.specs(("window", "compressed", "selected"), combines=COMBINES), st.data())
 def test_graph_and_plan_agree_on_drawn_specs(drawn: dict[str, Any], data: st.DataObject) -> None:
     graph, plan = levels(drawn)
     rows = [m for m in (4, 8, 16, 32) if m >= 1 << (plan.heads.group - 1).bit_length()]
@@ -173,7 +175,7 @@ def test_graph_and_plan_agree_on_drawn_specs(drawn: dict[str, Any], data: st.Dat
 
 @pytest.mark.fuzz
 @settings(max_examples=10)
-@given(strategies.specs(combines=("gated_sum", "single", "one_softmax")), st.data())
+@given(strategies.specs(combines=COMBINES), st.data())
 def test_every_pair_is_counted_once_in_drawn_specs(drawn: dict[str, Any], data: st.DataObject) -> None:
     tiles = st.tuples(st.sampled_from((8, 16, 32)), st.sampled_from((1, 4, 8, 16)))
     lengths = st.lists(st.integers(1, 60), min_size=1, max_size=2)
