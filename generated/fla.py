@@ -6,13 +6,14 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  00c6068a9e0b
+content  20747f81175d
 runtime  3
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
-select_best              row_a_program, because a row of scores fits the registers; ties go to the lower block, so the choice is deterministic
+select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +51,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_00c6068a9e0b"
+_SPACE = "nsagen_fla_20747f81175d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -59,10 +60,21 @@ _CONFIGS = {
         ("sm_80", 16): (
             Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 32, 4, 3, 65536),
             Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
-            Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344),
+            Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
+            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(32, 16, 4, 3, 65536), Config(64, 16, 8, 1, 49152),
+            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728),
+            Config(32, 32, 8, 1, 49152), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688), Config(16, 16, 4, 1, 24576),
+        ),
+        ("sm_90", 16): (
+            Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 32, 4, 3, 65536),
+            Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
+            Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 12288),
+        ),
+        ("sm_90", 32): (
             Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(32, 16, 4, 3, 65536), Config(64, 16, 8, 1, 49152),
             Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728),
             Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 1, 49152), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688),
@@ -71,36 +83,59 @@ _CONFIGS = {
     }),
     "compressed_dq": Tiles("compressed_dq", "fb5ba043b799", {
         ("sm_80", 16): (
-            Config(64, 32, 4, 2, 65536), Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 32, 4, 3, 81920),
-            Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
-            Config(64, 64, 4, 3, 131072), Config(128, 64, 8, 3, 163840), Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112),
+            Config(64, 32, 4, 2, 65536), Config(128, 32, 8, 2, 98304), Config(64, 32, 4, 3, 81920), Config(128, 32, 8, 3, 114688),
+            Config(128, 64, 8, 2, 131072), Config(128, 64, 8, 3, 163840), Config(64, 16, 4, 3, 57344), Config(128, 16, 8, 3, 90112),
+            Config(64, 16, 4, 2, 49152), Config(128, 16, 4, 2, 81920), Config(128, 16, 8, 2, 81920), Config(128, 32, 4, 2, 98304),
             Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
+            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
+            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920),
+            Config(32, 32, 8, 1, 65536), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072), Config(16, 16, 4, 1, 32768),
+        ),
+        ("sm_90", 16): (
+            Config(64, 32, 4, 2, 65536), Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 32, 4, 3, 81920),
+            Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
+            Config(128, 64, 8, 3, 163840), Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112),
+            Config(16, 16, 4, 1, 16384),
+        ),
+        ("sm_90", 32): (
             Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920),
             Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 1, 65536), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "compressed_dkv": Tiles("compressed_dkv", "ad756d943cf8", {
+    "compressed_dkv": Tiles("compressed_dkv", "45e3b04c5cc2", {
         ("sm_80", 16): (
-            Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(64, 128, 8, 2, 147456), Config(32, 128, 8, 3, 122880),
-            Config(16, 64, 4, 3, 59392), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 2, 51200), Config(16, 128, 8, 3, 94208),
-            Config(16, 128, 8, 2, 86016), Config(64, 32, 4, 3, 118784), Config(32, 64, 4, 1, 53248), Config(64, 128, 8, 1, 114688),
+            Config(32, 64, 4, 2, 69632), Config(64, 128, 8, 2, 147456), Config(32, 128, 8, 3, 122880), Config(16, 64, 4, 3, 59392),
+            Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 3, 86016), Config(16, 128, 8, 3, 94208),
+            Config(16, 128, 8, 2, 86016), Config(32, 64, 4, 1, 53248), Config(64, 128, 8, 1, 114688), Config(64, 64, 8, 3, 139264),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
-            Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168),
-            Config(16, 16, 4, 1, 33792),
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 64, 8, 1, 86016), Config(16, 64, 8, 2, 102400),
+            Config(16, 64, 8, 3, 118784), Config(16, 32, 4, 3, 83968), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
+            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792), Config(16, 16, 4, 2, 50176),
         ),
         ("sm_90", 16): (
             Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 2, 69632), Config(64, 128, 8, 2, 147456),
             Config(32, 128, 8, 3, 122880), Config(16, 64, 4, 3, 59392), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 2, 51200),
-            Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(64, 32, 4, 3, 118784), Config(128, 32, 4, 3, 221184),
+            Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(32, 64, 4, 1, 53248), Config(64, 128, 8, 1, 114688),
             Config(16, 16, 4, 1, 16896),
+        ),
+        ("sm_90", 32): (
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
+            Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792),
+        ),
+    }),
+    "compressed_sum": Tiles("compressed_sum", "7da6c6ccd536", {
+        ("sm_80", 16): (
+            Config(16, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
         ),
     }),
     "select_scores": Tiles("select_scores", "8aac7b5c9734", {
@@ -117,7 +152,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "select_best": Tiles("select_best", "0decc6e93a53", {
+    "select_best": Tiles("select_best", "32b70f8ac778", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -127,46 +162,70 @@ _CONFIGS = {
     }),
     "selected_fwd": Tiles("selected_fwd", "c629450232ab", {
         ("sm_80", 16): (
-            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 3, 53248),
-            Config(16, 32, 2, 2, 36864), Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 1, 20480),
-            Config(16, 16, 1, 1, 12288), Config(16, 64, 4, 2, 69632), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 3, 53248),
+            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 2, 36864),
+            Config(16, 32, 2, 3, 53248), Config(16, 32, 2, 1, 20480), Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 2, 20480),
+            Config(16, 16, 1, 1, 12288), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
         ),
         ("sm_80", 32): (
             Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 73728), Config(16, 32, 1, 3, 106496), Config(16, 32, 2, 1, 40960),
             Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 40960),
+            Config(16, 16, 1, 3, 57344), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 16, 2, 1, 24576),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 3, 53248),
+            Config(16, 32, 2, 2, 36864), Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 1, 20480), Config(16, 16, 1, 3, 28672),
+            Config(16, 16, 1, 1, 12288), Config(16, 64, 4, 2, 69632), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 3, 53248),
+        ),
+        ("sm_90", 32): (
+            Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 73728), Config(16, 32, 1, 3, 106496), Config(16, 32, 2, 1, 40960),
+            Config(16, 16, 1, 1, 24576), Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 2, 40960),
             Config(16, 16, 1, 3, 57344), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496),
         ),
     }),
     "selected_dq": Tiles("selected_dq", "934fb2d35576", {
         ("sm_80", 16): (
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 3, 57344),
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 3, 32768), Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 1, 24576),
-            Config(16, 16, 1, 1, 16384), Config(16, 64, 4, 2, 73728), Config(16, 64, 4, 3, 106496), Config(16, 32, 4, 3, 57344),
+            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 2, 40960),
+            Config(16, 32, 2, 3, 57344), Config(16, 32, 2, 1, 24576), Config(16, 16, 1, 3, 32768), Config(16, 16, 1, 2, 24576),
+            Config(16, 16, 1, 1, 16384), Config(16, 64, 4, 2, 73728), Config(16, 32, 4, 3, 57344), Config(16, 32, 4, 2, 40960),
         ),
         ("sm_80", 32): (
+            Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 32, 2, 1, 49152),
+            Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 49152),
+            Config(16, 16, 1, 3, 65536), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920), Config(16, 16, 2, 1, 32768),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 3, 57344),
+            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 1, 24576), Config(16, 16, 1, 3, 32768),
+            Config(16, 16, 1, 1, 16384), Config(16, 64, 4, 2, 73728), Config(16, 64, 4, 3, 106496), Config(16, 32, 4, 3, 57344),
+        ),
+        ("sm_90", 32): (
             Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 32, 2, 1, 49152),
             Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 49152),
             Config(16, 16, 1, 3, 65536), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920), Config(16, 32, 4, 3, 114688),
         ),
     }),
-    "selected_dkv": Tiles("selected_dkv", "b99845fc2083", {
+    "selected_dkv": Tiles("selected_dkv", "38cb06107315", {
         ("sm_80", 16): (
-            Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784), Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016),
-            Config(64, 64, 8, 2, 106496), Config(128, 32, 4, 2, 155648), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016),
+            Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 3, 86016),
+            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 64, 8, 2, 106496), Config(32, 32, 4, 3, 67584),
+            Config(32, 64, 8, 3, 86016), Config(16, 64, 4, 1, 43008), Config(32, 32, 4, 2, 51200), Config(32, 64, 8, 2, 69632),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
-            Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 3, 135168),
-            Config(16, 16, 4, 1, 33792),
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 64, 8, 1, 86016), Config(16, 64, 8, 2, 102400),
+            Config(16, 64, 8, 3, 118784), Config(16, 32, 4, 3, 83968), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
+            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792), Config(16, 16, 4, 2, 50176),
         ),
         ("sm_90", 16): (
             Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784), Config(64, 64, 8, 3, 139264), Config(128, 32, 4, 3, 221184),
-            Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496), Config(128, 32, 4, 2, 155648), Config(128, 64, 8, 2, 180224),
+            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496),
+            Config(128, 64, 8, 2, 180224), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016), Config(16, 64, 4, 1, 43008),
             Config(16, 16, 4, 1, 16896),
+        ),
+        ("sm_90", 32): (
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
+            Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792),
         ),
     }),
     "selected_sum": Tiles("selected_sum", "5efc185d43d6", {
@@ -181,10 +240,21 @@ _CONFIGS = {
         ("sm_80", 16): (
             Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
-            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(64, 64, 4, 3, 114688),
+            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(128, 64, 8, 3, 131072),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
+            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
+            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
+            Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688), Config(16, 16, 4, 1, 24576),
+        ),
+        ("sm_90", 16): (
+            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
+            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
+            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(64, 64, 4, 3, 114688),
+            Config(16, 16, 4, 1, 12288),
+        ),
+        ("sm_90", 32): (
             Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
             Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 3, 114688),
@@ -193,36 +263,51 @@ _CONFIGS = {
     }),
     "window_dq": Tiles("window_dq", "e5fb13689d93", {
         ("sm_80", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
-            Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112), Config(64, 64, 4, 3, 131072),
+            Config(64, 32, 4, 3, 81920), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536), Config(128, 32, 8, 2, 98304),
+            Config(128, 64, 8, 2, 131072), Config(64, 16, 4, 3, 57344), Config(128, 16, 8, 3, 90112), Config(128, 64, 8, 3, 163840),
+            Config(64, 16, 4, 2, 49152), Config(128, 16, 4, 2, 81920), Config(128, 16, 8, 2, 81920), Config(128, 32, 4, 3, 114688),
             Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
+            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
+            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(32, 32, 8, 1, 65536),
+            Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072), Config(16, 16, 4, 1, 32768),
+        ),
+        ("sm_90", 16): (
+            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
+            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
+            Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112), Config(128, 64, 8, 3, 163840),
+            Config(16, 16, 4, 1, 16384),
+        ),
+        ("sm_90", 32): (
             Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(32, 32, 8, 1, 65536),
             Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "window_dkv": Tiles("window_dkv", "27e2dd088804", {
+    "window_dkv": Tiles("window_dkv", "a14ada19bc8a", {
         ("sm_80", 16): (
-            Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880),
-            Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(16, 128, 8, 3, 94208),
-            Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784),
+            Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
+            Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 3, 86016), Config(16, 128, 8, 3, 94208),
+            Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
-            Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168),
-            Config(16, 16, 4, 1, 33792),
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 64, 8, 1, 86016), Config(16, 64, 8, 2, 102400),
+            Config(16, 64, 8, 3, 118784), Config(16, 32, 4, 3, 83968), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
+            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792), Config(16, 16, 4, 2, 50176),
         ),
         ("sm_90", 16): (
             Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
             Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248),
             Config(16, 16, 4, 1, 16896),
+        ),
+        ("sm_90", 32): (
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
+            Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792),
         ),
     }),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
@@ -460,6 +545,8 @@ def compressed_dkv_step(
     t = t0 + row // 16
     live = (t < T)
     stat = t.to(tl.int64) * 64 + head
+    do_ptr += (tl.full([], 0, dtype=tl.int64) + t0) * 8192  # in 64 bits; within the tile 32 do
+    do_row = (row // 16 * 64 + head) * 128
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
@@ -474,7 +561,7 @@ def compressed_dkv_step(
     if C0:
         p = tl.where(64 * s <= t - 63, p, 0.0)
     d = tl.arange(0, 128)[None, :]
-    do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
+    do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -482,13 +569,13 @@ def compressed_dkv_step(
     return dk0, dv0
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits"])
 def compressed_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, parts_ptr, cu_ptr, T, tiles, sequences, splits, split_st, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, key_rows,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
+    """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 16 heads of one KV head."""
     BT: tl.constexpr = BM // 16
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -523,38 +610,47 @@ def compressed_dkv(
     q_base = q_ptr + b * q_sb + start * q_st + head.to(tl.int64) * q_sh
     scale2 = scale * 1.4426950408889634
     s = s[:, None]
+    run = (T + BT * splits - 1) // (BT * splits) * BT  # queries of a program
+    run_lo = tl.program_id(1) * run
+    run_hi = run_lo + run
     # ended: 64 * s <= t - 63
     some_lo = 64 * s0 + 63
     some_hi = T
-    all_lo = max(0, 64 * BN + 64 * s0 - 1)
-    all_hi = T
     c0 = some_lo // BT * BT
     c3 = (BT + some_hi - 1) // BT * BT
-    c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
-    c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: 64 * s <= t - 63, t < T
+    for t0 in range(max(c0, run_lo), min(c3, run_hi), BT):  # edge: 64 * s <= t - 63, t < T
         dk0, dv0 = compressed_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
             q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
         )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: 64 * s <= t - 63, t < T
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
-        )
-    key_row = ((b * key_rows + start // 64 + row) * 4 + h)[:, None]
+    part = parts_ptr + tl.program_id(1).to(tl.int64) * split_st
+    part += ((b * key_rows + start // 64 + s0) * 4 + h) * 256  # of the tile, in 64 bits
+    row = tl.arange(0, BN)[:, None] * 1024
     d = tl.arange(0, 128)[None, :]
-    device.add_to(dk_ptr + key_row * 128 + d, dk0 * scale, inside, ACCUMULATE)
+    tl.store(part + (row + d), dk0 * scale, mask=inside)
     d = tl.arange(0, 128)[None, :]
-    device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+    tl.store(part + (row + d + 128), dv0, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < rows)[:, None]
+    row = row[:, None]
+    dk0 = tl.zeros([BM, 128], dtype=tl.float32)
+    dv0 = tl.zeros([BM, 128], dtype=tl.float32)
+    for split in range(splits):
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 256
+        d = tl.arange(0, 128)[None, :]
+        dk0 += tl.load(part + d, mask=inside, other=0.0)
+        d = tl.arange(0, 128)[None, :]
+        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dk_ptr + row * 128 + d, dk0, inside, ACCUMULATE)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dv_ptr + row * 128 + d, dv0, inside, ACCUMULATE)
 
 
 @triton.jit
@@ -641,8 +737,8 @@ def select_best(
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
-    Key of block j: the bits of its score (not negative, so they sort as an integer) above MAX − j, so that ties go to
-    the lower block. Forced blocks score +inf; candidates start at or before the query.
+    Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
+    the query; ties go to the lower block.
     """
     pid = tl.program_id(0)
     h = pid % 4
@@ -664,15 +760,15 @@ def select_best(
     score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
-    key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - j)
-    key = tl.where((j <= own) & (t >= 0), key, -1)
-    chosen = forced & (key >= 0)
-    key = tl.where(chosen, -1, key)
-    for _ in range(tl.sum(chosen.to(tl.int32)), 16):
-        best = tl.max(key, 0)
-        found = (key == best) & (best >= 0)
-        chosen = chosen | found
-        key = tl.where(found, -1, key)
+    bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
+    least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
+    for bit in range(31):
+        trial = least | (1 << (30 - bit))
+        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
+    above = bits > least
+    equal = bits == least
+    room = 16 - tl.sum(above.to(tl.int32))
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 16)
@@ -881,6 +977,7 @@ def selected_dkv_step(
     live = (entry < T)
     t = tl.load(list_ptr + entry, mask=live, other=0) - first_row
     stat = t.to(tl.int64) * 64 + head
+    do_row = stat * 128
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
@@ -895,7 +992,7 @@ def selected_dkv_step(
     if C0:
         p = tl.where(s <= t, p, 0.0)
     d = tl.arange(0, 128)[None, :]
-    do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
+    do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -1221,6 +1318,8 @@ def window_dkv_step(
     t = t0 + row // 16
     live = (t < T)
     stat = t.to(tl.int64) * 64 + head
+    do_ptr += (tl.full([], 0, dtype=tl.int64) + t0) * 8192  # in 64 bits; within the tile 32 do
+    do_row = (row // 16 * 64 + head) * 128
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
@@ -1236,7 +1335,7 @@ def window_dkv_step(
     if C1:
         p = tl.where(s > t - 512, p, 0.0)
     d = tl.arange(0, 128)[None, :]
-    do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
+    do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -1288,25 +1387,9 @@ def window_dkv(
     # window: s <= t, s > t - 512
     some_lo = s0
     some_hi = min(BN + s0 + 511, T)
-    all_lo = max(0, BN + s0 - 1)
-    all_hi = min(T, s0 + 512)
     c0 = some_lo // BT * BT
     c3 = (BT + some_hi - 1) // BT * BT
-    c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
-    c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: s <= t, s > t - 512, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: s <= t, s > t - 512, t < T
+    for t0 in range(c0, c3, BT):  # edge: s <= t, s > t - 512, t < T
         dk0, dv0 = window_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
@@ -1479,11 +1562,16 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
-    compressed_dkv[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+    splits = launch.splits(tiles * 4 * batch, length, c.bm // 16)
+    parts = launch.empty(q, (splits, *k.shape[:3], 256), cu_seqlens, torch.float32)
+    compressed_dkv[(tiles * 4 * batch, splits)](
+        q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
+        c.bm, c.bn, launch.precision(q), **c.options,
     )
+    c = launch.pick(_CONFIGS["compressed_sum"], q)
+    rows = parts[0].numel() // 256
+    compressed_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, splits, c.bm, adds, **c.options)
     return dq, dk, dv
 
 

@@ -6,13 +6,14 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  0067e6ff9b2c
+content  3ce234945b24
 runtime  3
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
-select_best              row_a_program, because a row of scores fits the registers; ties go to the lower block, so the choice is deterministic
+select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +51,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_0067e6ff9b2c"
+_SPACE = "nsagen_tiny_3ce234945b24"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -83,7 +84,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 6144),
         ),
     }),
-    "compressed_dkv": Tiles("compressed_dkv", "4f232dc24d69", {
+    "compressed_dkv": Tiles("compressed_dkv", "deaaecab191f", {
         ("sm_80", 16): (
             Config(64, 64, 4, 3, 32768), Config(128, 64, 4, 3, 59392), Config(64, 128, 4, 3, 47104), Config(64, 128, 8, 3, 47104),
             Config(128, 128, 8, 3, 81920), Config(64, 64, 4, 2, 26624), Config(128, 64, 4, 2, 47104), Config(64, 128, 4, 2, 40960),
@@ -95,6 +96,14 @@ _CONFIGS = {
             Config(16, 64, 8, 2, 22528), Config(16, 64, 8, 3, 25600), Config(32, 16, 4, 1, 11264), Config(32, 16, 4, 2, 17408),
             Config(32, 16, 4, 3, 23552), Config(32, 32, 8, 1, 16384), Config(32, 32, 8, 2, 22528), Config(32, 32, 8, 3, 28672),
             Config(16, 16, 4, 1, 7168),
+        ),
+    }),
+    "compressed_sum": Tiles("compressed_sum", "06acca900d04", {
+        ("sm_80", 16): (
+            Config(16, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
         ),
     }),
     "select_scores": Tiles("select_scores", "3dd800756724", {
@@ -111,7 +120,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 4096),
         ),
     }),
-    "select_best": Tiles("select_best", "42b0b200d7a8", {
+    "select_best": Tiles("select_best", "9b290cd455f6", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -143,7 +152,7 @@ _CONFIGS = {
             Config(16, 16, 4, 3, 12288),
         ),
     }),
-    "selected_dkv": Tiles("selected_dkv", "59ca00245cf7", {
+    "selected_dkv": Tiles("selected_dkv", "f1c1b351872e", {
         ("sm_80", 16): (
             Config(32, 16, 4, 2, 8704), Config(16, 16, 4, 2, 5120), Config(16, 16, 4, 3, 6656), Config(32, 16, 4, 3, 11776),
             Config(64, 16, 4, 2, 15872), Config(32, 16, 4, 1, 5632), Config(64, 16, 4, 3, 22016), Config(64, 16, 4, 1, 9728),
@@ -189,7 +198,7 @@ _CONFIGS = {
             Config(32, 16, 8, 1, 9216), Config(16, 16, 4, 3, 12288), Config(32, 16, 8, 2, 12288), Config(32, 16, 8, 3, 15360),
         ),
     }),
-    "window_dkv": Tiles("window_dkv", "f61448cf48c5", {
+    "window_dkv": Tiles("window_dkv", "75b60b962b62", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 11264), Config(16, 64, 4, 3, 12800), Config(32, 64, 4, 2, 16384), Config(64, 64, 4, 2, 26624),
             Config(32, 64, 4, 3, 19456), Config(64, 64, 4, 3, 32768), Config(64, 64, 4, 1, 20480), Config(16, 32, 4, 2, 7168),
@@ -437,21 +446,23 @@ def compressed_dkv_step(
     t = t0 + row // 3
     live = (t < T) & (row < BT * 3)
     stat = t.to(tl.int64) * 6 + head
+    do_ptr += (tl.full([], 0, dtype=tl.int64) + t0) * 96  # in 64 bits; within the tile 32 do
+    do_row = (row // 3 * 6 + head) * 16
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 32)[None, :]
     q0 = device.load(q_ptr + q_row[:, None] + d, live[:, None] & (d < 24), True)  # [BM, 32]
     x = tl.dot(k0, tl.trans(q0), x, input_precision=PRECISION)
-    lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
+    lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    delta = device.load(delta_ptr + stat, live, True)
+    delta = device.load(delta_ptr + stat, live, EXTENT)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
         p = tl.where(4 * s <= t - 7, p, 0.0)
     d = tl.arange(0, 16)[None, :]
-    do0 = device.load(do_ptr + stat[:, None] * 16 + d, live[:, None], True)  # [BM, 16]
+    do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 16]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -459,13 +470,13 @@ def compressed_dkv_step(
     return dk0, dv0
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits"])
 def compressed_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, parts_ptr, cu_ptr, T, tiles, sequences, splits, split_st, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, key_rows,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """dk and dv from the scores recomputed with lse; one program: BN keys × the 3 heads of one KV head."""
+    """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 3 heads of one KV head."""
     BT: tl.constexpr = BM // 3
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -500,38 +511,47 @@ def compressed_dkv(
     q_base = q_ptr + b * q_sb + start * q_st + head.to(tl.int64) * q_sh
     scale2 = scale * 1.4426950408889634
     s = s[:, None]
+    run = (T + BT * splits - 1) // (BT * splits) * BT  # queries of a program
+    run_lo = tl.program_id(1) * run
+    run_hi = run_lo + run
     # ended: 4 * s <= t - 7
     some_lo = 4 * s0 + 7
     some_hi = T
-    all_lo = 4 * BN + 4 * s0 + 3
-    all_hi = T
     c0 = some_lo // BT * BT
     c3 = (BT + some_hi - 1) // BT * BT
-    c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
-    c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: 4 * s <= t - 7, t < T
+    for t0 in range(max(c0, run_lo), min(c3, run_hi), BT):  # edge: 4 * s <= t - 7, t < T
         dk0, dv0 = compressed_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
             q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
         )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: 4 * s <= t - 7, t < T
-        dk0, dv0 = compressed_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, EXTENT=True,
-        )
-    key_row = ((b * key_rows + start // 4 + row) * 2 + h)[:, None]
+    part = parts_ptr + tl.program_id(1).to(tl.int64) * split_st
+    part += ((b * key_rows + start // 4 + s0) * 2 + h) * 40  # of the tile, in 64 bits
+    row = tl.arange(0, BN)[:, None] * 80
     d = tl.arange(0, 32)[None, :]
-    device.add_to(dk_ptr + key_row * 24 + d, dk0 * scale, inside & (d < 24), ACCUMULATE)
+    tl.store(part + (row + d), dk0 * scale, mask=inside & (d < 24))
     d = tl.arange(0, 16)[None, :]
-    device.add_to(dv_ptr + key_row * 16 + d, dv0, inside, ACCUMULATE)
+    tl.store(part + (row + d + 24), dv0, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < rows)[:, None]
+    row = row[:, None]
+    dk0 = tl.zeros([BM, 32], dtype=tl.float32)
+    dv0 = tl.zeros([BM, 16], dtype=tl.float32)
+    for split in range(splits):
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 40
+        d = tl.arange(0, 32)[None, :]
+        dk0 += tl.load(part + d, mask=inside & (d < 24), other=0.0)
+        d = tl.arange(0, 16)[None, :]
+        dv0 += tl.load(part + 24 + d, mask=inside, other=0.0)
+    d = tl.arange(0, 32)[None, :]
+    device.add_to(dk_ptr + row * 24 + d, dk0, inside & (d < 24), ACCUMULATE)
+    d = tl.arange(0, 16)[None, :]
+    device.add_to(dv_ptr + row * 16 + d, dv0, inside, ACCUMULATE)
 
 
 @triton.jit
@@ -618,8 +638,8 @@ def select_best(
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
-    Key of block j: the bits of its score (not negative, so they sort as an integer) above MAX − j, so that ties go to
-    the lower block. Forced blocks score +inf; candidates start at or before the query.
+    Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
+    the query; ties go to the lower block.
     """
     pid = tl.program_id(0)
     h = pid % 2
@@ -649,15 +669,15 @@ def select_best(
     score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
-    key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - j)
-    key = tl.where((j <= own) & (t >= 0), key, -1)
-    chosen = forced & (key >= 0)
-    key = tl.where(chosen, -1, key)
-    for _ in range(tl.sum(chosen.to(tl.int32)), 4):
-        best = tl.max(key, 0)
-        found = (key == best) & (best >= 0)
-        chosen = chosen | found
-        key = tl.where(found, -1, key)
+    bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
+    least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
+    for bit in range(31):
+        trial = least | (1 << (30 - bit))
+        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
+    above = bits > least
+    equal = bits == least
+    room = 4 - tl.sum(above.to(tl.int32))
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -866,21 +886,22 @@ def selected_dkv_step(
     live = (entry < T) & (row < BT * 3)
     t = tl.load(list_ptr + entry, mask=live, other=0) - first_row
     stat = t.to(tl.int64) * 6 + head
+    do_row = stat * 16
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 32)[None, :]
     q0 = device.load(q_ptr + q_row[:, None] + d, live[:, None] & (d < 24), True)  # [BM, 32]
     x = tl.dot(k0, tl.trans(q0), x, input_precision=PRECISION)
-    lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
+    lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    delta = device.load(delta_ptr + stat, live, True)
+    delta = device.load(delta_ptr + stat, live, EXTENT)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
         p = tl.where(s <= t, p, 0.0)
     d = tl.arange(0, 16)[None, :]
-    do0 = device.load(do_ptr + stat[:, None] * 16 + d, live[:, None], True)  # [BM, 16]
+    do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 16]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -1244,14 +1265,16 @@ def window_dkv_step(
     t = t0 + row // 3
     live = (t < T) & (row < BT * 3)
     stat = t.to(tl.int64) * 6 + head
+    do_ptr += (tl.full([], 0, dtype=tl.int64) + t0) * 96  # in 64 bits; within the tile 32 do
+    do_row = (row // 3 * 6 + head) * 16
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
     d = tl.arange(0, 32)[None, :]
     q0 = device.load(q_ptr + q_row[:, None] + d, live[:, None] & (d < 24), True)  # [BM, 32]
     x = tl.dot(k0, tl.trans(q0), x, input_precision=PRECISION)
-    lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
-    delta = device.load(delta_ptr + stat, live, True)
+    lse = device.load(lse_ptr + stat, live, EXTENT) * 1.4426950408889634
+    delta = device.load(delta_ptr + stat, live, EXTENT)
     p = tl.exp2(x * scale - lse[None, :])
     t = t[None, :]
     if C0:
@@ -1263,7 +1286,7 @@ def window_dkv_step(
     if C3:
         p = tl.where(s > t - 12, p, 0.0)
     d = tl.arange(0, 16)[None, :]
-    do0 = device.load(do_ptr + stat[:, None] * 16 + d, live[:, None], True)  # [BM, 16]
+    do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 16]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -1315,25 +1338,9 @@ def window_dkv(
     # sinks: s <= 2, s <= t - 12
     some_lo = s0 + 12
     some_hi = (T if 2 - s0 >= 0 else 0)
-    all_lo = BN + s0 + 11
-    all_hi = (T if 3 - BN - s0 >= 0 else 0)
     c0 = some_lo // BT * BT
     c3 = (BT + some_hi - 1) // BT * BT
-    c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
-    c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: s <= 2, s <= t - 12, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: s <= 2, s <= t - 12, t < T
+    for t0 in range(c0, c3, BT):  # edge: s <= 2, s <= t - 12, t < T
         dk0, dv0 = window_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
@@ -1342,25 +1349,9 @@ def window_dkv(
     # window: s <= t, s > t - 12
     some_lo = s0
     some_hi = min(BN + s0 + 11, T)
-    all_lo = max(0, BN + s0 - 1)
-    all_hi = min(T, s0 + 12)
     c0 = some_lo // BT * BT
     c3 = (BT + some_hi - 1) // BT * BT
-    c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
-    c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: s <= t, s > t - 12, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: s <= t, s > t - 12, t < T
+    for t0 in range(c0, c3, BT):  # edge: s <= t, s > t - 12, t < T
         dk0, dv0 = window_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 16, lse_ptr + stat, delta_ptr + stat,
@@ -1533,11 +1524,16 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dkv"], q)
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
-    compressed_dkv[(tiles * 2 * batch,)](
-        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+    splits = launch.splits(tiles * 2 * batch, length, c.bm // 3)
+    parts = launch.empty(q, (splits, *k.shape[:3], 40), cu_seqlens, torch.float32)
+    compressed_dkv[(tiles * 2 * batch, splits)](
+        q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
+        c.bm, c.bn, launch.precision(q), **c.options,
     )
+    c = launch.pick(_CONFIGS["compressed_sum"], q)
+    rows = parts[0].numel() // 40
+    compressed_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, splits, c.bm, adds, **c.options)
     return dq, dk, dv
 
 

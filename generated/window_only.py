@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  3347b131bc7f
+content  784e6b5ffca0
 runtime  3
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -34,7 +34,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_3347b131bc7f"
+_SPACE = "nsagen_window_only_784e6b5ffca0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -43,10 +43,21 @@ _CONFIGS = {
         ("sm_80", 16): (
             Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
             Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
-            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(64, 64, 4, 3, 114688),
+            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(128, 64, 8, 3, 131072),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
+            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
+            Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
+            Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688), Config(16, 16, 4, 1, 24576),
+        ),
+        ("sm_90", 16): (
+            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
+            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
+            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(64, 64, 4, 3, 114688),
+            Config(16, 16, 4, 1, 12288),
+        ),
+        ("sm_90", 32): (
             Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
             Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 3, 114688),
@@ -55,36 +66,51 @@ _CONFIGS = {
     }),
     "window_dq": Tiles("window_dq", "e5fb13689d93", {
         ("sm_80", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
-            Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112), Config(64, 64, 4, 3, 131072),
+            Config(64, 32, 4, 3, 81920), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536), Config(128, 32, 8, 2, 98304),
+            Config(128, 64, 8, 2, 131072), Config(64, 16, 4, 3, 57344), Config(128, 16, 8, 3, 90112), Config(128, 64, 8, 3, 163840),
+            Config(64, 16, 4, 2, 49152), Config(128, 16, 4, 2, 81920), Config(128, 16, 8, 2, 81920), Config(128, 32, 4, 3, 114688),
             Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
+            Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
+            Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(32, 32, 8, 1, 65536),
+            Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072), Config(16, 16, 4, 1, 32768),
+        ),
+        ("sm_90", 16): (
+            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
+            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
+            Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112), Config(128, 64, 8, 3, 163840),
+            Config(16, 16, 4, 1, 16384),
+        ),
+        ("sm_90", 32): (
             Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(32, 32, 8, 1, 65536),
             Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "window_dkv": Tiles("window_dkv", "27e2dd088804", {
+    "window_dkv": Tiles("window_dkv", "a14ada19bc8a", {
         ("sm_80", 16): (
-            Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880),
-            Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(16, 128, 8, 3, 94208),
-            Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 3, 118784),
+            Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
+            Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 3, 86016), Config(16, 128, 8, 3, 94208),
+            Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
-            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
-            Config(32, 16, 4, 3, 116736), Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168),
-            Config(16, 16, 4, 1, 33792),
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 64, 8, 1, 86016), Config(16, 64, 8, 2, 102400),
+            Config(16, 64, 8, 3, 118784), Config(16, 32, 4, 3, 83968), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
+            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792), Config(16, 16, 4, 2, 50176),
         ),
         ("sm_90", 16): (
             Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
             Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248),
             Config(16, 16, 4, 1, 16896),
+        ),
+        ("sm_90", 32): (
+            Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
+            Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
+            Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792),
         ),
     }),
     "row_delta": Tiles("row_delta", "0dc458fc13b6", {
@@ -323,6 +349,8 @@ def window_dkv_step(
     t = t0 + row // 16
     live = (t < T)
     stat = t.to(tl.int64) * 64 + head
+    do_ptr += (tl.full([], 0, dtype=tl.int64) + t0) * 8192  # in 64 bits; within the tile 32 do
+    do_row = (row // 16 * 64 + head) * 128
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
     x = tl.zeros([s.shape[0], BM], dtype=tl.float32)  # [BN, BM]
     dp = tl.zeros([s.shape[0], BM], dtype=tl.float32)
@@ -338,7 +366,7 @@ def window_dkv_step(
     if C1:
         p = tl.where(s > t - 512, p, 0.0)
     d = tl.arange(0, 128)[None, :]
-    do0 = device.load(do_ptr + stat[:, None] * 128 + d, live[:, None], EXTENT)  # [BM, 128]
+    do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -390,25 +418,9 @@ def window_dkv(
     # window: s <= t, s > t - 512
     some_lo = s0
     some_hi = min(BN + s0 + 511, T)
-    all_lo = max(0, BN + s0 - 1)
-    all_hi = min(T, s0 + 512)
     c0 = some_lo // BT * BT
     c3 = (BT + some_hi - 1) // BT * BT
-    c1 = max(c0, min((BT + all_lo - 1) // BT * BT, c3))
-    c2 = max(all_hi // BT * BT, c1)
-    for t0 in range(c0, c1, BT):  # lo: s <= t, s > t - 512, t < T
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
-        )
-    for t0 in range(c1, c2, BT):  # mid: no mask
-        dk0, dv0 = window_dkv_step(
-            dk0, dv0, k0, v0,
-            q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, T, scale2, BM, BT, PRECISION, C0=False, C1=False, EXTENT=False,
-        )
-    for t0 in range(c2, c3, BT):  # hi: s <= t, s > t - 512, t < T
+    for t0 in range(c0, c3, BT):  # edge: s <= t, s > t - 512, t < T
         dk0, dv0 = window_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,

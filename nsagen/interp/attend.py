@@ -7,7 +7,7 @@ import numpy as np
 from nsagen.errors import IRError
 from nsagen.interp.columns import dot, join, split
 from nsagen.interp.domains import Array
-from nsagen.interp.program import Program, Rows
+from nsagen.interp.program import Program, Rows, write_once
 from nsagen.interp.walks import Step
 from nsagen.ir.plan import Walk
 
@@ -64,17 +64,30 @@ def attend_dq(p: Program) -> None:
 
 
 def attend_dkv(p: Program) -> None:
-    """dk and dv of a key tile, over the queries that see it."""
+    """dk and dv of a key tile, over the queries that see it; or parts of them, each of a run of the queries."""
     walks = p.run.kernel.walks
     env = p.env(walks[0].axis)
     keys = p.keys(p.first + np.arange(p.run.bn), env["T"] if walks[0].axis.is_tokens else env["N"])
+    if not p.run.kernel.grid.split:
+        dk, dv = _key_grads(p, keys, range(env["T"]))
+        p.store("dk", keys, dk)
+        return p.store("dv", keys, dv)
+    parts = p.run.arrays["parts"]
+    run = -(-env["T"] // (p.run.bt * len(parts))) * p.run.bt
+    at = (p.batch, p.run.base("parts", p.sequence.start) + keys.at[keys.live], p.head)
+    for i in range(len(parts)):
+        part = np.concatenate(_key_grads(p, keys, range(i * run, (i + 1) * run)), 1)
+        write_once(parts, (i, *at), part[keys.live], f"{p.run.line}: store parts")
+
+
+def _key_grads(p: Program, keys: Rows, queries: range) -> tuple[Array, Array]:
+    """dk and dv of the keys from the query tiles that start in `queries`."""
     total = KeyGrads(p, keys)
-    for walk in walks:
+    for walk in p.run.kernel.walks:
         for step in p.steps(walk):
-            total.add(p.queries(step.at), step, step.guarded)
-    dk, dv = total.result()
-    p.store("dk", keys, dk)
-    p.store("dv", keys, dv)
+            if step.at in queries:
+                total.add(p.queries(step.at), step, step.guarded)
+    return total.result()
 
 
 class KeyGrads:

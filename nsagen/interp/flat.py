@@ -36,6 +36,19 @@ def combine_bwd(run: Run) -> None:
             _store_shifts(run, rows)
 
 
+def sum_splits(run: Run) -> None:
+    """dk and dv of every row: the parts of the programs that shared its tile, added in order."""
+    parts = run.arrays["parts"]
+    parts = parts.reshape(len(parts), -1, parts.shape[-1])
+    for rows in _tiles(run, "dk"):
+        total = np.add.reduce(parts[:, rows], 0)
+        for operand, value in (("dk", total[:, : run.heads.qk_dim]), ("dv", total[:, run.heads.qk_dim :])):
+            if run.accumulate:
+                value = value + _rows(run, operand, rows)
+                run.arrays[operand].reshape(-1, value.shape[1])[rows] = np.nan
+            _store(run, operand, rows, value)
+
+
 def _store_shifts(run: Run, rows: Array) -> None:
     gates = _rows(run, "gates", rows)
     for c, (shift, lse) in enumerate(zip(_named(run, "shift"), _named(run, "lse"), strict=True)):

@@ -10,7 +10,7 @@ import numpy as np
 from nsagen.errors import IRError
 from nsagen.interp.attend import attend_dkv, attend_dq, attend_fwd
 from nsagen.interp.domains import Array
-from nsagen.interp.flat import combine_bwd, combine_fwd
+from nsagen.interp.flat import combine_bwd, combine_fwd, sum_splits
 from nsagen.interp.graph import exact
 from nsagen.interp.lists import attend_list_dkv, invert, sum_items
 from nsagen.interp.numbers import evaluate
@@ -31,12 +31,15 @@ def _each(body: Callable[[Program], None]) -> Callable[[Run], None]:
     return run
 
 
+SPLITS = 3  # programs that share a tile's loop
+
 BODIES: dict[Body, Callable[[Run], None]] = {
     "attend_fwd": _each(attend_fwd),
     "attend_dq": _each(attend_dq),
     "attend_dkv": _each(attend_dkv),
     "attend_list_dkv": attend_list_dkv,
     "sum_items": sum_items,
+    "sum_splits": sum_splits,
     "combine_fwd": combine_fwd,
     "combine_bwd": combine_bwd,
     "score_lse": _each(score_lse),
@@ -76,7 +79,7 @@ class _Host:
         self.plan, self.op, self.tiles, self.scale = plan, op, tiles, 1.0
         self.buffers = {name: exact(inputs[name]) for name in op.inputs}
         batch, tokens = self.buffers["q"].shape[:2]
-        self.sizes = {"B": batch, "T": tokens, "chunk": tokens}
+        self.sizes = {"B": batch, "T": tokens, "chunk": tokens, "splits": SPLITS}
         self.packed = cu_seqlens is not None
         ends = [0, tokens] if cu_seqlens is None else cu_seqlens
         self.sequences = tuple(Packed(a, b - a) for a, b in pairwise(ends))

@@ -20,7 +20,7 @@ N = count("N")  # keys on the walk's axis
 
 Body = Literal[
     "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
-    "score_lse", "select_scores", "select_blocks", "sum_items",
+    "score_lse", "select_scores", "select_blocks", "sum_items", "sum_splits",
 ]  # fmt: skip
 Direction = Literal["forward", "reverse"]
 
@@ -138,12 +138,14 @@ class TileTable:
 class Grid:
     """One program a tile of `step` rows of `axis`, KV head and batch entry, tiles running fastest.
 
-    axis None: tiles of `step` rows of the flat [B·T·Hq] rows, no heads and no sequences.
+    axis None: tiles of `step` rows of the flat [B·T·Hq] rows, no heads and no sequences. split: programs share a
+    tile's loop, each a run of its steps; the launch says how many.
     """
 
     axis: KeyAxis | None
     step: Symbol
     order: Literal["ascending", "descending"]
+    split: bool = False
 
 
 @dataclass(frozen=True)

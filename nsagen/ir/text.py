@@ -100,7 +100,8 @@ def _launch(launch: Launch) -> str:
 
 def _kernel(kernel: Kernel) -> list[str]:
     grid = kernel.grid
-    rows = "rows" if grid.axis is None else f"{grid.axis.name} tiles, KV heads, batch, {grid.order}"
+    order = grid.order + (", split" if grid.split else "")
+    rows = "rows" if grid.axis is None else f"{grid.axis.name} tiles, KV heads, batch, {order}"
     lines = [f"kernel {kernel.name:24} template {kernel.body}", f"  grid     {grid.step} per program: {rows}"]
     lines += [f"  strategy {c.what:18} because {c.because}" for c in kernel.choices]
     lines += [

@@ -122,7 +122,7 @@ def _plan(plan: Plan, reached: int) -> None:
         line = f"buffer %{buffer.name}"
         _need(len(buffer.axes) == len(buffer.shape), line, "one size an axis")
         _need(buffer.kind != "saved" or buffer.dtype != "gate", line, "cannot be saved")
-        _symbols(buffer.shape, {"B", "T", "chunk", "items"}, line)
+        _symbols(buffer.shape, {"B", "T", "chunk", "items", "splits"}, line)
     for op in plan.ops:
         _op(op, kernels, buffers)
     for kernel in plan.kernels:
@@ -165,6 +165,8 @@ def _kernel(kernel: Kernel, reached: int) -> None:
     line = f"kernel {kernel.name}"
     _need(bool(kernel.choices) and all(c.what and c.because for c in kernel.choices), line, "a choice has no reason")
     _need(kernel.grid.axis is not None or not kernel.walks, line, "a kernel over flat rows walks nothing")
+    parts = any(o.role == "parts" and o.mode == "store" for o in kernel.operands)
+    _need(parts or not kernel.grid.split, line, "programs that share a tile's loop store parts of its result")
     _need(not kernel.body.startswith("attend") or bool(kernel.branch), line, "attention kernels belong to a branch")
     _need(
         (kernel.select is None) == (not kernel.body.startswith("select")),

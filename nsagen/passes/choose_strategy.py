@@ -25,6 +25,9 @@ INVERSE = Choice(
 ITEMS = Choice(
     "items", "a hot block (the first: every query lists it) is split; float32 partial sums are added in order"
 )
+SPLITS = Choice(
+    "split_queries", "few key tiles, the first seen by every query: programs share a tile; float32 parts added in order"
+)
 RECOMPUTE = Choice("recompute_scores", "p = exp(s − lse) costs one dot; keeping it would take T × keys values")
 EXACT = Choice(
     "second_pass", "with lse known, the heads of a group add up in registers, exactly: no score per head is stored"
@@ -35,7 +38,7 @@ FIRST_PASS = Choice(
 CHUNKS = Choice("query_chunks", "scores of all queries would be T × T/d values; a chunk's are bounded")
 ONE_PASS = Choice("one_pass", "bound by memory: every term is read once, sums in float32")
 ROW = Choice(
-    "row_a_program", "a row of scores fits the registers; ties go to the lower block, so the choice is deterministic"
+    "row_a_program", "a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n"
 )
 
 
@@ -126,16 +129,22 @@ def _key_grads(node: Attend) -> list[Kernel]:
         walks = tuple(Walk(0, p, source.axis, "reverse", source.listed) for p in source.pieces)
         outs = (Operand("dk", "dk", "key", "accumulate"), Operand("dv", "dv", "key", "accumulate"))
         grid, name = Grid(source.axis, BN, "ascending"), f"{node.branch}_dkv{suffix}"
-        if source.listed is None:
-            kernels.append(
-                Kernel(name, node.branch, "attend_dkv", grid, (*loads, *outs), walks, (KEY_MAJOR, PACK, RECOMPUTE))
-            )
-            continue
-        parts, items = Operand("parts", "parts", "key", "store"), _load("items", "items", "key")
-        choices = (KEY_MAJOR, INVERSE, ITEMS, PACK, RECOMPUTE)
-        kernels.append(Kernel(name, node.branch, "attend_list_dkv", grid, (*loads, items, parts), walks, choices))
-        sums = (replace(parts, mode="load"), items, *outs)
-        kernels.append(Kernel(f"{node.branch}_sum{suffix}", node.branch, "sum_items", grid, sums, (), (ITEMS,)))
+        parts, sum_name = Operand("parts", "parts", "key", "store"), f"{node.branch}_sum{suffix}"
+        if source.listed:
+            items = _load("items", "items", "key")
+            choices = (KEY_MAJOR, INVERSE, ITEMS, PACK, RECOMPUTE)
+            kernels.append(Kernel(name, node.branch, "attend_list_dkv", grid, (*loads, items, parts), walks, choices))
+            sums = (replace(parts, mode="load"), items, *outs)
+            kernels.append(Kernel(sum_name, node.branch, "sum_items", grid, sums, (), (ITEMS,)))
+        elif not source.axis.is_tokens:
+            choices = (KEY_MAJOR, SPLITS, PACK, RECOMPUTE)
+            grid = replace(grid, split=True)
+            kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, parts), walks, choices))
+            sums, flat = (replace(parts, mode="load"), *outs), Grid(None, BM, "ascending")
+            kernels.append(Kernel(sum_name, node.branch, "sum_splits", flat, sums, (), (SPLITS,)))
+        else:
+            choices = (KEY_MAJOR, PACK, RECOMPUTE)
+            kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, *outs), walks, choices))
     return kernels
 
 

@@ -57,6 +57,8 @@ def _flat(kernel: Kernel, bits: int) -> TileConfig:
     """Kernels bound by memory: rows enough for 16-byte accesses by every thread."""
     if kernel.body == "sum_items":
         return TileConfig(1, 16, 4, 1, 0, 64, 1.0)
+    if kernel.body == "sum_splits":
+        return TileConfig(16, 1, 4, 1, 0, 64, 1.0)
     if kernel.body == "select_blocks":
         return TileConfig(1, 1, 1, 1, 0, 128, 1.0)
     return TileConfig(32 if bits == 16 else 16, 1, 4, 1, 0, 64, 1.0)
@@ -82,7 +84,8 @@ def _judge(
 ) -> TileConfig:
     use = resources(kernel, bits, bm, bn, warps, stages)
     waste, trips = loop_shape(kernel, heads, bm, bn)
-    cost = round(waste / arch.efficiency(kernel.body, bits, bm, bn, warps, stages, trips), 3)
+    speed = arch.efficiency(kernel.body, bits, bm, bn, warps, stages, trips) * arch.filled(use.smem, warps)
+    cost = round(waste / speed, 3)
     return TileConfig(bm, bn, warps, stages, use.smem, use.registers, cost, _dropped(use, arch, bits, bm * bn, warps))
 
 

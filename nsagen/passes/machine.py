@@ -14,6 +14,7 @@ from nsagen.sym import evaluate
 class Arch:
     name: str
     smem: int  # bytes a block can have
+    sm: int  # bytes a multiprocessor has, of which every block takes 1 KiB more than it asks for
     wgmma: bool  # tensor cores read both operands from shared memory, from 64 rows on
 
     def efficiency(self, body: Body, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
@@ -32,8 +33,19 @@ class Arch:
         hidden = {1: 0.6, 2: 0.93, 3: 1.0}[stages]
         return rows * reuse * hidden * trips / (trips + 1.5 * stages)
 
+    def filled(self, smem: int, warps: int) -> float:
+        """What is left of the speed where shared memory lets too few warps share a multiprocessor.
 
-ARCHES = (Arch("sm_80", 163 << 10, False), Arch("sm_90", 227 << 10, True), Arch("sm_100", 227 << 10, True))
+        Measured on an H200 for dq at 64 × 64 (docs/performance.md): four warps reach three quarters of eight's speed.
+        """
+        return 1.0 if self.sm // (smem + 1024) * warps >= 8 else 0.75
+
+
+ARCHES = (
+    Arch("sm_80", 163 << 10, 164 << 10, False),
+    Arch("sm_90", 227 << 10, 228 << 10, True),
+    Arch("sm_100", 227 << 10, 228 << 10, True),
+)
 
 
 @dataclass(frozen=True)

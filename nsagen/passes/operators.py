@@ -84,6 +84,11 @@ def _normaliser_op(node: LogSumExp) -> Op:
     return Op("score_lse", "part", (node.q, node.k), (node.lse,), (launch,))
 
 
+def _parts(source: Source) -> str:
+    """The workspace of dk and dv in parts: of items, or of programs that share a tile of a pooled axis."""
+    return "parts" if source.listed else f"parts_{source.axis.name}"
+
+
 class _Gradients:
     """Launches of the attentions' gradients; the first to reach a value's gradient writes it, later ones add."""
 
@@ -105,10 +110,12 @@ class _Gradients:
 
     def _keys(self, branch: str, suffix: str, source: Source, loads: Binds, outs: Binds, adds: bool) -> list[Launch]:
         name = f"{branch}_dkv{suffix}"
-        if source.listed is None:
+        if source.listed is None and source.axis.is_tokens:
             return [Launch(name, (*loads, *outs), adds)]
-        items: Binds = (("items", source.listed.blocks), ("parts", "parts"))
-        return [Launch(name, (*loads, *items)), Launch(f"{branch}_sum{suffix}", (*items, *outs), adds)]
+        parts: Binds = (("parts", _parts(source)),)
+        if source.listed:
+            parts = (("items", source.listed.blocks), *parts)
+        return [Launch(name, (*loads, *parts)), Launch(f"{branch}_sum{suffix}", (*parts, *outs), adds)]
 
     def _target(self, value: str, gradient: str) -> tuple[bool, str]:
         known = value in self.into
@@ -203,15 +210,19 @@ def _sizes(graph: Graph) -> dict[str, Expr]:
 
 
 def _workspaces(graph: Graph, sizes: dict[str, Expr]) -> list[Buffer]:
-    """Scores of a chunk of queries; partial sums of the items of an inverse list. Both are counted when they run."""
+    """Scores of a chunk of queries; parts of dk and dv, of items or of splits. All are counted when they run."""
     found: list[Buffer] = []
+    width = const(graph.heads.qk_dim + graph.heads.v_dim)
     for node in graph.nodes:
         if isinstance(node, Select):
             shape = (BATCH, count("chunk"), sizes["Hkv"], node.axis.length())
             found.append(Buffer("scores", ("B", "chunk", "Hkv", node.axis.name), shape, "float32", "workspace"))
-        if isinstance(node, Attend) and any(s.listed for s in node.sources):
-            width = const(graph.heads.qk_dim + graph.heads.v_dim)
-            found.append(
-                Buffer("parts", ("items", "l'", "D"), (count("items"), sizes["l'"], width), "float32", "workspace")
-            )
+        for source in node.sources if isinstance(node, Attend) else ():
+            axes: tuple[str, ...] = ("splits", "B", source.axis.name, "Hkv")
+            shape: tuple[Expr, ...] = (count("splits"), BATCH, source.axis.length(), sizes["Hkv"])
+            if source.listed:
+                axes, shape = ("items", "l'"), (count("items"), sizes["l'"])
+            elif source.axis.is_tokens:
+                continue
+            found.append(Buffer(_parts(source), (*axes, "D"), (*shape, width), "float32", "workspace"))
     return found

@@ -48,8 +48,7 @@ def _guard(kernel: Kernel, operand: Operand) -> Literal["tile", "segment"]:
     walked = "query" if kernel.body.endswith("dkv") else "key"
     if not kernel.walks or operand.rows != walked or operand.mode != "load":
         return "tile"
-    ragged = walked == "query" and "group_fills_tile" not in kernel.facts
-    return "tile" if ragged else "segment"
+    return "segment"
 
 
 def _base(kernel: Kernel, operand: Operand) -> Expr:

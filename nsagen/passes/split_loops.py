@@ -34,8 +34,7 @@ from nsagen.sym import (
 _Rule = Callable[[Conjunct, Symbol, tuple[Expr, ...], Symbol, Tile, Facts], Proof]
 C0, C1, C2, C3 = count("c0"), count("c1"), count("c2"), count("c3")
 SIZES = frozenset({BN.name, BT.name})
-FORWARD_FACTS = Facts(SIZES, ((TOKENS, T0 + 1), (T0, const(0))))  # the tile holds a query: T > t0
-REVERSE_FACTS = Facts(SIZES, ())
+FACTS = Facts(SIZES, ((TOKENS, T0 + 1), (T0, const(0))))  # a query tile holds a query: T > t0
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class SplitLoops:
 
     Needs `some` of every walk. Holds: the segments cover `some`, and mid lies inside `all`.
     c0 = down(some.lo)  c1 = clamp(up(all.lo), c0, up(some.hi))  c2 = max(c1, down(all.hi))  c3 = up(some.hi)
-    A walk whose `all` was refused is one segment `edge` with all its masks.
+    A walk whose `all` was refused is one segment `edge` with all its masks; so is a reverse walk, where the mask of a
+    tile costs less than the registers and the drained pipelines of three loops (docs/performance.md).
     """
 
     name = "split_loops"
@@ -58,7 +58,7 @@ def _split(walk: Walk) -> Walk:
     if walk.some is None:
         raise IRError(f"walk {walk.piece.name}: split_loops needs the bounds of derive_bounds")
     _, _, _, step = walk_tile(walk)
-    if walk.all is None:
+    if walk.all is None or walk.direction == "reverse":
         cuts = (Cut("c0", down(SOME_LO, step)), Cut("c3", up(SOME_HI, step)))
         return replace(walk, cuts=cuts, segments=(Segment("edge", C0, C3, _masks(walk, {})),))
     return replace(walk, cuts=_cuts(walk.all.lo, step), segments=_three(walk, walk.all))
@@ -91,8 +91,7 @@ def _conjuncts(walk: Walk) -> tuple[Conjunct, ...]:
 
 def _proofs(walk: Walk, rule: _Rule, ends: tuple[Expr, ...]) -> dict[Conjunct, Proof]:
     loop, tile, _, step = walk_tile(walk)
-    facts = FORWARD_FACTS if walk.direction == "forward" else REVERSE_FACTS
-    return {c: rule(c, loop, ends, step, tile, facts) for c in _conjuncts(walk)}
+    return {c: rule(c, loop, ends, step, tile, FACTS) for c in _conjuncts(walk)}
 
 
 def _masks(walk: Walk, proofs: dict[Conjunct, Proof]) -> tuple[Mask, ...]:

@@ -34,6 +34,7 @@ class KeySourceView:
     listed: BlockList | None
     dkv: str  # kernels
     sum: str
+    split: bool  # programs share a key tile
 
     @property
     def k(self) -> str:
@@ -148,6 +149,7 @@ def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan
         listed=source.listed,
         dkv=f"{branch}_dkv{suffix}",
         sum=f"{branch}_sum{suffix}",
+        split=plan.kernel(f"{branch}_dkv{suffix}").grid.split,
     )
 
 

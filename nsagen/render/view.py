@@ -76,9 +76,12 @@ class WalkView:
         """Where keys end: with the sequence, or with the listed block."""
         return f"min(n, block * {self.listed.size} + {self.listed.size})" if self.listed else "n"
 
-    def query_loop(self, segment: SegmentView) -> str:
-        """The head of a segment's loop over query tiles."""
-        return f"    for t0 in range({segment.lo}, {segment.hi}, BT):  # {segment.comment}"
+    def query_loop(self, segment: SegmentView, split: bool) -> str:
+        """The head of a segment's loop over query tiles; split, over those of the program's run."""
+        lo, hi = segment.lo, segment.hi
+        if split:
+            lo, hi = f"max({lo}, run_lo)", f"min({hi}, run_hi)"
+        return f"    for t0 in range({lo}, {hi}, BT):  # {segment.comment}"
 
     def key_loop(self, segment: SegmentView) -> str:
         """The head of a segment's loop over key tiles."""
@@ -126,6 +129,7 @@ class KernelView:
     columns: int  # of the gates
     gated: bool
     descending: bool
+    split: bool  # programs share a key tile's loop
     rows_may_be_empty: bool
     rows: str  # rows of a tile that belong to one query
     live: str  # which rows of a query tile are queries
@@ -174,6 +178,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         columns=_columns(plan),
         gated=any(o.role == "gates" for o in kernel.operands),
         descending=kernel.grid.order == "descending",
+        split=kernel.grid.split,
         rows_may_be_empty="rows_may_be_empty" in kernel.facts,
         rows=_rows(kernel, h),
         live="(t < T)" + _heads_live(kernel, h),
@@ -319,17 +324,19 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
         "attend_list_dkv": "an item's part of dk and dv, float32, from the scores recomputed with lse",
         "sum_items": "dk and dv of a key block: its items' parts, added in order",
         "score_lse": "log-sum-exp of scale·q·k over the ended blocks",
+        "sum_splits": "dk and dv of every key row: the parts of the programs that shared its tile, added in order",
         "select_scores": "importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads",
         "select_blocks": "the best blocks of a query and KV head, ascending, −1 for none",
         "combine_fwd": "out = Σ_c gate_c·term_c",
         "combine_bwd": "row sums of d_out·term: deltas, and the gates' gradients if there are gates",
     }[kernel.body]
     if not kernel.walks:
-        one = {"combine_fwd": "BM flat rows", "combine_bwd": "BM flat rows", "sum_items": "a key block"}
+        flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
+        one = flat | {"sum_items": "a key block"}
         return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
     tile = f"BM // {_rows(kernel, heads)} queries"
     if any(w.listed for w in kernel.walks):
         tile = "one query" if kernel.body != "attend_list_dkv" else "BN keys and one item's queries"
     elif kernel.body == "attend_dkv":
-        tile = "BN keys"
+        tile = "BN keys, one run of their queries" if kernel.grid.split else "BN keys"
     return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

@@ -120,6 +120,18 @@ def tiles(rows: int, step: int, cu_seqlens: torch.Tensor | None) -> int:
     return -(-rows // step) if cu_seqlens is None else rows // step + sequences(cu_seqlens)
 
 
+MOST_SPLITS = 16
+PROGRAMS = 2048  # a launch of so many keeps every multiprocessor busy to the end
+
+
+def splits(programs: int, length: int, step: int) -> int:
+    """How many programs share the loop of each of `programs` key tiles over `length` queries, `step` at a time.
+
+    As many as fill the GPU, each with a few steps or more, so that a tile that all queries see is no straggler.
+    """
+    return max(1, min(MOST_SPLITS, -(-PROGRAMS // max(1, programs)), length // (4 * step)))
+
+
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Strides of [B, T, H, D] but the last, which is 1."""
     return x.stride(0), x.stride(1), x.stride(2)

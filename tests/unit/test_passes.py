@@ -109,8 +109,8 @@ def test_the_segments_of_a_window_of_512() -> None:
 def test_the_queries_of_a_key_tile_are_cut_by_query_tiles() -> None:
     walk = only(kernel_of("window_only", "window_dkv"))
     assert cuts(walk)["c0"] == "some_lo // BT * BT"
-    assert masks(walk, "lo") == {"s <= t": [], "s > t - 512": SPARED, "t < T": []}
-    assert masks(walk, "hi") == {"s <= t": [], "s > t - 512": [], "t < T": []}
+    assert segments(walk) == [("edge", "c0", "c3")]
+    assert masks(walk, "edge") == {"s <= t": [], "s > t - 512": [], "t < T": []}
 
 
 def test_only_the_axis_end_is_an_extent() -> None:
@@ -125,9 +125,11 @@ def test_a_pooled_axis_starts_without_a_mask(kernel: str) -> None:
     assert set(masks(walk, "hi")) == {"16 * s <= t - 31", "s < N"}
 
 
-def test_a_pooled_axis_in_reverse_has_all_three_segments() -> None:
-    walk = only(kernel_of("nsa_compressed_window", "compressed_dkv"))
-    assert [s.name for s in walk.segments] == ["lo", "mid", "hi"]
+def test_a_pooled_axis_in_reverse_is_one_loop_shared_by_programs() -> None:
+    kernel = kernel_of("nsa_compressed_window", "compressed_dkv")
+    walk = only(kernel)
+    assert kernel.grid.split
+    assert segments(walk) == [("edge", "c0", "c3")]
     assert interval(walk.some) == ("16 * s0 + 31", "T")
     assert interval(walk.all) == ("16 * BN + 16 * s0 + 15", "T")
 
@@ -240,7 +242,8 @@ def test_one_softmax_over_two_axes_leaves_both_domains_whole() -> None:
 def test_one_softmax_over_two_axes_is_one_kernel_and_a_gradient_an_axis() -> None:
     plan = lower(api.read(UNION))[-1].ir
     assert isinstance(plan, Plan)
-    assert [k.name for k in plan.kernels] == ["union_fwd", "union_dq", "union_dkv0", "union_dkv1", "row_delta"]
+    names = ["union_fwd", "union_dq", "union_dkv0", "union_sum0", "union_dkv1", "row_delta"]
+    assert [k.name for k in plan.kernels] == names
     assert [w.source for w in plan.kernel("union_fwd").walks] == [0, 1]
 
 
@@ -502,7 +505,8 @@ def test_the_walked_side_is_guarded_by_segment() -> None:
 def test_a_group_that_leaves_rows_over_is_guarded_whole() -> None:
     """Groups of 3: a tile of 16 rows holds 5 queries and one row of nobody."""
     assert "group_fills_tile" not in kernel_of("tiny", "window_dkv").facts
-    assert accesses("tiny", "window_dkv")["q"].guard == "tile"
+    assert accesses("tiny", "window_dkv")["q"].guard == "segment"
+    assert all(any(m.extent for m in s.masks) for w in kernel_of("tiny", "window_dkv").walks for s in w.segments)
     assert accesses("tiny", "window_fwd")["k"].guard == "segment"
 
 
@@ -510,7 +514,7 @@ def test_pooled_keys_start_at_their_own_row() -> None:
     found = accesses("nsa_128", "compressed_fwd")
     assert to_text(found["k"].base) == "start // 16"
     assert to_text(found["q"].base) == "start"
-    assert to_text(accesses("nsa_128", "compressed_dkv")["dk"].base) == "start // 16"
+    assert to_text(accesses("nsa_128", "compressed_dkv")["parts"].base) == "start // 16"
     assert to_text(accesses("nsa_128", "window_fwd")["k"].base) == "start"
 
 
