@@ -2,8 +2,8 @@
 
 NSAGEN_CACHE_DIR, else the user's cache directory. Files are written by temp-and-rename, so a reader sees a whole file
 or none, whenever a writer dies. Locks only spare work and keep one writer's additions from another's: the system frees
-them when their owner dies, and where none is to be had, writing goes on without. Nothing in the cache is needed again:
-it may be deleted at any time.
+them when their owner dies, and where none is to be had, writing goes on without. What a killed writer leaves is swept
+up by a later one. Nothing in the cache is needed again: it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from nsagen.files import write_text
 
 VARIABLE = "NSAGEN_CACHE_DIR"
 PATIENCE = 30  # seconds for a lock: an owner that is stopped, not dead, must not stop others
-_OURS = re.compile(r"[a-z][a-z0-9_]*_[0-9a-f]{12}\.(py|json)(\.lock)?|\.[a-z][a-z0-9_]*\.(py|json)\..*\.tmp")
+STALE = 3600  # seconds: a temporary file this old has lost its writer
+_TEMPORARY = re.compile(r"\.[a-z][a-z0-9_]*\.(py|json)\..*\.tmp")
+_OURS = re.compile(rf"[a-z][a-z0-9_]*_[0-9a-f]{{12}}\.(py|json)(\.lock)?|{_TEMPORARY.pattern}")
 _lock = threading.Lock()
 _fallback: Path | None = None
 
@@ -76,9 +80,20 @@ def _update(path: Path, change: Callable[[str | None], str]) -> Path:
     if _text(path) == change(_text(path)):
         return path  # also where the cache is read-only
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
     with _locked(path):
         write_text(path, change(_text(path)))
     return path
+
+
+@lru_cache(maxsize=8)
+def _sweep(folder: Path) -> None:
+    """Once a process: remove the temporary files of writers that were killed."""
+    stale = time.time() - STALE
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another process sweeps, too
+            if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < stale:
+                path.unlink()
 
 
 def _text(path: Path) -> str | None:

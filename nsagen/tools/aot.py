@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nsagen.errors import CompileError
 from nsagen.ir.plan import Kernel, Launch, Plan
+from nsagen.tools.aot_chips import CHIPS, TENSOR_MEMORY, Chip, candidates
+from nsagen.tools.aot_listing import Listing, amd, nvidia, ptxas_log
 from nsagen.tools.signature import DTYPES, Job, signature_of, warps_of
-
-ARCHES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compilers made of a job; `error` where they made nothing."""
+    """What the compilers made of a job, no listing where they made nothing. Too large for the chip is an error, too."""
 
     job: Job
-    registers: int = 0
-    stack: int = 0  # bytes of local memory a thread
-    spill_stores: int = 0  # bytes
-    spill_loads: int = 0
-    smem: int = 0  # bytes a block
-    wgmma: int = 0
-    mma: int = 0
-    warnings: tuple[str, ...] = ()  # ptxas C75xx: a pipeline of wgmma that it serialises
+    listing: Listing | None = None
+    smem: int | None = None  # bytes a block
     error: str | None = None
 
     @property
     def spills(self) -> bool:
-        return bool(self.spill_stores or self.spill_loads)
+        return self.listing is not None and self.listing.spills
 
     @property
     def failed(self) -> bool:
@@ -45,10 +37,8 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
     bits = DTYPES[dtype][1]
     jobs: list[Job] = []
     for kernel in plan.kernels:
-        table = next(t for t in kernel.tiles if (t.arch, t.bits) == (arch, bits))
-        kept = [c for c in table.configs if c.dropped is None]
-        launch = launch_of(plan, kernel)
-        jobs += [Job(kernel, launch, arch, dtype, c) for c in (kept if all_candidates else kept[:1])]
+        tiles, launch = candidates(kernel, arch, bits), launch_of(plan, kernel)
+        jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else tiles[:1])]
     return jobs
 
 
@@ -66,45 +56,29 @@ def compile_job(module: ModuleType, job: Job, plan: Plan) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(module, job.kernel.name)
+    chip, function = CHIPS[job.arch], getattr(module, job.kernel.name)
     s = signature_of(function, job, plan)
     source = ASTSource(function, s.types, s.constants, s.attributes)
     options = {"num_warps": warps_of(job), "num_stages": job.tile.stages}
     try:
-        built = triton.compile(source, target=GPUTarget("cuda", ARCHES[job.arch], 32), options=options)
+        built = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=options)
     except Exception as error:  # MLIR, LLVM and ptxas each raise their own
         return Report(job, error=_brief(error))
-    ptx = built.asm["ptx"]
-    log = _ptxas(ptx, ARCHES[job.arch])
-    return Report(
-        job,
-        registers=_number(r"Used (\d+) registers", log),
-        stack=_number(r"(\d+) bytes stack frame", log),
-        spill_stores=_number(r"(\d+) bytes spill stores", log),
-        spill_loads=_number(r"(\d+) bytes spill loads", log),
-        smem=built.metadata.shared,
-        wgmma=ptx.count("wgmma.mma_async"),
-        mma=len(re.findall(r"(?<!wg)mma\.sync|tcgen05\.mma", ptx)),
-        warnings=tuple(dict.fromkeys(re.findall(r"\(C75\d\d\)[^\n]*", log))),
-    )
+    return Report(job, _listing(built.asm, chip), built.metadata.shared, _excess(built.metadata, chip))
 
 
-def _ptxas(ptx: str, capability: int) -> str:
-    """The log of the ptxas that Triton uses, which Triton itself throws away."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    with tempfile.TemporaryDirectory(prefix="nsagen-ptxas-") as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        arch = sm_arch_from_capability(capability)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(source), "-o", f"{folder}/kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
+def _listing(asm: Any, chip: Chip) -> Listing:
+    if isinstance(chip.arch, str):
+        return amd(asm["amdgcn"])
+    return nvidia(asm["ptx"], ptxas_log(asm["ptx"], chip.arch))
 
 
-def _number(pattern: str, log: str) -> int:
-    """The largest: a log speaks of every function in the file."""
-    return max(map(int, re.findall(pattern, log)), default=0)
+def _excess(metadata: Any, chip: Chip) -> str | None:
+    """What the launch would refuse: nothing before it looks at the chip's sizes."""
+    if metadata.shared > chip.smem:
+        return f"shared memory {metadata.shared} > {chip.smem}"
+    columns = getattr(metadata, "tmem_size", None) or 0
+    return f"tensor memory {columns} > {TENSOR_MEMORY} columns" if columns > TENSOR_MEMORY else None
 
 
 def _brief(error: Exception) -> str:

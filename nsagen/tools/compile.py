@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ from nsagen.api import module_of
 from nsagen.compiler import Compiled
 from nsagen.ir.plan import Plan
 from nsagen.tools.aot import Report, compile_job, jobs_of
+from nsagen.tools.aot_chips import CHIPS
+from nsagen.tools.aot_listing import Listing
 from nsagen.tools.console import table, track
 from nsagen.tools.process import compiled_kernels
 from nsagen.tools.signature import Job
@@ -33,6 +36,7 @@ HEAD = (
     "smem",
     "wgmma",
     "mma",
+    "mfma",
     "notes",
 )
 
@@ -57,7 +61,9 @@ def text(reports: list[Report]) -> str:
     """The table; below it, what a cell cannot hold."""
     lines = [table(HEAD, [_row(r) for r in reports])]
     lines += [f"{_name(r)}: {r.error}" for r in reports if r.error]
-    lines += [f"{_name(r)}: ptxas {w}" for r in reports for w in r.warnings]
+    lines += [f"{_name(r)}: ptxas {w}" for r in reports for w in _warnings(r)]
+    arches = dict.fromkeys(r.job.arch for r in reports)
+    lines += [f"{arch}: {CHIPS[arch].remark}" for arch in arches if CHIPS[arch].remark]
     return "\n".join(lines)
 
 
@@ -66,7 +72,7 @@ def write_json(reports: list[Report], file: str | Path) -> None:
 
 
 def failed_first_choices(reports: list[Report]) -> list[Report]:
-    """First choices that do not compile, or spill."""
+    """First choices that do not compile, do not fit the chip, or spill."""
     first: dict[tuple[str, str], Report] = {}
     for r in reports:
         first.setdefault((r.job.kernel.name, r.job.arch), r)
@@ -79,25 +85,34 @@ def _name(r: Report) -> str:
 
 
 def _row(r: Report) -> list[object]:
-    t = r.job.tile
+    t, x = r.job.tile, r.listing
     start: list[object] = [r.job.kernel.name, r.job.arch, r.job.dtype, f"{t.bm}x{t.bn}", t.warps, t.stages]
-    if r.error:
-        return [*start, *["-"] * 6, "FAILED"]
-    notes = [*(["SPILLS"] if r.spills else []), *(w[1:6] for w in r.warnings)]
-    return [*start, r.registers, r.stack, f"{r.spill_stores}/{r.spill_loads}", r.smem, r.wgmma, r.mma, " ".join(notes)]
+    if x is None:
+        return [*start, *["-"] * 7, "FAILED"]
+    counts = [x.registers, x.stack, f"{x.spill_stores}/{x.spill_loads}", r.smem, x.wgmma, x.mma, x.mfma]
+    return [*start, *counts, " ".join(_notes(r, x))]
+
+
+def _notes(r: Report, x: Listing) -> list[str]:
+    failed = [*(["FAILED"] if r.error else []), *(["SPILLS"] if x.spills else [])]
+    return [*failed, *(w[1:6] for w in _warnings(r)), *([f"sgpr {x.scalar_spills}"] if x.scalar_spills else [])]
+
+
+def _warnings(r: Report) -> tuple[str, ...]:
+    return (r.listing and r.listing.warnings) or ()
 
 
 def _record(r: Report) -> dict[str, Any]:
+    """Null: not known, or nothing was compiled."""
     t = r.job.tile
     tile = {"bm": t.bm, "bn": t.bn, "warps": t.warps, "stages": t.stages}
-    names = ("registers", "stack", "spill_stores", "spill_loads", "smem", "wgmma", "mma", "warnings", "error")
-    measured = {name: getattr(r, name) for name in names}
-    estimated = {"smem": t.smem, "registers": t.registers}
     return {
         "kernel": r.job.kernel.name,
         "arch": r.job.arch,
         "dtype": r.job.dtype,
         **tile,
-        **measured,
-        "estimated": estimated,
+        **{field.name: getattr(r.listing, field.name, None) for field in fields(Listing)},
+        "smem": r.smem,
+        "error": r.error,
+        "estimated": {"smem": t.smem, "registers": t.registers},
     }

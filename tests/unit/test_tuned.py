@@ -365,6 +365,19 @@ def test_clear_removes_measurements_and_nothing_else(folder):
     assert list(folder.iterdir()) == [foreign]
 
 
+def test_what_killed_writers_left_is_swept_once_it_is_old(folder):
+    folder.mkdir()
+    old, young, foreign = (folder / x for x in (f".{FILE}.1.ab.tmp", f".{FILE}.2.cd.tmp", ".their file.tmp"))
+    for path in (old, young, foreign):
+        path.write_text("half")
+    for path in (old, foreign):
+        os.utime(path, (time.time() - 2 * cache.STALE,) * 2)
+    tuned.record(KERNEL, KEY, AT, {"a": 1.0})
+    assert not old.exists()
+    assert young.exists()  # its writer may live
+    assert foreign.exists()
+
+
 ALONE = """
 import sys
 for absent in ("platformdirs", "filelock", "pydantic", "sympy", "jinja2", "typer"):
