@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  b94f4c8cd590
+content  e1f94e9707c6
 runtime  3
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,77 +35,79 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_b94f4c8cd590"
+_SPACE = "nsagen_selected_only_e1f94e9707c6"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
 _CONFIGS = {
     "selected_fwd": Tiles("selected_fwd", "c629450232ab", {
         ("sm_80", 16): (
-            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 2, 36864),
-            Config(16, 32, 2, 3, 53248), Config(16, 32, 2, 1, 20480), Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 2, 20480),
-            Config(16, 16, 1, 1, 12288), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
+            Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 2, 36864), Config(16, 32, 2, 3, 53248), Config(16, 16, 1, 3, 28672),
+            Config(16, 64, 2, 2, 69632), Config(16, 16, 1, 1, 12288), Config(16, 32, 2, 1, 20480), Config(16, 64, 2, 1, 36864),
+            Config(16, 64, 2, 3, 102400), Config(16, 16, 2, 3, 28672), Config(16, 16, 2, 2, 20480), Config(16, 16, 2, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 73728), Config(16, 32, 1, 3, 106496), Config(16, 32, 2, 1, 40960),
-            Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 40960),
-            Config(16, 16, 1, 3, 57344), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 16, 2, 1, 24576),
+            Config(16, 32, 2, 1, 40960), Config(16, 32, 1, 1, 40960), Config(16, 32, 2, 2, 73728), Config(16, 16, 1, 1, 24576),
+            Config(16, 32, 1, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
+            Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 3, 53248),
-            Config(16, 32, 2, 2, 36864), Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 1, 20480), Config(16, 16, 1, 3, 28672),
-            Config(16, 16, 1, 1, 12288), Config(16, 64, 4, 2, 69632), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 3, 53248),
+            Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 3, 53248), Config(16, 32, 2, 2, 36864),
+            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 16, 1, 1, 12288), Config(16, 32, 2, 1, 20480),
+            Config(16, 64, 2, 1, 36864), Config(16, 16, 2, 3, 28672), Config(16, 16, 2, 2, 20480), Config(16, 16, 2, 1, 12288),
         ),
         ("sm_90", 32): (
-            Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 73728), Config(16, 32, 1, 3, 106496), Config(16, 32, 2, 1, 40960),
-            Config(16, 16, 1, 1, 24576), Config(16, 32, 2, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 2, 40960),
-            Config(16, 16, 1, 3, 57344), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496),
+            Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 73728), Config(16, 32, 1, 1, 40960), Config(16, 32, 2, 3, 106496),
+            Config(16, 16, 1, 1, 24576), Config(16, 32, 1, 2, 73728), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
+            Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
         ),
     }),
     "selected_dq": Tiles("selected_dq", "934fb2d35576", {
         ("sm_80", 16): (
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 2, 40960),
-            Config(16, 32, 2, 3, 57344), Config(16, 32, 2, 1, 24576), Config(16, 16, 1, 3, 32768), Config(16, 16, 1, 2, 24576),
-            Config(16, 16, 1, 1, 16384), Config(16, 64, 4, 2, 73728), Config(16, 32, 4, 3, 57344), Config(16, 32, 4, 2, 40960),
+            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 2, 24576), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 3, 57344),
+            Config(16, 64, 2, 2, 73728), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576), Config(16, 64, 2, 1, 40960),
+            Config(16, 64, 2, 3, 106496), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 32, 2, 1, 49152),
-            Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920), Config(16, 16, 2, 1, 32768),
+            Config(16, 32, 2, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920),
+            Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
+            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 3, 57344),
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 1, 24576), Config(16, 16, 1, 3, 32768),
-            Config(16, 16, 1, 1, 16384), Config(16, 64, 4, 2, 73728), Config(16, 64, 4, 3, 106496), Config(16, 32, 4, 3, 57344),
+            Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 3, 57344), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 2, 40960),
+            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576),
+            Config(16, 64, 2, 1, 40960), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
         ),
         ("sm_90", 32): (
-            Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 32, 2, 1, 49152),
-            Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 32, 4, 1, 49152), Config(16, 32, 4, 2, 81920), Config(16, 32, 4, 3, 114688),
+            Config(16, 32, 2, 1, 49152), Config(16, 32, 1, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688),
+            Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
+            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
         ),
     }),
     "selected_dkv": Tiles("selected_dkv", "38cb06107315", {
         ("sm_80", 16): (
-            Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 3, 86016),
-            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 64, 8, 2, 106496), Config(32, 32, 4, 3, 67584),
-            Config(32, 64, 8, 3, 86016), Config(16, 64, 4, 1, 43008), Config(32, 32, 4, 2, 51200), Config(32, 64, 8, 2, 69632),
+            Config(32, 64, 4, 2, 69632), Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
+            Config(64, 64, 8, 3, 139264), Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 2, 106496), Config(32, 32, 4, 3, 67584),
+            Config(32, 64, 8, 3, 86016), Config(64, 32, 4, 3, 118784), Config(32, 32, 4, 2, 51200), Config(32, 64, 8, 2, 69632),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 64, 8, 1, 86016), Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784), Config(16, 32, 4, 3, 83968), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
-            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792), Config(16, 16, 4, 2, 50176),
+            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 2, 83968), Config(32, 16, 4, 3, 116736),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
             Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496),
-            Config(128, 64, 8, 2, 180224), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016), Config(16, 64, 4, 1, 43008),
+            Config(64, 64, 8, 3, 139264), Config(32, 64, 4, 1, 53248), Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496),
+            Config(128, 64, 8, 2, 180224), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016), Config(64, 32, 4, 3, 118784),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_90", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
-            Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792),
+            Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
+            Config(16, 16, 4, 1, 33792),
         ),
     }),
     "selected_sum": Tiles("selected_sum", "5efc185d43d6", {

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  3ce234945b24
+content  c6075dec7d29
 runtime  3
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -51,16 +51,16 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_3ce234945b24"
+_SPACE = "nsagen_tiny_c6075dec7d29"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
 _CONFIGS = {
     "compressed_fwd": Tiles("compressed_fwd", "ef01aa4bfe73", {
         ("sm_80", 16): (
-            Config(64, 64, 4, 3, 22528), Config(128, 64, 4, 3, 26624), Config(128, 64, 8, 3, 26624), Config(64, 128, 4, 3, 40960),
-            Config(128, 128, 8, 3, 45056), Config(64, 64, 4, 2, 16384), Config(128, 64, 4, 2, 20480), Config(128, 64, 8, 2, 20480),
-            Config(64, 128, 4, 2, 28672), Config(128, 128, 8, 2, 32768), Config(64, 32, 4, 3, 13312), Config(128, 32, 4, 3, 17408),
+            Config(64, 64, 4, 3, 22528), Config(128, 64, 4, 3, 26624), Config(64, 128, 4, 3, 40960), Config(64, 64, 4, 2, 16384),
+            Config(128, 64, 4, 2, 20480), Config(128, 64, 8, 3, 26624), Config(64, 128, 4, 2, 28672), Config(128, 128, 8, 3, 45056),
+            Config(128, 64, 8, 2, 20480), Config(128, 128, 8, 2, 32768), Config(64, 32, 4, 3, 13312), Config(128, 32, 4, 3, 17408),
             Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
@@ -72,9 +72,9 @@ _CONFIGS = {
     }),
     "compressed_dq": Tiles("compressed_dq", "290d0df4a029", {
         ("sm_80", 16): (
-            Config(64, 64, 4, 3, 24576), Config(128, 64, 4, 3, 30720), Config(128, 64, 8, 3, 30720), Config(64, 128, 4, 3, 43008),
-            Config(128, 128, 8, 3, 49152), Config(64, 64, 4, 2, 18432), Config(128, 64, 4, 2, 24576), Config(128, 64, 8, 2, 24576),
-            Config(64, 128, 4, 2, 30720), Config(128, 128, 8, 2, 36864), Config(64, 32, 4, 3, 15360), Config(128, 32, 4, 3, 21504),
+            Config(64, 64, 4, 3, 24576), Config(128, 64, 4, 3, 30720), Config(64, 128, 4, 3, 43008), Config(64, 64, 4, 2, 18432),
+            Config(128, 64, 4, 2, 24576), Config(128, 64, 8, 3, 30720), Config(64, 128, 4, 2, 30720), Config(128, 128, 8, 3, 49152),
+            Config(128, 64, 8, 2, 24576), Config(128, 128, 8, 2, 36864), Config(64, 32, 4, 3, 15360), Config(128, 32, 4, 3, 21504),
             Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
@@ -108,9 +108,9 @@ _CONFIGS = {
     }),
     "select_scores": Tiles("select_scores", "3dd800756724", {
         ("sm_80", 16): (
-            Config(64, 64, 4, 3, 16384), Config(128, 64, 4, 3, 20480), Config(128, 64, 8, 3, 20480), Config(64, 128, 4, 3, 28672),
-            Config(128, 128, 8, 3, 32768), Config(64, 64, 4, 2, 12288), Config(128, 64, 4, 2, 16384), Config(128, 64, 8, 2, 16384),
-            Config(64, 128, 4, 2, 20480), Config(128, 128, 8, 2, 24576), Config(64, 32, 4, 3, 10240), Config(128, 32, 4, 3, 14336),
+            Config(64, 64, 4, 2, 12288), Config(128, 64, 4, 2, 16384), Config(64, 64, 4, 3, 16384), Config(128, 64, 4, 3, 20480),
+            Config(64, 128, 4, 2, 20480), Config(64, 128, 4, 3, 28672), Config(128, 64, 8, 2, 16384), Config(128, 64, 8, 3, 20480),
+            Config(128, 128, 8, 2, 24576), Config(128, 128, 8, 3, 32768), Config(64, 32, 4, 2, 8192), Config(128, 32, 4, 2, 12288),
             Config(16, 16, 4, 1, 2048),
         ),
         ("sm_80", 32): (
@@ -131,32 +131,32 @@ _CONFIGS = {
     "selected_fwd": Tiles("selected_fwd", "d87c0588d6ff", {
         ("sm_80", 16): (
             Config(16, 16, 1, 2, 4096), Config(16, 16, 1, 3, 5632), Config(16, 16, 1, 1, 2560), Config(16, 16, 2, 2, 4096),
-            Config(16, 16, 4, 2, 4096), Config(16, 16, 2, 3, 5632), Config(16, 16, 4, 3, 5632), Config(16, 16, 2, 1, 2560),
+            Config(16, 16, 2, 3, 5632), Config(16, 16, 2, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
             Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
             Config(16, 16, 1, 1, 5120), Config(16, 16, 1, 2, 8192), Config(16, 16, 1, 3, 11264), Config(16, 16, 2, 1, 5120),
-            Config(16, 16, 4, 1, 5120), Config(16, 16, 2, 2, 8192), Config(16, 16, 4, 2, 8192), Config(16, 16, 2, 3, 11264),
+            Config(16, 16, 2, 2, 8192), Config(16, 16, 2, 3, 11264), Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192),
             Config(16, 16, 4, 3, 11264),
         ),
     }),
     "selected_dq": Tiles("selected_dq", "58e1294736eb", {
         ("sm_80", 16): (
             Config(16, 16, 1, 2, 4608), Config(16, 16, 1, 3, 6144), Config(16, 16, 1, 1, 3072), Config(16, 16, 2, 2, 4608),
-            Config(16, 16, 4, 2, 4608), Config(16, 16, 2, 3, 6144), Config(16, 16, 4, 3, 6144), Config(16, 16, 2, 1, 3072),
+            Config(16, 16, 2, 3, 6144), Config(16, 16, 2, 1, 3072), Config(16, 16, 4, 2, 4608), Config(16, 16, 4, 3, 6144),
             Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
             Config(16, 16, 1, 1, 6144), Config(16, 16, 1, 2, 9216), Config(16, 16, 1, 3, 12288), Config(16, 16, 2, 1, 6144),
-            Config(16, 16, 4, 1, 6144), Config(16, 16, 2, 2, 9216), Config(16, 16, 4, 2, 9216), Config(16, 16, 2, 3, 12288),
+            Config(16, 16, 2, 2, 9216), Config(16, 16, 2, 3, 12288), Config(16, 16, 4, 1, 6144), Config(16, 16, 4, 2, 9216),
             Config(16, 16, 4, 3, 12288),
         ),
     }),
     "selected_dkv": Tiles("selected_dkv", "f1c1b351872e", {
         ("sm_80", 16): (
-            Config(32, 16, 4, 2, 8704), Config(16, 16, 4, 2, 5120), Config(16, 16, 4, 3, 6656), Config(32, 16, 4, 3, 11776),
-            Config(64, 16, 4, 2, 15872), Config(32, 16, 4, 1, 5632), Config(64, 16, 4, 3, 22016), Config(64, 16, 4, 1, 9728),
-            Config(16, 16, 4, 1, 3584), Config(128, 16, 4, 2, 30208), Config(128, 16, 4, 1, 17920), Config(32, 16, 8, 2, 8704),
+            Config(32, 16, 4, 2, 8704), Config(64, 16, 4, 2, 15872), Config(32, 16, 4, 3, 11776), Config(16, 16, 4, 2, 5120),
+            Config(16, 16, 4, 3, 6656), Config(64, 16, 4, 3, 22016), Config(64, 16, 4, 1, 9728), Config(32, 16, 4, 1, 5632),
+            Config(128, 16, 4, 2, 30208), Config(16, 16, 4, 1, 3584), Config(128, 16, 4, 1, 17920), Config(128, 16, 4, 3, 42496),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 11264), Config(32, 16, 4, 2, 17408), Config(32, 16, 4, 3, 23552), Config(16, 16, 4, 1, 7168),
@@ -174,9 +174,9 @@ _CONFIGS = {
     }),
     "window_fwd": Tiles("window_fwd", "18654d59fe60", {
         ("sm_80", 16): (
-            Config(64, 16, 4, 1, 5632), Config(128, 16, 4, 1, 9728), Config(128, 16, 8, 1, 9728), Config(64, 16, 4, 2, 7168),
-            Config(128, 16, 4, 2, 11264), Config(128, 16, 8, 2, 11264), Config(64, 16, 4, 3, 8704), Config(128, 16, 4, 3, 12800),
-            Config(128, 16, 8, 3, 12800), Config(64, 32, 4, 1, 7168), Config(128, 32, 4, 1, 11264), Config(128, 32, 8, 1, 11264),
+            Config(64, 16, 4, 1, 5632), Config(128, 16, 4, 1, 9728), Config(64, 16, 4, 2, 7168), Config(128, 16, 4, 2, 11264),
+            Config(128, 16, 8, 1, 9728), Config(128, 16, 8, 2, 11264), Config(64, 16, 4, 3, 8704), Config(128, 16, 4, 3, 12800),
+            Config(128, 16, 8, 3, 12800), Config(64, 32, 4, 1, 7168), Config(128, 32, 4, 1, 11264), Config(64, 32, 4, 2, 10240),
             Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
@@ -187,9 +187,9 @@ _CONFIGS = {
     }),
     "window_dq": Tiles("window_dq", "50e46c570cfe", {
         ("sm_80", 16): (
-            Config(64, 16, 4, 1, 7680), Config(128, 16, 4, 1, 13824), Config(128, 16, 8, 1, 13824), Config(64, 16, 4, 2, 9216),
-            Config(128, 16, 4, 2, 15360), Config(128, 16, 8, 2, 15360), Config(64, 16, 4, 3, 10752), Config(128, 16, 4, 3, 16896),
-            Config(128, 16, 8, 3, 16896), Config(64, 32, 4, 1, 9216), Config(128, 32, 4, 1, 15360), Config(128, 32, 8, 1, 15360),
+            Config(64, 16, 4, 1, 7680), Config(128, 16, 4, 1, 13824), Config(64, 16, 4, 2, 9216), Config(128, 16, 4, 2, 15360),
+            Config(128, 16, 8, 1, 13824), Config(128, 16, 8, 2, 15360), Config(64, 16, 4, 3, 10752), Config(128, 16, 4, 3, 16896),
+            Config(128, 16, 8, 3, 16896), Config(64, 32, 4, 1, 9216), Config(128, 32, 4, 1, 15360), Config(64, 32, 4, 2, 12288),
             Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
@@ -200,9 +200,9 @@ _CONFIGS = {
     }),
     "window_dkv": Tiles("window_dkv", "75b60b962b62", {
         ("sm_80", 16): (
-            Config(16, 64, 4, 2, 11264), Config(16, 64, 4, 3, 12800), Config(32, 64, 4, 2, 16384), Config(64, 64, 4, 2, 26624),
-            Config(32, 64, 4, 3, 19456), Config(64, 64, 4, 3, 32768), Config(64, 64, 4, 1, 20480), Config(16, 32, 4, 2, 7168),
-            Config(32, 64, 4, 1, 13312), Config(16, 32, 4, 3, 8704), Config(16, 64, 4, 1, 9728), Config(64, 128, 4, 2, 40960),
+            Config(64, 64, 4, 2, 26624), Config(32, 64, 4, 2, 16384), Config(32, 64, 4, 3, 19456), Config(16, 64, 4, 2, 11264),
+            Config(16, 64, 4, 3, 12800), Config(64, 64, 4, 3, 32768), Config(64, 64, 4, 1, 20480), Config(32, 64, 4, 1, 13312),
+            Config(64, 128, 4, 2, 40960), Config(64, 128, 8, 2, 40960), Config(128, 64, 4, 2, 47104), Config(64, 128, 4, 3, 47104),
             Config(16, 16, 4, 1, 3584),
         ),
         ("sm_80", 32): (

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  784e6b5ffca0
+content  c71d48f521ec
 runtime  3
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -34,27 +34,28 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_784e6b5ffca0"
+_SPACE = "nsagen_window_only_c71d48f521ec"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
 _CONFIGS = {
     "window_fwd": Tiles("window_fwd", "82c33ea3e0e3", {
         ("sm_80", 16): (
-            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
-            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(128, 64, 8, 3, 131072),
+            Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
+            Config(128, 32, 4, 3, 81920), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536), Config(128, 32, 8, 3, 81920),
+            Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(64, 16, 4, 2, 32768),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
             Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
-            Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688), Config(16, 16, 4, 1, 24576),
+            Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688), Config(16, 32, 4, 3, 106496),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
-            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(128, 32, 8, 3, 81920), Config(64, 32, 4, 2, 49152),
-            Config(128, 32, 4, 2, 65536), Config(128, 32, 8, 2, 65536), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 2, 98304),
-            Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344), Config(128, 16, 8, 3, 57344), Config(64, 64, 4, 3, 114688),
+            Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
+            Config(128, 32, 4, 3, 81920), Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536),
+            Config(128, 32, 8, 3, 81920), Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_90", 32): (
@@ -66,20 +67,21 @@ _CONFIGS = {
     }),
     "window_dq": Tiles("window_dq", "e5fb13689d93", {
         ("sm_80", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536), Config(128, 32, 8, 2, 98304),
-            Config(128, 64, 8, 2, 131072), Config(64, 16, 4, 3, 57344), Config(128, 16, 8, 3, 90112), Config(128, 64, 8, 3, 163840),
-            Config(64, 16, 4, 2, 49152), Config(128, 16, 4, 2, 81920), Config(128, 16, 8, 2, 81920), Config(128, 32, 4, 3, 114688),
+            Config(64, 32, 4, 2, 65536), Config(64, 32, 4, 3, 81920), Config(128, 64, 8, 2, 131072), Config(128, 32, 8, 2, 98304),
+            Config(128, 32, 8, 3, 114688), Config(128, 64, 8, 3, 163840), Config(64, 16, 4, 3, 57344), Config(64, 16, 4, 2, 49152),
+            Config(128, 16, 4, 2, 81920), Config(64, 64, 4, 2, 98304), Config(128, 32, 4, 3, 114688), Config(128, 32, 4, 2, 98304),
             Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
             Config(32, 16, 4, 1, 49152), Config(32, 16, 4, 2, 65536), Config(32, 16, 4, 3, 81920), Config(64, 16, 8, 1, 81920),
             Config(64, 16, 8, 2, 98304), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 49152), Config(32, 32, 8, 1, 65536),
-            Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072), Config(16, 16, 4, 1, 32768),
+            Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072), Config(16, 32, 4, 3, 114688),
+            Config(16, 16, 4, 1, 32768),
         ),
         ("sm_90", 16): (
-            Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 3, 114688), Config(128, 32, 8, 3, 114688), Config(64, 32, 4, 2, 65536),
-            Config(128, 32, 4, 2, 98304), Config(128, 32, 8, 2, 98304), Config(64, 64, 4, 2, 98304), Config(128, 64, 8, 2, 131072),
-            Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(128, 16, 8, 3, 90112), Config(128, 64, 8, 3, 163840),
+            Config(64, 64, 4, 2, 98304), Config(64, 32, 4, 2, 65536), Config(64, 32, 4, 3, 81920), Config(128, 32, 4, 2, 98304),
+            Config(128, 32, 4, 3, 114688), Config(128, 64, 8, 2, 131072), Config(128, 32, 8, 2, 98304), Config(128, 32, 8, 3, 114688),
+            Config(128, 64, 8, 3, 163840), Config(64, 16, 4, 3, 57344), Config(128, 16, 4, 3, 90112), Config(64, 16, 4, 2, 49152),
             Config(16, 16, 4, 1, 16384),
         ),
         ("sm_90", 32): (
@@ -92,25 +94,27 @@ _CONFIGS = {
     "window_dkv": Tiles("window_dkv", "a14ada19bc8a", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
-            Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 3, 86016), Config(16, 128, 8, 3, 94208),
-            Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264),
+            Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200), Config(16, 128, 8, 3, 94208),
+            Config(64, 128, 8, 1, 114688), Config(16, 128, 8, 2, 86016), Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 64, 8, 1, 86016), Config(16, 64, 8, 2, 102400),
             Config(16, 64, 8, 3, 118784), Config(16, 32, 4, 3, 83968), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
-            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792), Config(16, 16, 4, 2, 50176),
+            Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 2, 83968), Config(32, 16, 4, 3, 116736),
+            Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
-            Config(64, 128, 8, 3, 180224), Config(32, 64, 4, 3, 86016), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632),
+            Config(64, 128, 8, 3, 180224), Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632),
             Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(16, 128, 8, 3, 94208), Config(16, 128, 8, 2, 86016), Config(64, 128, 8, 1, 114688), Config(32, 64, 4, 1, 53248),
+            Config(16, 128, 8, 3, 94208), Config(64, 128, 8, 1, 114688), Config(16, 128, 8, 2, 86016), Config(32, 64, 4, 1, 53248),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_90", 32): (
             Config(16, 32, 4, 1, 51200), Config(16, 32, 4, 2, 67584), Config(16, 32, 4, 3, 83968), Config(16, 64, 8, 1, 86016),
             Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
-            Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(16, 16, 4, 1, 33792),
+            Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
+            Config(16, 16, 4, 1, 33792),
         ),
     }),
     "row_delta": Tiles("row_delta", "0dc458fc13b6", {

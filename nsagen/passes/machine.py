@@ -21,24 +21,28 @@ class Arch:
         """Fraction of the peak rate that a tile reaches; constants fitted on an H200 (docs/performance.md).
 
         rows: a warpgroup wants 64 rows of its own (16 a warp without wgmma). reuse: a short walked tile pays for its
-        loads. overlap: stages hide them, but every loop drains its pipeline once a segment.
+        loads; not where a query walks alone, whose rows never fill a warpgroup. together: two warpgroups wait for each
+        other over a query tile. overlap: stages hide loads, but every loop drains its pipeline once a segment.
         """
         wide, narrow = (bn, bm) if body.endswith("dkv") else (bm, bn)
         rows = min(1.0, wide / (16 * warps))
-        if warps < 4:  # one query's heads: warps share out the keys, 32 each
-            rows = min(1.0, wide * narrow / (512 * warps))
+        alone = warps < 4  # one query's heads: warps share out the keys, 16 each
+        if alone:
+            rows = min(1.0, wide * narrow / (256 * warps))
         if bits == 32:  # full float32 has no tensor cores: only the rows count
             return 0.03 * rows * narrow / (narrow + 16)
-        reuse = min(narrow, 64) / (min(narrow, 64) + 10)
-        hidden = {1: 0.6, 2: 0.93, 3: 1.0}[stages]
-        return rows * reuse * hidden * trips / (trips + 1.5 * stages)
+        reuse = 1.0 if alone else min(narrow, 64) / (min(narrow, 64) + 18)
+        together = 0.92 if warps > 4 and not body.endswith("dkv") else 1.0
+        one_product = body in ("score_lse", "select_scores")
+        hidden = {1: 0.6, 2: 1.0 if one_product else 0.93, 3: 1.0}[stages]
+        return rows * reuse * together * hidden * trips / (trips + 1.5 * stages)
 
     def filled(self, smem: int, warps: int) -> float:
         """What is left of the speed where shared memory lets too few warps share a multiprocessor.
 
         Measured on an H200 for dq at 64 × 64 (docs/performance.md): four warps reach three quarters of eight's speed.
         """
-        return 1.0 if self.sm // (smem + 1024) * warps >= 8 else 0.75
+        return min(1.0, 0.5 + self.sm // (smem + 1024) * warps / 14)
 
 
 ARCHES = (

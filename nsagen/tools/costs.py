@@ -25,6 +25,7 @@ class Machine:
     bandwidth: float  # bytes a second, a device copy
 
 
+MOST_SPLITS = 16  # as the runtime's launch has it, which needs torch
 H200 = Machine("H200", 700e12, 4.3e12)
 
 
@@ -121,12 +122,13 @@ def work_of(launch: Launch, plan: Plan, tokens: int) -> Work:
 
 
 def _size(buffer: Buffer, tokens: int, plan: Plan) -> int:
-    """Bytes. A workspace that is filled in chunks counts as if whole; one of items as if each block had one."""
+    """Bytes. A workspace that is filled in chunks counts as if whole; one of items as if each block had one, one of
+    splits as if there were as many as can be."""
     sizes = [w.listed.size for k in plan.kernels for w in k.walks if w.listed]
     items = plan.heads.kv * -(-tokens // min(sizes, default=1))
     size = BYTES[buffer.dtype]
     for extent in buffer.shape:
-        size *= evaluate(extent, {"T": tokens, "B": 1, "chunk": tokens, "items": items})
+        size *= evaluate(extent, {"T": tokens, "B": 1, "chunk": tokens, "items": items, "splits": MOST_SPLITS})
     return size
 
 
