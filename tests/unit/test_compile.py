@@ -35,7 +35,7 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables)
 
 
-@pytest.mark.parametrize("spec", ["window_only", "selected_only"])
+@pytest.mark.parametrize("spec", ["window_only", "nsa_compressed_window"])
 def test_first_choices_do_not_spill(spec, tmp_path):
     """In bf16 on sm_90."""
     done = compiling("-m", "nsagen", "compile", spec, "--json", str(tmp_path / "found.json"))
