@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from harness import check
 
 import nsagen
+from nsagen.errors import InputError
 
 SELECTED = {"block": 6, "top_n": 3, "initial": 1, "local": 1, "from": "pooled"}
 ALONE = {
@@ -53,3 +55,30 @@ def test_no_gradient_flows_through_the_choice(device: str) -> None:
     assert not lse.requires_grad
     assert not module.select_blocks(q, keys, lse).requires_grad
     assert module.attention(q, k, v).requires_grad
+
+
+def test_the_torch_path_chooses_the_same_blocks(device: str) -> None:
+    """float64 goes without kernels; pooled keys, lse and lists are those of float32's kernels."""
+    module = nsagen.load(ALONE)
+    q, k = (torch.randn(1, 50, heads, 24, device=device) for heads in (6, 2))
+    cu = torch.tensor([0, 3, 29, 50], dtype=torch.int32, device=device)
+    keys, exact = (module.pool_keys(x, cu_seqlens=cu) for x in (k, k.double()))
+    lse, exact_lse = (module.score_lse(a, b, cu_seqlens=cu) for a, b in ((q, keys), (q.double(), exact)))
+    assert exact_lse.dtype == torch.float64
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    assert torch.equal(
+        module.select_blocks(q, keys, lse, cu_seqlens=cu),
+        module.select_blocks(q.double(), exact, exact_lse, cu_seqlens=cu),
+    )
+
+
+def test_wrong_arguments_are_named(device: str) -> None:
+    module = nsagen.load(ALONE)
+    q, k = (torch.randn(1, 50, heads, 24, device=device) for heads in (6, 2))
+    with pytest.raises(InputError, match=r"pool_keys: k must be \[B, T, 2, 24\], got \[1, 50, 6, 24\]"):
+        module.pool_keys(q)
+    with pytest.raises(InputError, match=r"score_lse: k_cmp must have 8 rows, .*T = 50, l = 6, d = 6, got 50"):
+        module.score_lse(q, k)
+    keys = module.pool_keys(k)
+    with pytest.raises(InputError, match=r"select_blocks: lse must be \[1, 50, 6\]"):
+        module.select_blocks(q, keys, torch.zeros(1, 50, 2, device=device))
