@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiles import load, operation
+from operation import load, operation
 from triton import knobs
 
 

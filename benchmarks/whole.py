@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import triton
-from tiles import inputs, load, operation
+from operation import inputs, load, operation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench

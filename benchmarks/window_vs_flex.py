@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 import triton
-from tiles import inputs, load
+from operation import inputs, load
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
