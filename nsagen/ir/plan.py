@@ -163,6 +163,7 @@ class Kernel:
     accesses: tuple[Access, ...] = ()
     facts: tuple[str, ...] = ()  # names from FACTS below
     select: Select | None = None  # what a selection kernel computes
+    cached: bool = False  # queries continue sequences whose keys lie in a cache, perhaps in pages
 
 
 FACTS = {
@@ -196,7 +197,7 @@ class Op:
     """A custom op: allocates its outputs, runs its launches in order."""
 
     name: str
-    doc: Literal["part", "part_grad", "whole", "whole_grad"]
+    doc: Literal["part", "part_grad", "whole", "whole_grad", "serve"]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     launches: tuple[Launch, ...]

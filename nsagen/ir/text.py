@@ -102,7 +102,8 @@ def _kernel(kernel: Kernel) -> list[str]:
     grid = kernel.grid
     order = grid.order + (", split" if grid.split else "")
     rows = "rows" if grid.axis is None else f"{grid.axis.name} tiles, KV heads, batch, {order}"
-    lines = [f"kernel {kernel.name:24} template {kernel.body}", f"  grid     {grid.step} per program: {rows}"]
+    cached = ", keys in a cache" if kernel.cached else ""
+    lines = [f"kernel {kernel.name:24} template {kernel.body}{cached}", f"  grid     {grid.step} per program: {rows}"]
     lines += [f"  strategy {c.what:18} because {c.because}" for c in kernel.choices]
     lines += [
         f"  operand  {o.name} ({o.role}, {o.rows} rows, {o.mode}{', optional' if o.optional else ''})"

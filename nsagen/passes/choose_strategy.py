@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from nsagen.errors import Refused
 from nsagen.ir.graph import TOKEN_AXIS, Attend, Combine, CombineGrad, Graph, LogSumExp, Select, Source, ended_blocks
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
-from nsagen.passes.operators import buffers, operators, suffixes
+from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
 
 PACK = Choice(
     "head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head"
@@ -67,7 +67,14 @@ class ChooseStrategy:
                 kernels += _selection(node)
             elif isinstance(node, (Combine, CombineGrad)):
                 kernels += _combination(node)
+        kernels += [_cached(k) for k in kernels if k.name in {x.kernel for x in serving_sources(graph)}]
         return Plan(graph.name, graph.heads, buffers(graph), operators(graph), tuple(_unique(kernels)))
+
+
+def _cached(kernel: Kernel) -> Kernel:
+    """The kernel over keys in a cache: nothing is kept for a backward."""
+    operands = tuple(o for o in kernel.operands if o.role != "rest")
+    return replace(kernel, name=cached_name(kernel.name), operands=operands, cached=True)
 
 
 def _unique(kernels: list[Kernel]) -> list[Kernel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from nsagen.ir.graph import (
@@ -40,7 +41,7 @@ def operators(graph: Graph) -> tuple[Op, ...]:
     combine_grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
     if combine:
         ops += [_whole(graph, attends, combine), _whole_grad(graph, attends, grads, combine, combine_grad)]
-    return tuple(ops)
+    return (*ops, _serving(graph, attends, combine))
 
 
 def suffixes(sources: tuple[Source, ...]) -> tuple[str, ...]:
@@ -144,6 +145,40 @@ def _whole_inputs(graph: Graph, attends: list[Attend], combine: Combine) -> tupl
     return ("q", *keys, combine.gates, *(x for x in lists if x in ahead))
 
 
+def serving_sources(graph: Graph) -> list[Launch]:
+    """The forward's launches whose keys lie in a cache when serving, in order; selections run among them."""
+    launches: list[Launch] = []
+    for node in graph.nodes:
+        if isinstance(node, Attend):
+            forward = _forward(node)
+            launches.append(replace(forward, binds=tuple(b for b in forward.binds if b[0] != "rest")))
+        elif isinstance(node, LogSumExp):
+            launches += _normaliser_op(node).launches
+        elif isinstance(node, Select):
+            launches += _select(node)
+    return launches
+
+
+def cached_name(kernel: str) -> str:
+    return kernel.removesuffix("_fwd") + "_cached"
+
+
+def _serving(graph: Graph, attends: list[Attend], combine: Combine | None) -> Op:
+    """The whole forward over a cache, selections included, with nothing kept."""
+    launches = [replace(x, kernel=cached_name(x.kernel)) for x in serving_sources(graph)]
+    if combine:
+        launches.append(_combination(combine))
+    keys, lists = inputs_of(attends)
+    scored = tuple(n.k for n in graph.nodes if isinstance(n, LogSumExp) and n.k not in keys)
+    gates = (combine.gates,) if combine else ()
+    inputs = ("q", *keys, *scored, *gates, *(x for x in lists if x in graph.inputs))
+    return Op("serve", "serve", inputs, (graph.output,), tuple(launches))
+
+
+def _combination(combine: Combine) -> Launch:
+    return Launch("combine_fwd", (*_terms(combine), ("gates", combine.gates), ("out", combine.out)))
+
+
 def _terms(combine: Combine) -> Binds:
     return tuple((f"term{i}", t) for i, t in enumerate(combine.terms))
 
@@ -156,7 +191,7 @@ def _whole(graph: Graph, attends: list[Attend], combine: Combine) -> Op:
             launches.append(_forward(node))
         elif isinstance(node, Select) and node not in ahead:
             launches += _select(node)
-    launches.append(Launch("combine_fwd", (*_terms(combine), ("gates", combine.gates), ("out", combine.out))))
+    launches.append(_combination(combine))
     outputs = (combine.out, *graph.saved)
     return Op("attention", "whole", _whole_inputs(graph, attends, combine), outputs, tuple(launches))
 

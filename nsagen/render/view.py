@@ -130,6 +130,7 @@ class KernelView:
     gated: bool
     descending: bool
     split: bool  # programs share a key tile's loop
+    cached: bool  # keys lie in a cache
     rows_may_be_empty: bool
     rows: str  # rows of a tile that belong to one query
     live: str  # which rows of a query tile are queries
@@ -147,6 +148,10 @@ class KernelView:
         """The smallest power of two that holds a list."""
         assert self.select is not None
         return 1 << (self.select.count - 1).bit_length()
+
+    def cache_of(self, source: SourceView) -> str:
+        """What a step is told of a source's cache: the table, and rows of a page."""
+        return f"table_ptr, PAGE // {source.stride}, " if self.cached else ""
 
     def guard(self, operand: str) -> str:
         return self.guards[operand]
@@ -179,6 +184,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         gated=any(o.role == "gates" for o in kernel.operands),
         descending=kernel.grid.order == "descending",
         split=kernel.grid.split,
+        cached=kernel.cached,
         rows_may_be_empty="rows_may_be_empty" in kernel.facts,
         rows=_rows(kernel, h),
         live="(t < T)" + _heads_live(kernel, h),

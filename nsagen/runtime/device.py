@@ -41,6 +41,16 @@ def first_tile(start, sequence, STRIDE: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+def cached_row(table_ptr, s, inside, PAGE: tl.constexpr):
+    """Rows, 64-bit, of the keys s of a sequence in a cache: s itself, or through its row of the page table."""
+    if table_ptr is None:
+        return s.to(tl.int64)
+    else:
+        page = tl.load(table_ptr + s // PAGE, mask=inside, other=0)
+        return page.to(tl.int64) * PAGE + s % PAGE
+
+
+@triton.jit
 def load(ptr, mask, GUARD: tl.constexpr):
     """tl.load, with the mask (else 0) only if GUARD: a tile proved to lie inside needs none."""
     if GUARD:
