@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  91d4e196b084
-runtime  3
+content  b2a970a634f7
+runtime  4
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -24,6 +24,11 @@ window_dkv               key_major, because dk and dv of a key tile stay in regi
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
+compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
+selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 """
 
 from typing import Optional
@@ -33,10 +38,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(3, "nsa_paper")
+version.require(4, "nsa_paper")
 
 SPEC = {'name': 'nsa_paper',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 192, 'v_dim': 128},
@@ -51,7 +56,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_paper_91d4e196b084"
+_SPACE = "nsagen_nsa_paper_b2a970a634f7"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -1589,6 +1594,497 @@ def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, term2_ptr, rest0_ptr, lse0_ptr,
     tl.store(shift2_ptr + row, shift, mask=live)
 
 
+@triton.jit
+def compressed_cached_step(
+    m, z, acc0,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.cached_row(table_ptr, s, inside, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    d = tl.arange(128, 192)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [64, BN]
+    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    s = s[None, :]
+    if C0:
+        x = tl.where(16 * s <= t - 31, x, float("-inf"))
+    if EXTENT:
+        x = tl.where(s < n, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * scale)
+    p = tl.exp2(x * scale - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    d = tl.arange(0, 128)[None, :]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
+def compressed_cached(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; one program: BM // 16 queries × the 16 heads of one KV head."""
+    BT: tl.constexpr = BM // 16  # queries of a tile, each with the 16 heads of its group
+    pid = tl.program_id(0)
+    tile = tiles - 1 - pid % tiles
+    h = pid // tiles % 4  # KV head
+    b = (pid // tiles // 4).to(tl.int64)
+    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
+    rows = b * T  # row of that token
+    sequence = b  # whose row of the cache it continues
+    if cu_ptr is not None:
+        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        start = tl.load(cu_ptr + sequence).to(tl.int64)
+        T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
+        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        rows = start
+    t0 = tile * BT
+    if t0 >= T:
+        return
+    first = rows + t0
+    row = tl.arange(0, BM)
+    t = t0 + row // 16
+    head = row % 16
+    live = (t < T)
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
+    past = tl.load(past_ptr + sequence)  # tokens in the cache before these
+    t0 += past
+    t += past
+    T += past
+    if table_ptr is not None:
+        table_ptr += sequence.to(tl.int64) * table_sb
+    t = t[:, None]
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    d = tl.arange(128, 192)[None, :]
+    q1 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    n = max(0, T - 16) // 16  # keys, whole blocks only
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += sequence.to(tl.int64) * k_sb
+        v_base += sequence.to(tl.int64) * v_sb
+    # ended: 16 * s <= t - 31
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    all_hi = min(max(0, t0 - 15) // 16, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    for s0 in range(0, c2, BN):  # mid: no mask
+        m, z, acc0 = compressed_cached_step(
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
+        )
+    for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
+        m, z, acc0 = compressed_cached_step(
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
+        )
+
+    some = z > 0  # a row that sees nothing: output 0, lse −inf
+    z = tl.where(some, z, 1.0)
+    lse = tl.where(some, (m + tl.log2(z)) * 0.6931471805599453, float("-inf"))
+    tl.store(lse_ptr + stat, lse, mask=live)
+    out = (first * 64 + h * 16) * 128
+    out_row = (row // 16 * 64 + head) * 128
+    d = tl.arange(0, 128)[None, :]
+    acc0 = acc0 / z[:, None]
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+
+
+@triton.jit
+def select_scores_cached_step(
+    q0, q1, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
+    s = s0 + tl.arange(0, BN)
+    row = device.cached_row(table_ptr, s, s < n, PAGE)
+    x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
+    d = tl.arange(0, 128)[:, None]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    d = tl.arange(128, 192)[:, None]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [64, BN]
+    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
+    return tl.sum(tl.reshape(p, [BT, 16, BN]), 1)
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
+def select_scores_cached(
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 16 queries × the 16 heads of one KV head.
+
+    scores float32 [B, chunk, 4, blocks] of the queries (packed: rows) [chunk_first, chunk_end); blocks that have not ended
+    hold anything.
+    """
+    v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
+    BT: tl.constexpr = BM // 16  # queries of a tile, each with the 16 heads of its group
+    pid = tl.program_id(0)
+    tile = tiles - 1 - pid % tiles
+    h = pid // tiles % 4  # KV head
+    b = (pid // tiles // 4).to(tl.int64)
+    if cu_ptr is None:
+        tile += chunk_first // BT
+    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
+    rows = b * T  # row of that token
+    sequence = b  # whose row of the cache it continues
+    if cu_ptr is not None:
+        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        start = tl.load(cu_ptr + sequence).to(tl.int64)
+        T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
+        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        rows = start
+    t0 = tile * BT
+    if t0 >= T:
+        return
+    first = rows + t0
+    row = tl.arange(0, BM)
+    t = t0 + row // 16
+    head = row % 16
+    live = (t < T)
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
+    past = tl.load(past_ptr + sequence)  # tokens in the cache before these
+    t0 += past
+    t += past
+    T += past
+    if table_ptr is not None:
+        table_ptr += sequence.to(tl.int64) * table_sb
+    t = t[:, None]
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    d = tl.arange(128, 192)[None, :]
+    q1 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    here = start + t0 - past  # the tile's first row in the chunk's numbering
+    if (here >= chunk_end) | (here + BT <= chunk_first):
+        return
+    lse = tl.load(lse_ptr + stat, mask=live, other=float("-inf")) * 1.4426950408889634
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]  # sees nothing: p = 0
+    n = max(0, T - 16) // 16  # keys, whole blocks only
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += sequence.to(tl.int64) * k_sb
+        v_base += sequence.to(tl.int64) * v_sb
+    of_tile = tl.arange(0, BT)
+    score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
+    stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
+    # ended: 16 * s <= t - 31
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    all_hi = min(max(0, t0 - 15) // 16, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    for s0 in range(0, c3, BN):
+        p = select_scores_cached_step(q0, q1, k_base, k_st, lse, live, s0, n, scale2, table_ptr, PAGE // 16, BT, BN, PRECISION)
+        s = s0 + tl.arange(0, BN)
+        tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows", "score_st"])
+def select_best_cached(
+    scores_ptr, blocks_ptr, past_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, CANDIDATES: tl.constexpr,
+):
+    """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
+
+    Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
+    the query; ties go to the lower block.
+    """
+    pid = tl.program_id(0)
+    h = pid % 4
+    row = pid // 4 % chunk_rows
+    b = (pid // 4 // chunk_rows).to(tl.int64)
+    t = chunk_first + row
+    at = ((b * T + t) * 4 + h) * 16
+    sequence = b
+    if cu_ptr is not None:
+        sequence = device.sequence_of(cu_ptr, t, sequences)
+        t -= tl.load(cu_ptr + sequence)
+        if t >= tl.load(cu_ptr + sequence + 1) - tl.load(cu_ptr + sequence):  # rows of no sequence
+            t = -1
+    if t >= 0:
+        t += tl.load(past_ptr + sequence)
+    ended = max(0, t + 1 - 32 + 16) // 16
+    own = t // 64
+    j = tl.arange(0, CANDIDATES)
+    scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
+    score = tl.zeros([CANDIDATES], dtype=tl.float32)
+    i = j * 4 + -1
+    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    i = j * 4 + 0
+    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    i = j * 4 + 1
+    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    i = j * 4 + 2
+    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    i = j * 4 + 3
+    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    forced = (j < 1) | (j > own - 2)
+    score = tl.where(forced, float("inf"), score)
+    bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
+    least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
+    for bit in range(31):
+        trial = least | (1 << (30 - bit))
+        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
+    above = bits > least
+    equal = bits == least
+    room = 16 - tl.sum(above.to(tl.int32))
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(blocks_ptr + at + place, j, mask=chosen)
+    slot = tl.arange(0, 16)
+    tl.store(blocks_ptr + at + slot, tl.full([16], -1, dtype=tl.int32), mask=(slot >= tl.sum(chosen.to(tl.int32))) & (slot < 16))
+
+
+@triton.jit
+def selected_cached_step(
+    m, z, acc0,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.cached_row(table_ptr, s, inside, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    d = tl.arange(128, 192)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [64, BN]
+    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    s = s[None, :]
+    if C0:
+        x = tl.where(s <= t, x, float("-inf"))
+    if EXTENT:
+        x = tl.where(s < n, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * scale)
+    p = tl.exp2(x * scale - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    d = tl.arange(0, 128)[None, :]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
+def selected_cached(
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; one program: one query × the 16 heads of one KV head."""
+    BT: tl.constexpr = 1  # queries of a tile, each with the 16 heads of its group
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    h = pid // tiles % 4  # KV head
+    b = (pid // tiles // 4).to(tl.int64)
+    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
+    rows = b * T  # row of that token
+    sequence = b  # whose row of the cache it continues
+    if cu_ptr is not None:
+        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        start = tl.load(cu_ptr + sequence).to(tl.int64)
+        T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
+        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        rows = start
+    t0 = tile * BT
+    if t0 >= T:
+        return
+    first = rows + t0
+    row = tl.arange(0, BM)
+    t = t0 + row // BM
+    head = row % BM
+    live = (t < T) & (head < 16)
+    stat = first * 64 + h * 16 + row // BM * 64 + head
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
+    past = tl.load(past_ptr + sequence)  # tokens in the cache before these
+    t0 += past
+    t += past
+    T += past
+    if table_ptr is not None:
+        table_ptr += sequence.to(tl.int64) * table_sb
+    t = t[:, None]
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    d = tl.arange(128, 192)[None, :]
+    q1 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    n = T  # keys
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += sequence.to(tl.int64) * k_sb
+        v_base += sequence.to(tl.int64) * v_sb
+    # causal: s <= t, in the listed blocks
+    listed = (first * 4 + h) * 16
+    entry = tl.arange(0, 16)
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
+    tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
+    for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
+        block = tl.load(blocks_ptr + listed + step // tiles_of_block)
+        s0 = block * 64 + step % tiles_of_block * BN
+        m, z, acc0 = selected_cached_step(
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
+            t, s0, min(n, block * 64 + 64), scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+        )
+
+    some = z > 0  # a row that sees nothing: output 0, lse −inf
+    z = tl.where(some, z, 1.0)
+    lse = tl.where(some, (m + tl.log2(z)) * 0.6931471805599453, float("-inf"))
+    tl.store(lse_ptr + stat, lse, mask=live)
+    out = (first * 64 + h * 16) * 128
+    out_row = (row // BM * 64 + head) * 128
+    d = tl.arange(0, 128)[None, :]
+    acc0 = acc0 / z[:, None]
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+
+
+@triton.jit
+def window_cached_step(
+    m, z, acc0,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.cached_row(table_ptr, s, inside, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    d = tl.arange(128, 192)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [64, BN]
+    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    s = s[None, :]
+    if C0:
+        x = tl.where(s <= t, x, float("-inf"))
+    if C1:
+        x = tl.where(s > t - 512, x, float("-inf"))
+    if EXTENT:
+        x = tl.where(s < n, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * scale)
+    p = tl.exp2(x * scale - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    d = tl.arange(0, 128)[None, :]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
+def window_cached(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; one program: BM // 16 queries × the 16 heads of one KV head."""
+    BT: tl.constexpr = BM // 16  # queries of a tile, each with the 16 heads of its group
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    h = pid // tiles % 4  # KV head
+    b = (pid // tiles // 4).to(tl.int64)
+    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
+    rows = b * T  # row of that token
+    sequence = b  # whose row of the cache it continues
+    if cu_ptr is not None:
+        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        start = tl.load(cu_ptr + sequence).to(tl.int64)
+        T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
+        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        rows = start
+    t0 = tile * BT
+    if t0 >= T:
+        return
+    first = rows + t0
+    row = tl.arange(0, BM)
+    t = t0 + row // 16
+    head = row % 16
+    live = (t < T)
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
+    past = tl.load(past_ptr + sequence)  # tokens in the cache before these
+    t0 += past
+    t += past
+    T += past
+    if table_ptr is not None:
+        table_ptr += sequence.to(tl.int64) * table_sb
+    t = t[:, None]
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    d = tl.arange(128, 192)[None, :]
+    q1 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    n = T  # keys
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += sequence.to(tl.int64) * k_sb
+        v_base += sequence.to(tl.int64) * v_sb
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    all_lo = max(0, BT + t0 - 512)
+    all_hi = min(T, t0 + 1)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    c1 = max(c0, min((BN + all_lo - 1) // BN * BN, c3))
+    c2 = max(all_hi // BN * BN, c1)
+    for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
+        m, z, acc0 = window_cached_step(
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+        )
+    for s0 in range(c1, c2, BN):  # mid: no mask
+        m, z, acc0 = window_cached_step(
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+        )
+    for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
+        m, z, acc0 = window_cached_step(
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+        )
+
+    z = tl.where(live, z, 1.0)
+    lse = (m + tl.log2(z)) * 0.6931471805599453
+    tl.store(lse_ptr + stat, lse, mask=live)
+    out = (first * 64 + h * 16) * 128
+    out_row = (row // 16 * 64 + head) * 128
+    d = tl.arange(0, 128)[None, :]
+    acc0 = acc0 / z[:, None]
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+
+
 # The same domains for the path without kernels.
 
 
@@ -2031,3 +2527,126 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
     )
     k_cmp, v_cmp = phi(k["compressed"] if k_raw is None else k_raw, v["compressed"], cu_seqlens=cu_seqlens)
     return _Ops.attention(q, k_cmp, v_cmp, k["selected"], v["selected"], k["window"], v["window"], gates, cu_seqlens, scale)[0]
+
+
+def _compressed_cached(q, k, v, past, cu_seqlens, scale):
+    """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
+    c = launch.pick(_CONFIGS["compressed_fwd"], q)
+    batch, length = q.shape[:2]
+    out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
+    lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
+    tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
+    compressed_cached[(tiles * 4 * batch,)](
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+    )
+    return out, lse
+
+
+def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
+    """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
+    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    batch, length = q.shape[:2]
+    out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
+    lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
+    tiles = launch.tiles(length, 1, cu_seqlens)
+    selected_cached[(tiles * 4 * batch,)](
+        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+    )
+    return out, lse
+
+
+def _window_cached(q, k, v, past, cu_seqlens, scale):
+    """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
+    c = launch.pick(_CONFIGS["window_fwd"], q)
+    batch, length = q.shape[:2]
+    out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
+    lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
+    tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
+    window_cached[(tiles * 4 * batch,)](
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+    )
+    return out, lse
+
+
+def _select_cached(q, k, lse, past, cu_seqlens, scale):
+    """Block lists int32 [B, m, 4, 16]: the scores of a chunk of queries, then its best blocks."""
+    c = launch.pick(_CONFIGS["select_scores"], q)
+    best = launch.pick(_CONFIGS["select_best"], q)
+    batch, length = q.shape[:2]
+    keys = max(1, past.capacity // 16)
+    blocks = torch.full((batch, length, 4, 16), -1, dtype=torch.int32, device=q.device)
+    chunk = launch.chunk(length, 4 * batch * 4 * keys)
+    scores = launch.empty(q, (batch, min(chunk, length), 4, keys), None, torch.float32)
+    candidates = launch.power_of_two(-(-past.capacity // 64))
+    packed = launch.sequences(cu_seqlens)
+    for first in range(0, length, chunk):
+        end = min(first + chunk, length)
+        tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 16, cu_seqlens)
+        select_scores_cached[(tiles * 4 * batch,)](
+            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+            *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        )
+        select_best_cached[((end - first) * 4 * batch,)](
+            scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
+            num_warps=launch.warps_for(candidates), num_stages=best.stages,
+        )
+    return blocks
+
+
+def _alone(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, cu_seqlens, scale):
+    """The forward of one sequence without kernels, its keys in a row."""
+    out_compressed, lse_compressed, *_ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
+    blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
+    out_selected, lse_selected, *_ = _selected_forward(q, k_selected, v_selected, blocks, cu_seqlens, scale)
+    out_window, lse_window, *_ = _window_forward(q, k_window, v_window, cu_seqlens, scale)
+    out = _combine(out_compressed, out_selected, out_window, gates)
+    return out
+
+
+def _serve(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, past, cu_seqlens, scale):
+    """out [B, m, 64, 128] of queries that continue the cached sequences."""
+    if not launch.use_kernels(q):
+        stores = ((k_cmp, 16), (v_cmp, 16), (k_selected, 1), (v_selected, 1), (k_window, 1), (v_window, 1),)
+        return kv_cache.by_sequence(_alone, q, stores, (gates,), past, cu_seqlens, scale)
+    out_compressed, lse_compressed = _compressed_cached(q, k_cmp, v_cmp, past, cu_seqlens, scale)
+    blocks = _select_cached(q, k_cmp, lse_compressed, past, cu_seqlens, scale)
+    out_selected, lse_selected = _selected_cached(q, k_selected, v_selected, blocks, past, cu_seqlens, scale)
+    out_window, lse_window = _window_cached(q, k_window, v_window, past, cu_seqlens, scale)
+    out = _combine(out_compressed, out_selected, out_window, gates)
+    return out
+
+
+class KVCache(kv_cache.KVCache):
+    """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
+
+    lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    """
+
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+
+
+@torch.no_grad()
+def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, blocks=None, scale=None):
+    """Append k, v to the cache and attend to all of it -> out [B, m, 64, 128]. No gradient.
+
+    Arguments as `attention` takes them, for the new tokens alone: m of every sequence, or with cu_seqlens (int32 [batch + 1])
+    any number of each, packed. The same numbers as `attention` over the whole sequences; so chunks, and after a prefix.
+    """
+    q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
+    checks.cache(_LAYOUT, cache, KVCache)
+    past = cache.append(k, v, phi, cu_seqlens)
+    return _serve(q, cache["k_cmp"], cache["v_cmp"], cache["k_selected"], cache["v_selected"], cache["k_window"], cache["v_window"], gates, past, cu_seqlens, scale)
+
+
+def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None):
+    """One step of every sequence: up to 8 new tokens each, causal among them -> out [B, m, 64, 128]. No gradient.
+
+    q [B, m, 64, 192], the rest as in `prefill`. Nothing waits for the device.
+    """
+    checks.few(_LAYOUT, q, 8)
+    return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)

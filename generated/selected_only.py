@@ -4,13 +4,14 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  e1f94e9707c6
-runtime  3
+content  c3f01e5fedc0
+runtime  4
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
+selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 """
 
 from typing import Optional
@@ -20,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(3, "selected_only")
+version.require(4, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -35,7 +36,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_e1f94e9707c6"
+_SPACE = "nsagen_selected_only_c3f01e5fedc0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -462,6 +463,111 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
     tl.store(delta0_ptr + row, sum0, mask=live)
 
 
+@triton.jit
+def selected_cached_step(
+    m, z, acc0,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.cached_row(table_ptr, s, inside, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    s = s[None, :]
+    if C0:
+        x = tl.where(s <= t, x, float("-inf"))
+    if EXTENT:
+        x = tl.where(s < n, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * scale)
+    p = tl.exp2(x * scale - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    d = tl.arange(0, 128)[None, :]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
+def selected_cached(
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; one program: one query × the 16 heads of one KV head."""
+    BT: tl.constexpr = 1  # queries of a tile, each with the 16 heads of its group
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    h = pid // tiles % 4  # KV head
+    b = (pid // tiles // 4).to(tl.int64)
+    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
+    rows = b * T  # row of that token
+    sequence = b  # whose row of the cache it continues
+    if cu_ptr is not None:
+        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        start = tl.load(cu_ptr + sequence).to(tl.int64)
+        T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
+        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        rows = start
+    t0 = tile * BT
+    if t0 >= T:
+        return
+    first = rows + t0
+    row = tl.arange(0, BM)
+    t = t0 + row // BM
+    head = row % BM
+    live = (t < T) & (head < 16)
+    stat = first * 64 + h * 16 + row // BM * 64 + head
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
+    past = tl.load(past_ptr + sequence)  # tokens in the cache before these
+    t0 += past
+    t += past
+    T += past
+    if table_ptr is not None:
+        table_ptr += sequence.to(tl.int64) * table_sb
+    t = t[:, None]
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    n = T  # keys
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += sequence.to(tl.int64) * k_sb
+        v_base += sequence.to(tl.int64) * v_sb
+    # causal: s <= t, in the listed blocks
+    listed = (first * 4 + h) * 16
+    entry = tl.arange(0, 16)
+    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
+    tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
+    for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
+        block = tl.load(blocks_ptr + listed + step // tiles_of_block)
+        s0 = block * 64 + step % tiles_of_block * BN
+        m, z, acc0 = selected_cached_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st,
+            t, s0, min(n, block * 64 + 64), scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+        )
+
+    some = z > 0  # a row that sees nothing: output 0, lse −inf
+    z = tl.where(some, z, 1.0)
+    lse = tl.where(some, (m + tl.log2(z)) * 0.6931471805599453, float("-inf"))
+    tl.store(lse_ptr + stat, lse, mask=live)
+    out = (first * 64 + h * 16) * 128
+    out_row = (row // BM * 64 + head) * 128
+    d = tl.arange(0, 128)[None, :]
+    acc0 = acc0 / z[:, None]
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+
+
 # The same domains for the path without kernels.
 
 
@@ -594,3 +700,66 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
     )
     blocks = checks.blocks(_LAYOUT, "attention", blocks, q, 16)
     return _Ops.selected_attention(q, k["selected"], v["selected"], blocks, cu_seqlens, scale)[0]
+
+
+def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
+    """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
+    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    batch, length = q.shape[:2]
+    out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
+    lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
+    tiles = launch.tiles(length, 1, cu_seqlens)
+    selected_cached[(tiles * 4 * batch,)](
+        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+    )
+    return out, lse
+
+
+def _alone(q, k, v, blocks, cu_seqlens, scale):
+    """The forward of one sequence without kernels, its keys in a row."""
+    out_selected, lse_selected, *_ = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
+    return out_selected
+
+
+def _serve(q, k, v, blocks, past, cu_seqlens, scale):
+    """out [B, m, 64, 128] of queries that continue the cached sequences."""
+    if not launch.use_kernels(q):
+        stores = ((k, 1), (v, 1),)
+        return kv_cache.by_sequence(_alone, q, stores, (blocks,), past, cu_seqlens, scale)
+    out_selected, lse_selected = _selected_cached(q, k, v, blocks, past, cu_seqlens, scale)
+    return out_selected
+
+
+class KVCache(kv_cache.KVCache):
+    """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
+
+    lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    """
+
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+
+
+@torch.no_grad()
+def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, blocks=None, scale=None):
+    """Append k, v to the cache and attend to all of it -> out [B, m, 64, 128]. No gradient.
+
+    Arguments as `attention` takes them, for the new tokens alone: m of every sequence, or with cu_seqlens (int32 [batch + 1])
+    any number of each, packed. The same numbers as `attention` over the whole sequences; so chunks, and after a prefix.
+    """
+    q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
+    blocks = checks.blocks(_LAYOUT, "prefill", blocks, q, 16)
+    checks.cache(_LAYOUT, cache, KVCache)
+    past = cache.append(k, v, phi, cu_seqlens)
+    return _serve(q, cache["k"], cache["v"], blocks, past, cu_seqlens, scale)
+
+
+def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None):
+    """One step of every sequence: up to 8 new tokens each, causal among them -> out [B, m, 64, 128]. No gradient.
+
+    q [B, m, 64, 128], the rest as in `prefill`. Nothing waits for the device.
+    """
+    checks.few(_LAYOUT, q, 8)
+    return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)

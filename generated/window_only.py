@@ -4,12 +4,13 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  c71d48f521ec
-runtime  3
+content  53917f9bbb2d
+runtime  4
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
+window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 """
 
 from typing import Optional
@@ -19,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(3, "window_only")
+version.require(4, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -34,7 +35,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_c71d48f521ec"
+_SPACE = "nsagen_window_only_53917f9bbb2d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -452,6 +453,123 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
     tl.store(delta0_ptr + row, sum0, mask=live)
 
 
+@triton.jit
+def window_cached_step(
+    m, z, acc0,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.cached_row(table_ptr, s, inside, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    s = s[None, :]
+    if C0:
+        x = tl.where(s <= t, x, float("-inf"))
+    if C1:
+        x = tl.where(s > t - 512, x, float("-inf"))
+    if EXTENT:
+        x = tl.where(s < n, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1) * scale)
+    p = tl.exp2(x * scale - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    d = tl.arange(0, 128)[None, :]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
+def window_cached(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; one program: BM // 16 queries × the 16 heads of one KV head."""
+    BT: tl.constexpr = BM // 16  # queries of a tile, each with the 16 heads of its group
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    h = pid // tiles % 4  # KV head
+    b = (pid // tiles // 4).to(tl.int64)
+    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
+    rows = b * T  # row of that token
+    sequence = b  # whose row of the cache it continues
+    if cu_ptr is not None:
+        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        start = tl.load(cu_ptr + sequence).to(tl.int64)
+        T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
+        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        rows = start
+    t0 = tile * BT
+    if t0 >= T:
+        return
+    first = rows + t0
+    row = tl.arange(0, BM)
+    t = t0 + row // 16
+    head = row % 16
+    live = (t < T)
+    stat = first * 64 + h * 16 + row // 16 * 64 + head
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
+    past = tl.load(past_ptr + sequence)  # tokens in the cache before these
+    t0 += past
+    t += past
+    T += past
+    if table_ptr is not None:
+        table_ptr += sequence.to(tl.int64) * table_sb
+    t = t[:, None]
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    n = T  # keys
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += sequence.to(tl.int64) * k_sb
+        v_base += sequence.to(tl.int64) * v_sb
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    all_lo = max(0, BT + t0 - 512)
+    all_hi = min(T, t0 + 1)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    c1 = max(c0, min((BN + all_lo - 1) // BN * BN, c3))
+    c2 = max(all_hi // BN * BN, c1)
+    for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
+        m, z, acc0 = window_cached_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+        )
+    for s0 in range(c1, c2, BN):  # mid: no mask
+        m, z, acc0 = window_cached_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+        )
+    for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
+        m, z, acc0 = window_cached_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st,
+            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+        )
+
+    z = tl.where(live, z, 1.0)
+    lse = (m + tl.log2(z)) * 0.6931471805599453
+    tl.store(lse_ptr + stat, lse, mask=live)
+    out = (first * 64 + h * 16) * 128
+    out_row = (row // 16 * 64 + head) * 128
+    d = tl.arange(0, 128)[None, :]
+    acc0 = acc0 / z[:, None]
+    rounded = acc0.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+
+
 # The same domains for the path without kernels.
 
 
@@ -574,3 +692,65 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
         _LAYOUT, q, k, v, gates, phi, blocks, k_raw, scale, cu_seqlens
     )
     return _Ops.window_attention(q, k["window"], v["window"], cu_seqlens, scale)[0]
+
+
+def _window_cached(q, k, v, past, cu_seqlens, scale):
+    """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
+    c = launch.pick(_CONFIGS["window_fwd"], q)
+    batch, length = q.shape[:2]
+    out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
+    lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
+    tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
+    window_cached[(tiles * 4 * batch,)](
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+    )
+    return out, lse
+
+
+def _alone(q, k, v, cu_seqlens, scale):
+    """The forward of one sequence without kernels, its keys in a row."""
+    out_window, lse_window, *_ = _window_forward(q, k, v, cu_seqlens, scale)
+    return out_window
+
+
+def _serve(q, k, v, past, cu_seqlens, scale):
+    """out [B, m, 64, 128] of queries that continue the cached sequences."""
+    if not launch.use_kernels(q):
+        stores = ((k, 1), (v, 1),)
+        return kv_cache.by_sequence(_alone, q, stores, (), past, cu_seqlens, scale)
+    out_window, lse_window = _window_cached(q, k, v, past, cu_seqlens, scale)
+    return out_window
+
+
+class KVCache(kv_cache.KVCache):
+    """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
+
+    lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    """
+
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+
+
+@torch.no_grad()
+def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, blocks=None, scale=None):
+    """Append k, v to the cache and attend to all of it -> out [B, m, 64, 128]. No gradient.
+
+    Arguments as `attention` takes them, for the new tokens alone: m of every sequence, or with cu_seqlens (int32 [batch + 1])
+    any number of each, packed. The same numbers as `attention` over the whole sequences; so chunks, and after a prefix.
+    """
+    q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
+    checks.cache(_LAYOUT, cache, KVCache)
+    past = cache.append(k, v, phi, cu_seqlens)
+    return _serve(q, cache["k"], cache["v"], past, cu_seqlens, scale)
+
+
+def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None):
+    """One step of every sequence: up to 8 new tokens each, causal among them -> out [B, m, 64, 128]. No gradient.
+
+    q [B, m, 64, 128], the rest as in `prefill`. Nothing waits for the device.
+    """
+    checks.few(_LAYOUT, q, 8)
+    return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)

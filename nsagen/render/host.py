@@ -10,6 +10,7 @@ from nsagen.ir.graph import (
     AttendGrad,
     BlockList,
     Graph,
+    KeyAxis,
     LogSumExp,
     Pool,
     Select,
@@ -173,8 +174,57 @@ def _flat(x: Expr) -> Expr:
 
 
 def op_views(graph: Graph, plan: Plan) -> tuple[OpView, ...]:
+    """The custom ops; serving is plain functions."""
     names = {op.name for op in plan.ops}
-    return tuple(_op(op, graph, plan, names) for op in plan.ops)
+    return tuple(_op(op, graph, plan, names) for op in plan.ops if op.doc != "serve")
+
+
+@dataclass(frozen=True)
+class ServingView:
+    tensors: tuple[str, ...]
+    keys: tuple[str, ...]  # what lies in the cache
+    more: tuple[str, ...]  # gates and lists
+    stores: str  # (storage, tokens a row)
+    lines: tuple[str, ...]  # over the cache
+    plain: tuple[str, ...]  # over keys in a row
+    output: str
+
+
+def serving_view(graph: Graph, plan: Plan) -> ServingView:
+    op = next(o for o in plan.ops if o.doc == "serve")
+    strides = {source: axis.stride for source, axis in _axes(graph)}
+    keys = tuple(x for x in op.inputs if x in strides)
+    lines, plain = _serving_lines(op, plan, graph, True), _serving_lines(op, plan, graph, False)
+    more = tuple(x for x in op.inputs[1:] if x not in strides)
+    stores = ", ".join(f"({x}, {strides[x]})" for x in keys)
+    return ServingView(op.inputs, keys, more, stores, lines, plain, op.outputs[0])
+
+
+def _axes(graph: Graph) -> list[tuple[str, KeyAxis]]:
+    """Keys and values with their axis."""
+    found = [(x, s.axis) for n in graph.nodes if isinstance(n, Attend) for s in n.sources for x in (s.k, s.v)]
+    return [*found, *((n.k, n.axis) for n in graph.nodes if isinstance(n, LogSumExp))]
+
+
+def _serving_lines(op: Op, plan: Plan, graph: Graph, cached: bool) -> tuple[str, ...]:
+    """A line a host function: `cached` ones take the cache's lengths and table."""
+    lines: list[str] = []
+    past, name = ("past, ", "_cached") if cached else ("", "")
+    for launch in op.launches:
+        kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
+        if kernel.body == "attend_fwd":
+            function, more = (f"_{kernel.branch}_cached", "") if cached else (f"_{kernel.branch}_forward", ", *_")
+            arguments = ", ".join(_arguments(kernel.branch, graph))
+            lines.append(f"{bind['out']}, {bind['lse']}{more} = {function}(q, {arguments}, {past}cu_seqlens, scale)")
+        elif kernel.body == "score_lse":
+            lines.append(f"{bind['lse']} = _log_sum_exp{name}(q, {bind['k']}, {past}cu_seqlens, scale)")
+        elif kernel.body == "select_scores":
+            chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
+            lines.append(f"{chosen} = _select{name}(q, {bind['k']}, {bind['lse']}, {past}cu_seqlens, scale)")
+        elif kernel.body == "combine_fwd":
+            terms = ", ".join(b for o, b in launch.binds if o.startswith("term"))
+            lines.append(f"{bind['out']} = _combine({terms}, {bind['gates']})")
+    return tuple(lines)
 
 
 def _op(op: Op, graph: Graph, plan: Plan, names: set[str]) -> OpView:

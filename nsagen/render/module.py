@@ -14,12 +14,22 @@ from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import Kernel, Plan, TileTable
-from nsagen.render.host import ahead_view, branch_views, op_views, part_views, pool_node, select_node, whole_call
+from nsagen.render.host import (
+    ahead_view,
+    branch_views,
+    op_views,
+    part_views,
+    pool_node,
+    select_node,
+    serving_view,
+    whole_call,
+)
 from nsagen.render.keys import kernel_key
 from nsagen.render.standalone import link
 from nsagen.render.view import Named, kernel_view
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
+MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 COMPRESSORS = {
     "mean": "MeanCompressor", "weighted": "WeightedCompressor", "linear": "LinearCompressor", "mlp": "MLPCompressor"
 }  # fmt: skip
@@ -96,6 +106,8 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         },
         "select": select,
         "ahead": ahead_view(graph),
+        "serving": serving_view(graph, plan),
+        "most_new": MOST_NEW,
         "select_rows": 1 << (plan.heads.group - 1).bit_length(),
         "caller_blocks": "blocks" in graph.inputs,
         "blocks_count": next((b.shape[-1] for b in plan.buffers if b.name == "blocks"), 0),
@@ -121,7 +133,8 @@ def kernel_keys(plan: Plan) -> dict[str, str]:
 
 def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     source = _source(kernel, plan)
-    return KernelText(kernel.name, kernel_key(source), source, _distinct(kernel.tiles))
+    # A kernel over a cache runs with the tiles of the one that it is made from.
+    return KernelText(kernel.name, kernel_key(source), source, () if kernel.cached else _distinct(kernel.tiles))
 
 
 def _source(kernel: Kernel, plan: Plan) -> str:

@@ -147,6 +147,22 @@ def blocks(layout: Layout, function: str, lists: Tensor, q: Tensor, count: int) 
     return lists.contiguous()
 
 
+def cache(layout: Layout, given: Any, kind: type) -> None:
+    """Checks that `given` is a cache of this module."""
+    if not isinstance(given, kind):
+        _Call(layout, "prefill").fail(
+            "cache must be the module's KVCache", type(given).__name__, "make one with KVCache(batch, max_len, …)"
+        )
+
+
+def few(layout: Layout, q: Tensor, most: int) -> None:
+    """Checks that a step of decoding has at most `most` tokens a sequence."""
+    call = _Call(layout, "decode")
+    q = call.query(q)
+    if q.shape[1] > most:
+        call.fail(f"a step takes up to {most} tokens a sequence", q.shape[1], "use prefill for more")
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of a module's function; every method checks one argument and returns what the kernels get."""

@@ -74,13 +74,16 @@ class Compressor(nn.Module):
         self.k = self.pool(Shape(block, stride, kv_heads, k_dim), positions, device, dtype)
         self.v = self.pool(Shape(block, stride, kv_heads, v_dim), positions, device, dtype)
 
-    def forward(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """k [B, T, Hkv, Dqk], v [B, T, Hkv, Dv] -> k_cmp, v_cmp [B, rows, Hkv, D] in k's and v's dtype.
 
         rows = max(0, ⌊(T − l)/d⌋ + 1); packed: ⌊T/d⌋, block i of sequence s at row ⌊cu[s]/d⌋ + i, unused rows zero.
+        start: int64 [S], the token that packed sequence s begins with, where it is the end of a longer one.
         """
         self._check(k, v, cu_seqlens)
-        rows = self._rows(k, cu_seqlens)
+        rows = self._rows(k, cu_seqlens, start)
         k_cmp, v_cmp = self._pooled(self.k, k, rows), self._pooled(self.v, v, rows)
         if self.rope is not None:
             k_cmp = self.rope(k_cmp, rows.positions).to(k.dtype)
@@ -89,13 +92,13 @@ class Compressor(nn.Module):
     def _pooled(self, pool: Pool, x: Tensor, rows: _Rows) -> Tensor:
         return pool(self._chunks(x, rows), rows.size).to(x.dtype)
 
-    def _rows(self, k: Tensor, cu_seqlens: Tensor | None) -> _Rows:
+    def _rows(self, k: Tensor, cu_seqlens: Tensor | None, start: Tensor | None = None) -> _Rows:
         if cu_seqlens is not None:
-            return self._packed_rows(k, cu_seqlens)
+            return self._packed_rows(k, cu_seqlens, start)
         count = max(0, (k.shape[1] - self.block) // self.stride + 1)
         return _Rows(count, torch.arange(count, device=k.device) * self.stride)
 
-    def _packed_rows(self, k: Tensor, cu_seqlens: Tensor) -> _Rows:
+    def _packed_rows(self, k: Tensor, cu_seqlens: Tensor, begin: Tensor | None) -> _Rows:
         """Rows of packed sequences, from values that stay on the device.
 
         With T_s = cu[s+1] − cu[s], ⌊cu[s]/d⌋ + ⌊T_s/d⌋ ≤ ⌊cu[s+1]/d⌋. So the ⌊T_s/d⌋ chunks of sequence s, put at
@@ -117,7 +120,8 @@ class Compressor(nn.Module):
         tokens = torch.where(inside.unsqueeze(1), tokens, 0)
         # Unused rows at the end reach past the last chunk.
         tokens = nn.functional.pad(tokens, (0, 0, 0, self.overlap - 1))
-        return _Rows(count, torch.where(used, first, 0), tokens, used.view(-1, 1, 1))
+        positions = first if begin is None else first + begin[sequence]
+        return _Rows(count, torch.where(used, positions, 0), tokens, used.view(-1, 1, 1))
 
     def _chunks(self, x: Tensor, rows: _Rows) -> Tensor:
         """[B, T, Hkv, D] -> [B, C, d, Hkv, D]; C ≥ rows.size + l/d − 1 where there is a row."""

@@ -1,0 +1,163 @@
+"""Prefill and decode give the numbers of the forward over whole sequences: in chunks, in pages, ragged, rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from harness import cu_of
+from strategies import make_inputs
+from torch import Tensor
+
+import nsagen
+from nsagen.errors import InputError
+
+HEADS = {"query": 6, "kv": 2, "qk_dim": 24, "v_dim": 16}
+COMPRESSED = {"block": 8, "stride": 4}
+SELECTED = {"block": 8, "top_n": 3, "initial": 1, "local": 1}
+WINDOW = {"size": 9, "sinks": 2}
+
+
+def spec(name: str, combine: str, kv: str = "shared", **branches: Any) -> dict[str, Any]:
+    return {"name": name, "heads": HEADS, "kv": kv, "branches": branches, "combine": combine}
+
+
+SPECS = {
+    "window": spec("serve_window", "single", window=WINDOW),
+    "whole": spec(
+        "serve_whole",
+        "gated_sum",
+        "per_branch",
+        compressed=COMPRESSED | {"pool": "mlp"},
+        selected=SELECTED,
+        window=WINDOW,
+    ),
+    "shared": spec(
+        "serve_shared", "gated_sum", compressed=COMPRESSED | {"pool": "mean"}, selected=SELECTED, window=WINDOW
+    ),
+    "pooled": spec("serve_pooled", "single", selected=SELECTED | {"from": "pooled"}),
+    "union": spec("serve_union", "one_softmax", compressed=COMPRESSED | {"pool": "weighted"}, selected=SELECTED),
+}
+PAGES = (None, 8)
+
+
+def cut(x: Any, rows: slice) -> Any:
+    if x is None:
+        return None
+    return {b: one[:, rows] for b, one in x.items()} if isinstance(x, Mapping) else x[:, rows]
+
+
+class Served:
+    """A spec's module with inputs of whole sequences, what attention makes of them, and a cache."""
+
+    def __init__(
+        self, name: str, tokens: int, device: str, page: int | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.module: Any = nsagen.load(SPECS[name])
+        with torch.no_grad():
+            x = make_inputs(SPECS[name], 2, tokens, dtype, device, seed=3)
+            self.q, self.k, self.v, self.gates = (_detached(one) for one in x)
+            torch.manual_seed(3)
+            made = hasattr(self.module, "Compressor")
+            self.phi = self.module.Compressor(device=device, dtype=dtype) if made else None
+            self.want = self.module.attention(self.q, self.k, self.v, self.gates, self.phi)
+        self.cache = self.module.KVCache(2, 64, device=device, dtype=dtype, page_size=page)
+
+    def step(self, first: int, end: int, decode: bool = False) -> None:
+        """Append tokens [first, end) of both sequences; their outputs must be attention's."""
+        rows = slice(first, end)
+        x = [cut(one, rows) for one in (self.q, self.k, self.v, self.gates)]
+        out = (self.module.decode if decode else self.module.prefill)(*x, self.phi, self.cache)
+        torch.testing.assert_close(out, self.want[:, rows], rtol=1e-4, atol=2e-5)
+        assert self.cache.lengths.tolist() == [end, end]
+
+
+def _detached(x: Any) -> Any:
+    if x is None:
+        return None
+    return {b: one.detach() for b, one in x.items()} if isinstance(x, Mapping) else x.detach()
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("name", SPECS)
+def test_chunks_then_steps(name: str, page: int | None, device: str) -> None:
+    of = Served(name, 33, device, page)
+    of.step(0, 13)
+    of.step(13, 24)
+    for first, end in ((24, 25), (25, 28), (28, 33)):
+        of.step(first, end, decode=True)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_without_kernels(name: str, device: str) -> None:
+    of = Served(name, 33, device, 8, torch.float64)
+    of.step(0, 13)
+    of.step(13, 25)
+    of.step(25, 33, decode=True)
+
+
+@pytest.mark.parametrize("name", ["whole", "pooled"])
+def test_tokens_taken_back(name: str, device: str) -> None:
+    """Wrong drafts are appended and rolled back: what follows does not see them, nor blocks that they ended."""
+    of = Served(name, 33, device, None)
+    of.step(0, 21)
+    draft = [cut(x, slice(0, 7)) for x in (of.q, of.k, of.v, of.gates)]
+    of.module.decode(*draft, of.phi, of.cache)
+    of.cache.truncate(torch.full_like(of.cache.lengths, 22))
+    assert of.cache.lengths.tolist() == [22, 22]
+    of.cache.truncate(torch.full_like(of.cache.lengths, 21))
+    of.step(21, 26, decode=True)
+    of.step(26, 33, decode=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_ragged_prefill(page: int | None, device: str) -> None:
+    """Packed new tokens, another number of each sequence, none of one, after a prefix of other lengths."""
+    of = Served("whole", 33, device, page)
+    for ends in ([0, 9, 9], [0, 5, 22], [0, 0, 3], [0, 19, 27]):
+        counts = [b - a for a, b in pairwise(ends)]
+        at = of.cache.lengths.tolist()
+        spans = [slice(a, a + n) for a, n in zip(at, counts, strict=True)]
+        x = [_packed(one, spans) for one in (of.q, of.k, of.v, of.gates)]
+        out = of.module.prefill(*x, of.phi, of.cache, cu_of(ends, device))
+        torch.testing.assert_close(out, _packed(of.want, spans), rtol=1e-4, atol=2e-5)
+        assert of.cache.lengths.tolist() == [a + n for a, n in zip(at, counts, strict=True)]
+
+
+def _packed(x: Any, spans: list[slice]) -> Any:
+    if isinstance(x, Mapping):
+        return {b: _packed(one, spans) for b, one in x.items()}
+    return torch.cat([x[i : i + 1, span] for i, span in enumerate(spans)], 1)
+
+
+def test_pages_in_any_order(device: str) -> None:
+    of = Served("shared", 33, device, 8)
+    pages = of.cache.table.numel()
+    shuffled = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).to(of.cache.table)
+    of.cache.table.copy_(shuffled.view_as(of.cache.table))
+    of.step(0, 30)
+    of.step(30, 33, decode=True)
+
+
+def test_misuse(device: str) -> None:
+    of = Served("shared", 60, device, None)
+    first = [cut(x, slice(0, 9)) for x in (of.q, of.k, of.v, of.gates)]
+    with pytest.raises(InputError, match=r"decode: a step takes up to 8 tokens a sequence, got 9: use prefill"):
+        of.module.decode(*first, of.phi, of.cache)
+    with pytest.raises(InputError, match=r"prefill: cache must be the module's KVCache, got NoneType"):
+        of.module.prefill(*first, of.phi)
+    with pytest.raises(InputError, match=r"a call has the cache's 2 sequences, got 1"):
+        of.module.prefill(*(cut_batch(x) for x in first), of.phi, of.cache)
+    of.step(0, 60)
+    with pytest.raises(InputError, match=r"the cache holds 64 tokens a sequence, got 69: truncate it"):
+        of.module.prefill(*first, of.phi, of.cache)
+    assert of.cache.lengths.tolist() == [60, 60]
+    with pytest.raises(InputError, match=r"page_size must be a multiple of 8, got 12"):
+        of.module.KVCache(2, 64, device=device, dtype=torch.float32, page_size=12)
+
+
+def cut_batch(x: Tensor) -> Tensor:
+    return x[:1]
