@@ -165,6 +165,8 @@ def _kernel(kernel: Kernel, reached: int) -> None:
     line = f"kernel {kernel.name}"
     _need(bool(kernel.choices) and all(c.what and c.because for c in kernel.choices), line, "a choice has no reason")
     _need(kernel.grid.axis is not None or not kernel.walks, line, "a kernel over flat rows walks nothing")
+    stores = {o.role for o in kernel.operands if o.mode != "load"}
+    _need(not kernel.cached or stores <= {"out", "lse", "scores", "blocks"}, line, "only a forward runs over a cache")
     parts = any(o.role == "parts" and o.mode == "store" for o in kernel.operands)
     _need(parts or not kernel.grid.split, line, "programs that share a tile's loop store parts of its result")
     _need(not kernel.body.startswith("attend") or bool(kernel.branch), line, "attention kernels belong to a branch")

@@ -17,7 +17,7 @@ from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
-INDICES = ("list", "first", "items")  # int32, made by the host from block lists (runtime/lists.py)
+INDICES = ("list", "first", "items", "past")  # int32, made by the host from block lists, or a cache's lengths
 LENGTH = 65536  # tokens, where a compile-time size depends on them
 
 
@@ -68,6 +68,7 @@ def _constants(job: Job) -> dict[str, Any]:
         "BN": tile.bn,
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
+        "PAGE": 1,
     }
     return constants | ({"CANDIDATES": _candidates(select)} if select else {})
 
@@ -98,8 +99,8 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
 
 
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
-    if stem == "cu":
-        return "constexpr", False  # None: one sequence a batch entry
+    if stem in ("cu", "table"):
+        return "constexpr", False  # None: one sequence a batch entry, its keys in a row
     operand = _operand(stem, job.kernel)
     if stem in INDICES:
         return "*i32", True
