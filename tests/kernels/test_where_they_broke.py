@@ -117,8 +117,8 @@ def test_compressed_lengths_of_packed_sequences_are_their_own(device: str, monke
     """fla #707: lengths from the total. Also where a sequence is shorter than l."""
     sound = compress.Compressor._packed_rows
 
-    def from_total(self: Any, k: Tensor, cu_seqlens: Tensor) -> Any:
-        return sound(self, k, cu_seqlens[[0, -1]])
+    def from_total(self: Any, k: Tensor, cu_seqlens: Tensor, *start: Any) -> Any:
+        return sound(self, k, cu_seqlens[[0, -1]], *start)
 
     monkeypatch.setattr(compress.Compressor, "_packed_rows", from_total)
     sees(PACKED, None, device)
