@@ -31,19 +31,19 @@ GATED = {
 
 
 def test_alone(device: str) -> None:
-    check(ALONE, 2, 43, 1, device)
+    check(ALONE, 2, 25, 1, device)
 
 
 def test_alone_packed(device: str) -> None:
-    check(ALONE, 1, 61, 2, device, [0, 5, 5, 17, 18, 61])
+    check(ALONE, 1, 40, 2, device, [0, 5, 5, 17, 18, 40])
 
 
 def test_beside_a_compressed_branch(device: str) -> None:
-    check(GATED, 1, 50, 3, device, strided=True)
+    check(GATED, 1, 31, 3, device, strided=True)
 
 
 def test_beside_a_compressed_branch_packed(device: str) -> None:
-    check(GATED, 1, 61, 4, device, [0, 5, 17, 18, 61])
+    check(GATED, 1, 37, 4, device, [0, 5, 17, 18, 37])
 
 
 def test_no_gradient_flows_through_the_choice(device: str) -> None:

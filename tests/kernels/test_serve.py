@@ -41,7 +41,6 @@ SPECS = {
     "pooled": spec("serve_pooled", "single", selected=SELECTED | {"from": "pooled"}),
     "union": spec("serve_union", "one_softmax", compressed=COMPRESSED | {"pool": "weighted"}, selected=SELECTED),
 }
-PAGES = (None, 8)
 
 
 def cut(x: Any, rows: slice) -> Any:
@@ -81,13 +80,14 @@ def _detached(x: Any) -> Any:
     return {b: one.detach() for b, one in x.items()} if isinstance(x, Mapping) else x.detach()
 
 
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "page"), [("window", None), ("whole", None), ("whole", 8), ("shared", 8), ("pooled", None), ("union", 8)]
+)
 def test_chunks_then_steps(name: str, page: int | None, device: str) -> None:
     of = Served(name, 33, device, page)
     of.step(0, 13)
     of.step(13, 24)
-    for first, end in ((24, 25), (25, 28), (28, 33)):
+    for first, end in ((24, 25), (25, 33)):
         of.step(first, end, decode=True)
 
 
@@ -99,24 +99,21 @@ def test_without_kernels(name: str, device: str) -> None:
     of.step(25, 33, decode=True)
 
 
-@pytest.mark.parametrize("name", ["whole", "pooled"])
-def test_tokens_taken_back(name: str, device: str) -> None:
+def test_tokens_taken_back(device: str) -> None:
     """Wrong drafts are appended and rolled back: what follows does not see them, nor blocks that they ended."""
-    of = Served(name, 33, device, None)
+    of = Served("whole", 29, device, None)
     of.step(0, 21)
     draft = [cut(x, slice(0, 7)) for x in (of.q, of.k, of.v, of.gates)]
     of.module.decode(*draft, of.phi, of.cache)
     of.cache.truncate(torch.full_like(of.cache.lengths, 22))
     assert of.cache.lengths.tolist() == [22, 22]
     of.cache.truncate(torch.full_like(of.cache.lengths, 21))
-    of.step(21, 26, decode=True)
-    of.step(26, 33, decode=True)
+    of.step(21, 29, decode=True)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_ragged_prefill(page: int | None, device: str) -> None:
+def test_ragged_prefill(device: str) -> None:
     """Packed new tokens, another number of each sequence, none of one, after a prefix of other lengths."""
-    of = Served("whole", 33, device, page)
+    of = Served("whole", 33, device, 8)
     for ends in ([0, 9, 9], [0, 5, 22], [0, 0, 3], [0, 19, 27]):
         counts = [b - a for a, b in pairwise(ends)]
         at = of.cache.lengths.tolist()
@@ -134,16 +131,16 @@ def _packed(x: Any, spans: list[slice]) -> Any:
 
 
 def test_pages_in_any_order(device: str) -> None:
-    of = Served("shared", 33, device, 8)
+    of = Served("shared", 17, device, 8)
     pages = of.cache.table.numel()
     shuffled = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).to(of.cache.table)
     of.cache.table.copy_(shuffled.view_as(of.cache.table))
-    of.step(0, 30)
-    of.step(30, 33, decode=True)
+    of.step(0, 15)
+    of.step(15, 17, decode=True)
 
 
 def test_misuse(device: str) -> None:
-    of = Served("shared", 60, device, None)
+    of = Served("window", 60, device, None)
     first = [cut(x, slice(0, 9)) for x in (of.q, of.k, of.v, of.gates)]
     with pytest.raises(InputError, match=r"decode: a step takes up to 8 tokens a sequence, got 9: use prefill"):
         of.module.decode(*first, of.phi, of.cache)
@@ -156,8 +153,8 @@ def test_misuse(device: str) -> None:
         of.module.prefill(*first, of.phi, of.cache)
     assert of.cache.lengths.tolist() == [60, 60]
     with pytest.raises(InputError, match=r"page_size must be a multiple of 8, got 12"):
-        of.module.KVCache(2, 64, device=device, dtype=torch.float32, page_size=12)
+        nsagen.load(SPECS["shared"]).KVCache(2, 64, device=device, dtype=torch.float32, page_size=12)
 
 
-def cut_batch(x: Tensor) -> Tensor:
-    return x[:1]
+def cut_batch(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x[:1]
