@@ -11,6 +11,7 @@ from strategies import Inputs, make_inputs
 from torch import Tensor
 
 import nsagen
+from nsagen.tools.choice import scores_of
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # float32, of design.md's measure
 ZERO = 1e-6  # an exactly zero gradient: what rounding leaves, against the largest gradient norm of the case
@@ -24,14 +25,10 @@ def blocks_of(module: Any, q: Tensor, k: Any, v: Any, phi: Any, cu: Tensor | Non
     """The lists that the module's own selection makes, through its public parts."""
     if not hasattr(module, "select_blocks"):
         return None
-    if hasattr(module, "pool_keys"):
-        keys = module.pool_keys(k["selected"] if isinstance(k, Mapping) else k, cu_seqlens=cu)
-        return module.select_blocks(q, keys, module.score_lse(q, keys, cu_seqlens=cu), cu_seqlens=cu)
-    keys, values = phi(*(x["compressed"] if isinstance(x, Mapping) else x for x in (k, v)), cu_seqlens=cu)
-    if hasattr(module, "score_lse"):
-        return module.select_blocks(q, keys, module.score_lse(q, keys, cu_seqlens=cu), cu_seqlens=cu)
-    _, lse = module.compressed_attention(q, keys, values, cu_seqlens=cu)
-    return module.select_blocks(q, keys, lse, cu_seqlens=cu)
+    own = k["selected"] if isinstance(k, Mapping) else k
+    pair = (x["compressed"] if isinstance(x, Mapping) else x for x in (k, v)) if phi is not None else ()
+    pooled = None if phi is None else phi(*pair, cu_seqlens=cu)
+    return module.select_blocks(q, *scores_of(module, q, own, pooled, cu), cu_seqlens=cu)
 
 
 def caller_lists(spec: Mapping[str, Any], inputs: Inputs, seed: int, ends: list[int] | None) -> Tensor | None:
