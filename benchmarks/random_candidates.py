@@ -39,7 +39,7 @@ def drawn(module: Any, count: int, seed: int) -> list[Subject]:
         first, *others = launch.candidates(tiles, launch.chip(0), 16)
         if others:
             some = source.sample(others, min(count, len(others)))
-            subjects.append(Subject(name, tiles.key, (first, *some)))
+            subjects.append(Subject(name, tiles.key, (first, *some), tiles.lengths))
     return subjects
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         request = tune.Request(options.spec, (options.length,), force=True)
         bench = tune.bench_of(module, request)
         tune.tune(subjects, request, bench)
-        rows = [_row(s, bench.place(options.length)) for s in subjects]
+        rows = [_row(s, bench.place(options.length)) for s in subjects if s.runs_at(options.length)]
     total = {side: sum(r[side] for r in rows) for side in ("first_ms", "best_ms")}
     for r in rows:
         named = f"{r['kernel']:16} {r['measured']:3} {r['first']:12} {r['first_ms']:8.3f}"

@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  1e80f4dbdcf7
-runtime  4
+content  1d88596479c1
+runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -41,7 +41,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(4, "fla")
+version.require(5, "fla")
 
 SPEC = {'name': 'fla',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -56,7 +56,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_1e80f4dbdcf7"
+_SPACE = "nsagen_fla_1d88596479c1"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -2008,8 +2008,8 @@ def _compressed_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32, and what rounding took from out (16-bit dtypes; else empty)."""
     if not launch.use_kernels(q):
         return *torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,)), launch.rest(q)
-    c = launch.pick(_CONFIGS["compressed_fwd"], q)
     batch, length = q.shape[:2]
+    c = launch.pick(_CONFIGS["compressed_fwd"], q)
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     rest = launch.rest(q, out.shape, cu_seqlens)
@@ -2058,8 +2058,8 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32."""
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
     batch, length = q.shape[:2]
+    c = launch.pick(_CONFIGS["selected_fwd"], q)
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
@@ -2090,16 +2090,17 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dkv"], q)
     inverse = lists.invert(blocks, 64, cu_seqlens, lists.per_item(length, 1024))
-    parts = launch.empty(q, (inverse.items.shape[0], 64, 256), None, torch.float32)
-    total, sub = inverse.first.shape[0] - 1, -(-64 // c.bn)
-    selected_dkv[(inverse.items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, inverse.items, parts, cu_seqlens,
+    items, first = inverse.items[0], inverse.first[0]
+    parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
+    total, sub = first.shape[0] - 1, -(-64 // c.bn)
+    selected_dkv[(items.shape[0], sub)](
+        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     c = launch.pick(_CONFIGS["selected_sum"], q)
     selected_sum[(total, -(-64 // c.bn))](
-        parts, inverse.first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
+        parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
         c.bn, adds, **c.options,
     )
     return dq, dk, dv
@@ -2109,8 +2110,8 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32."""
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens, (None,))
-    c = launch.pick(_CONFIGS["window_fwd"], q)
     batch, length = q.shape[:2]
+    c = launch.pick(_CONFIGS["window_fwd"], q)
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)

@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b52d0a767026
-runtime  4
+content  a2b64670f53e
+runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -31,7 +31,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(4, "nsa_compressed_window")
+version.require(5, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_b52d0a767026"
+_SPACE = "nsagen_nsa_compressed_window_a2b64670f53e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -1191,8 +1191,8 @@ def _compressed_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32, and what rounding took from out (16-bit dtypes; else empty)."""
     if not launch.use_kernels(q):
         return *torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,)), launch.rest(q)
-    c = launch.pick(_CONFIGS["compressed_fwd"], q)
     batch, length = q.shape[:2]
+    c = launch.pick(_CONFIGS["compressed_fwd"], q)
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     rest = launch.rest(q, out.shape, cu_seqlens)
@@ -1241,8 +1241,8 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     """out [B, T, 64, 128], lse [B, T, 64] float32."""
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens, (None,))
-    c = launch.pick(_CONFIGS["window_fwd"], q)
     batch, length = q.shape[:2]
+    c = launch.pick(_CONFIGS["window_fwd"], q)
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)

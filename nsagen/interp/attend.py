@@ -99,8 +99,8 @@ class KeyGrads:
         self.k, self.v = split(p.load("k", keys), kernel.qk_parts), split(p.load("v", keys), kernel.v_parts)
         self.dk, self.dv = [np.zeros_like(x) for x in self.k], [np.zeros_like(x) for x in self.v]
 
-    def add(self, rows: Rows, step: Step, guarded: bool) -> None:
-        """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q. Extents guard the loads, they mask no score."""
+    def add(self, rows: Rows, step: Step, guarded: bool) -> Array:
+        """One query tile: dv += pᵀ·d_out, dk += dsᵀ·q; ds. Extents guard the loads, they mask no score."""
         p, kernel = self.p, self.p.run.kernel
         q = split(p.load("q", rows, guarded), kernel.qk_parts)
         d_out = split(p.load("d_out", rows, guarded), kernel.v_parts)
@@ -110,6 +110,7 @@ class KeyGrads:
         ds = weight * (dot(d_out, self.v) - delta[:, None])
         self.dv = [a + weight.T @ x for a, x in zip(self.dv, d_out, strict=True)]
         self.dk = [a + ds.T @ x for a, x in zip(self.dk, q, strict=True)]
+        return ds
 
     def result(self) -> tuple[Array, Array]:
         heads = self.p.run.heads

@@ -12,7 +12,7 @@ from nsagen.interp.attend import attend_dkv, attend_dq, attend_fwd
 from nsagen.interp.domains import Array
 from nsagen.interp.flat import combine_bwd, combine_fwd, sum_splits
 from nsagen.interp.graph import exact
-from nsagen.interp.lists import attend_list_dkv, invert, sum_items
+from nsagen.interp.lists import attend_list_dkv, attend_list_fwd, invert, merge_lists, sum_items, sum_lists
 from nsagen.interp.numbers import evaluate
 from nsagen.interp.program import Program, Run, poisoned, programs
 from nsagen.interp.program import Sequence as Packed
@@ -38,6 +38,9 @@ BODIES: dict[Body, Callable[[Run], None]] = {
     "attend_dq": _each(attend_dq),
     "attend_dkv": _each(attend_dkv),
     "attend_list_dkv": attend_list_dkv,
+    "attend_list_fwd": attend_list_fwd,
+    "merge_lists": merge_lists,
+    "sum_lists": sum_lists,
     "sum_items": sum_items,
     "sum_splits": sum_splits,
     "combine_fwd": combine_fwd,
@@ -113,20 +116,21 @@ class _Host:
             self.sizes["chunk"] = len(rows)
             for launch in launches:
                 self._launch(launch, rows)
-            for name in [n for n in self.buffers if "chunk" in self.plan.buffer(n).axes]:
+            for name in [n for n in self.buffers if {"chunk", "items"} & {*self.plan.buffer(n).axes}]:
                 del self.buffers[name]
 
     def _launch(self, launch: Launch, chunk: range) -> None:
         if not all(_holds(guard, self.op, self.sizes["T"]) for guard in launch.when):
             return
         kernel = self.plan.kernel(launch.kernel)
-        arrays = {operand: self._bound(kernel, operand, launch) for operand, _ in launch.binds}
+        arrays = {operand: self._bound(kernel, operand, launch, chunk) for operand, _ in launch.binds}
         bm, bn = self._tile(kernel)
         batch = self.sizes["B"]
-        add = launch.accumulate
+        later = kernel.body == "sum_items" and chunk.start > 0  # adds to what earlier chunks gave every key
+        add = launch.accumulate or later
         BODIES[kernel.body](Run(kernel, self.plan.heads, arrays, self.sequences, batch, bm, bn, self.scale, add, chunk))
 
-    def _bound(self, kernel: Kernel, operand: str, launch: Launch) -> Array:
+    def _bound(self, kernel: Kernel, operand: str, launch: Launch, chunk: range) -> Array:
         """The buffer of an operand; the first launch to name it finds it empty."""
         name = dict(launch.binds)[operand]
         if name not in self.buffers:
@@ -134,13 +138,16 @@ class _Host:
                 raise IRError(f"op {self.op.name}: launch {kernel.name}: %{name} is read before it is written")
             buffer = self.plan.buffer(name)
             if "items" in buffer.axes:
-                self.sizes["items"] = self._items(launch, evaluate(buffer.shape[1], self.sizes))
+                self.sizes["items"] = self._items(launch, evaluate(buffer.shape[1], self.sizes), chunk)
+            if "tiles" in buffer.axes:
+                size = next(w.listed.size for w in kernel.walks if w.listed)
+                self.sizes["tiles"] = -(-size // self._tile(kernel)[1])
             self.buffers[name] = poisoned(self._shape(buffer), buffer.dtype == "int32")
         return self.buffers[name]
 
-    def _items(self, launch: Launch, size: int) -> int:
+    def _items(self, launch: Launch, size: int, chunk: range) -> int:
         """How many items the inverse of the launch's block lists has."""
-        return len(invert(self.buffers[dict(launch.binds)["items"]], size, self.sequences))
+        return len(invert(self.buffers[dict(launch.binds)["items"]], size, self.sequences, chunk))
 
     def _tile(self, kernel: Kernel) -> Tile:
         if isinstance(self.tiles, tuple):
@@ -158,6 +165,6 @@ def _holds(guard: Guard, op: Op, tokens: int) -> bool:
     """Whether a variant is taken here: training, on no particular chip."""
     direction = "backward" if op.doc.endswith("_grad") else "forward"
     found: str | int = {"mode": "train", "direction": direction, "length": tokens, "arch": ""}[guard.key]
-    if guard.op == "==":
+    if guard.op == "is":
         return found == guard.value
-    return (int(found) >= int(guard.value)) == (guard.op == ">=")
+    return (int(found) >= int(guard.value)) == (guard.op == "from")

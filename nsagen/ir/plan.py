@@ -21,7 +21,9 @@ N = count("N")  # keys on the walk's axis
 Body = Literal[
     "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
     "score_lse", "select_scores", "select_blocks", "sum_items", "sum_splits",
+    "attend_list_fwd", "merge_lists", "sum_lists",
 ]  # fmt: skip
+WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
 Direction = Literal["forward", "reverse"]
 
 
@@ -105,7 +107,7 @@ class Operand:
     name: str
     role: Literal[
         "q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term",
-        "blocks", "scores", "items", "parts", "rest", "shift",
+        "blocks", "scores", "items", "parts", "rest", "shift", "out_parts", "lse_parts", "dq_parts",
     ]  # fmt: skip
     rows: Literal["query", "key"]
     mode: Literal["load", "store", "accumulate"]
@@ -177,7 +179,7 @@ class Guard:
     """A host-side condition under which a launch (a variant of its node) is taken."""
 
     key: Literal["mode", "direction", "length", "arch"]
-    op: Literal["==", ">=", "<"]
+    op: Literal["is", "from", "below"]
     value: str | int
 
 

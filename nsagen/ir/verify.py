@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nsagen.errors import IRError
 from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, LogSumExp, Node, Pool, Select, Value, reads, writes
-from nsagen.ir.plan import FACTS, Access, Kernel, Launch, Mask, Op, Plan, TileConfig, Walk
+from nsagen.ir.plan import FACTS, WALK_QUERIES, Access, Kernel, Launch, Mask, Op, Plan, TileConfig, Walk
 from nsagen.sym import Expr, symbols_of
 
 # From which pass on a field of the plan must be there.
@@ -122,7 +122,7 @@ def _plan(plan: Plan, reached: int) -> None:
         line = f"buffer %{buffer.name}"
         _need(len(buffer.axes) == len(buffer.shape), line, "one size an axis")
         _need(buffer.kind != "saved" or buffer.dtype != "gate", line, "cannot be saved")
-        _symbols(buffer.shape, {"B", "T", "chunk", "items", "splits"}, line)
+        _symbols(buffer.shape, {"B", "T", "chunk", "items", "splits", "tiles"}, line)
     for op in plan.ops:
         _op(op, kernels, buffers)
     for kernel in plan.kernels:
@@ -152,7 +152,7 @@ def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], 
     missing = [o.name for o in kernel.operands if o.name not in bound and not o.optional]
     _need(not missing, line, f"operands {missing} are not bound")
     _need(launch.over in (None, "chunks"), line, "host loops run over chunks")
-    keys = [g.key for g in launch.when if g.op == "==" and g.value == ""]
+    keys = [g.key for g in launch.when if g.op == "is" and g.value == ""]
     _need(not keys, line, f"guard on {keys} compares with nothing")
     for name, buffer in bound.items():
         _need(buffer in buffers, line, f"%{buffer} is not declared")
@@ -197,7 +197,7 @@ def _walk(walk: Walk, kernel: Kernel, reached: int, line: str) -> None:
     _need(walk.listed is None or walk.axis.is_tokens, line, "lists name blocks of tokens")
     sources = {o.source for o in kernel.operands if o.role == "k"}
     _need(walk.source in sources, line, f"source {walk.source} has no keys among the operands")
-    _need((walk.direction == "reverse") == kernel.body.endswith("dkv"), line, "only dk/dv walks the queries")
+    _need((walk.direction == "reverse") == (kernel.body in WALK_QUERIES), line, "only a key tile walks the queries")
     if reached >= ORDER.index("derive_bounds"):
         _need(walk.some is not None, line, "has no bounds")
         _need((walk.all is None) == (walk.refused is not None), line, "either an all-range or the reason for none")

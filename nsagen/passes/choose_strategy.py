@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nsagen.errors import Refused
-from nsagen.ir.graph import TOKEN_AXIS, Attend, Combine, CombineGrad, Graph, LogSumExp, Select, Source, ended_blocks
+from nsagen.ir.graph import (
+    TOKEN_AXIS,
+    Attend,
+    Combine,
+    CombineGrad,
+    Graph,
+    Heads,
+    LogSumExp,
+    Select,
+    Source,
+    ended_blocks,
+)
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
+from nsagen.passes.loop_order import by_blocks
 from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
 
 PACK = Choice(
@@ -36,6 +48,7 @@ FIRST_PASS = Choice(
     "first_pass", "no attention is a softmax over these keys alone: their log-sum-exp comes from a pass without values"
 )
 CHUNKS = Choice("query_chunks", "scores of all queries would be T × T/d values; a chunk's are bounded")
+CHUNKS_OF_PARTS = Choice("query_chunks", "parts of all queries would be T × n rows of the group; a chunk's are bounded")
 ONE_PASS = Choice("one_pass", "bound by memory: every term is read once, sums in float32")
 ROW = Choice(
     "row_a_program", "a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n"
@@ -60,7 +73,7 @@ class ChooseStrategy:
         kernels: list[Kernel] = []
         for node in graph.nodes:
             if isinstance(node, Attend):
-                kernels += [_forward(node), _query_grad(node), *_key_grads(node)]
+                kernels += [_forward(node), *_forward_by_blocks(node, graph.heads), *_gradients(node, graph.heads)]
             elif isinstance(node, LogSumExp):
                 kernels.append(_normaliser(node))
             elif isinstance(node, Select):
@@ -127,6 +140,41 @@ def _query_grad(node: Attend) -> Kernel:
     )
     choices = (choice, PACK, RECOMPUTE)
     return Kernel(f"{node.branch}_dq", node.branch, "attend_dq", grid, operands, _walks(node.sources), choices)
+
+
+def _forward_by_blocks(node: Attend, heads: Heads) -> list[Kernel]:
+    """Parts of the output, one a listed block, and their merge."""
+    choice = by_blocks(node, heads, backward=False)
+    if choice is None:
+        return []
+    source = node.sources[0]
+    out_parts, lse_parts = (Operand(f"{x}_parts", f"{x}_parts", "query", "store") for x in ("out", "lse"))  # type: ignore[arg-type]
+    items = _load("items", "items", "key")
+    loads = (_load("q", "q"), _load("k", "k", "key"), _load("v", "v", "key"), items)
+    walk = Walk(0, source.pieces[0], source.axis, "reverse", source.listed)
+    stores = (Operand("out", "out", "query", "store"), Operand("lse", "lse", "query", "store"))
+    parts = (replace(out_parts, mode="load"), replace(lse_parts, mode="load"), _load("blocks", "blocks"))
+    choices = (choice, INVERSE, ITEMS, CHUNKS_OF_PARTS, PACK)
+    grid, flat = Grid(source.axis, BN, "ascending"), Grid(None, BM, "ascending")
+    name = f"{node.branch}_list"
+    return [
+        Kernel(name, node.branch, "attend_list_fwd", grid, (*loads, out_parts, lse_parts), (walk,), choices),
+        Kernel(f"{node.branch}_merge", node.branch, "merge_lists", flat, (*parts, *stores), (), (choice,)),
+    ]
+
+
+def _gradients(node: Attend, heads: Heads) -> list[Kernel]:
+    """dq beside dk and dv; or parts of dq from the kernel of dk and dv, and their sum."""
+    choice = by_blocks(node, heads, backward=True)
+    if choice is None:
+        return [_query_grad(node), *_key_grads(node)]
+    keys, sums = _key_grads(node)
+    parts = Operand("dq_parts", "dq_parts", "query", "store")
+    choices = (choice, *keys.choices[:3], CHUNKS_OF_PARTS, *keys.choices[3:])
+    keys = replace(keys, operands=(*keys.operands, parts), choices=choices)
+    operands = (replace(parts, mode="load"), _load("blocks", "blocks"), Operand("dq", "dq", "query", "accumulate"))
+    name, flat = f"{node.branch}_dq", Grid(None, BM, "ascending")
+    return [keys, sums, Kernel(name, node.branch, "sum_lists", flat, operands, (), (choice,))]
 
 
 def _key_grads(node: Attend) -> list[Kernel]:

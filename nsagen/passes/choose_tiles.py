@@ -59,7 +59,7 @@ def _flat(kernel: Kernel, bits: int) -> TileConfig:
         return TileConfig(1, 16, 4, 1, 0, 64, 1.0)
     if kernel.body == "sum_splits":
         return TileConfig(16, 1, 4, 1, 0, 64, 1.0)
-    if kernel.body == "select_blocks":
+    if kernel.body in ("select_blocks", "merge_lists", "sum_lists"):
         return TileConfig(1, 1, 1, 1, 0, 128, 1.0)
     return TileConfig(32 if bits == 16 else 16, 1, 4, 1, 0, 64, 1.0)
 

@@ -69,6 +69,10 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     elif kernel.body == "attend_fwd":
         smem = size * (bm * qk + stages * bn * (qk + v))
         words = bm * (v + bn * (1 + bits / 32))
+    elif kernel.body == "attend_list_fwd":
+        walked = bm
+        smem = size * (bn * (qk + v) + stages * bm * qk)
+        words = bm * (v + bn * (1 + bits / 32))
     elif kernel.body == "attend_dq":
         smem = size * (bm * (qk + v) + stages * bn * (qk + v))
         words = bm * (qk + 2 * bn)
@@ -79,6 +83,8 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     if bits == 16 and kernel.body in ("attend_fwd", "attend_dq") and bm < 64:  # mma.sync: operands in registers
         words += bm * (qk + (v if kernel.body == "attend_dq" else 0)) // 2 + bn * qk // 4
     pointers = 2 * walked * (qk + v) / (16 // size)  # one 64-bit address a 16-byte load
+    if any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
+        pointers /= 2  # one gather of rows: q and d_out lie alike, and a block's keys are held
     return Use(round(smem), round((words + pointers) / threads) + 40)
 
 

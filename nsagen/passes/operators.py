@@ -12,6 +12,7 @@ from nsagen.ir.graph import (
     Combine,
     CombineGrad,
     Graph,
+    Heads,
     LogSumExp,
     Pool,
     Select,
@@ -20,10 +21,12 @@ from nsagen.ir.graph import (
     chosen_ahead,
     writes,
 )
-from nsagen.ir.plan import Buffer, Launch, Op
+from nsagen.ir.plan import Buffer, Guard, Launch, Op
+from nsagen.passes.loop_order import by_blocks
 from nsagen.sym import Expr, const, count
 
 BATCH = count("B")
+BY_BLOCKS_FROM = 2048  # queries; fewer do not pay for the inverse of their lists
 Binds = tuple[tuple[str, str], ...]
 
 
@@ -34,7 +37,7 @@ def operators(graph: Graph) -> tuple[Op, ...]:
     """
     attends = [n for n in graph.nodes if isinstance(n, Attend)]
     grads = {n.branch: n for n in graph.nodes if isinstance(n, AttendGrad)}
-    ops = [op for n in attends for op in _part(n, grads[n.branch])]
+    ops = [op for n in attends for op in _part(n, grads[n.branch], graph.heads)]
     ops += [_normaliser_op(n) for n in graph.nodes if isinstance(n, LogSumExp)]
     ops += [_selection_op(n) for n in graph.nodes if isinstance(n, Select)]
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
@@ -70,6 +73,24 @@ def _forward(node: Attend) -> Launch:
     return Launch(f"{node.branch}_fwd", (("q", node.q), *_key_binds(node.sources), *outs))
 
 
+def _forwards(node: Attend, heads: Heads) -> tuple[Launch, ...]:
+    """The forward; by the number of queries one of two where the plan has both loop orders."""
+    forward = _forward(node)
+    if by_blocks(node, heads, backward=False) is None:
+        return (forward,)
+    listed = node.sources[0].listed
+    assert listed is not None
+    few, many = (Guard("length", op, BY_BLOCKS_FROM) for op in ("below", "from"))
+    parts: Binds = (("out_parts", f"out_parts_{node.branch}"), ("lse_parts", f"lse_parts_{node.branch}"))
+    keys: Binds = (("q", node.q), ("k", node.sources[0].k), ("v", node.sources[0].v), ("items", listed.blocks))
+    merge = (*parts, ("blocks", listed.blocks), ("out", node.out), ("lse", node.lse))
+    return (
+        replace(forward, when=(few,)),
+        Launch(f"{node.branch}_list", (*keys, *parts), over="chunks", when=(many,)),
+        Launch(f"{node.branch}_merge", merge, over="chunks", when=(many,)),
+    )
+
+
 def _select(node: Select) -> tuple[Launch, Launch]:
     binds = (("q", node.q), ("k", node.k), ("lse", node.lse), ("scores", "scores"))
     best = (("scores", "scores"), ("blocks", node.out))
@@ -93,13 +114,16 @@ def _parts(source: Source) -> str:
 class _Gradients:
     """Launches of the attentions' gradients; the first to reach a value's gradient writes it, later ones add."""
 
-    def __init__(self, gated: bool) -> None:
+    def __init__(self, gated: bool, heads: Heads) -> None:
         self.gated = gated  # with the gate's shift in place of lse
+        self.heads = heads
         self.into: dict[str, str] = {}
 
     def launches(self, node: Attend, grad: AttendGrad) -> list[Launch]:
         lse = grad.lse if self.gated else node.lse
         rows: Binds = (("d_out", grad.d_out), ("lse", lse), ("delta", grad.delta))
+        if by_blocks(node, self.heads, backward=True):
+            return self._by_blocks(node, grad, rows)
         adds, dq = self._target(node.q, grad.dq)
         result = [Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds)]
         for source, suffix, dk, dv in zip(node.sources, suffixes(node.sources), grad.dk, grad.dv, strict=True):
@@ -108,6 +132,18 @@ class _Gradients:
             keys: Binds = (("q", node.q), ("k", source.k), ("v", source.v))
             result += self._keys(f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds)
         return result
+
+    def _by_blocks(self, node: Attend, grad: AttendGrad, rows: Binds) -> list[Launch]:
+        """Over chunks: dk and dv with parts of dq, the sums of either."""
+        source, dq_parts = node.sources[0], f"dq_parts_{node.branch}"
+        assert source.listed is not None
+        (adds_dq, dq), (adds, dk) = self._target(node.q, grad.dq), self._target(source.k, grad.dk[0])
+        dv = self._target(source.v, grad.dv[0])[1]
+        keys: Binds = (("q", node.q), ("k", source.k), ("v", source.v))
+        launches = self._keys(node.branch, "", source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds)
+        launches[0] = replace(launches[0], binds=(*launches[0].binds, ("dq_parts", dq_parts)))
+        sums = (("dq_parts", dq_parts), ("blocks", source.listed.blocks), ("dq", dq))
+        return [replace(x, over="chunks") for x in (*launches, Launch(f"{node.branch}_dq", sums, adds_dq))]
 
     def _keys(self, branch: str, suffix: str, source: Source, loads: Binds, outs: Binds, adds: bool) -> list[Launch]:
         name = f"{branch}_dkv{suffix}"
@@ -123,17 +159,17 @@ class _Gradients:
         return known, self.into.setdefault(value, gradient)
 
 
-def _part(node: Attend, grad: AttendGrad) -> list[Op]:
+def _part(node: Attend, grad: AttendGrad, heads: Heads) -> list[Op]:
     keys, lists = inputs_of([node])
     inputs = (node.q, *keys, *lists)
     rest: Binds = (("rest", node.rest),) if node.rest else ()
     delta = Launch("row_delta", (("d_out", grad.d_out), ("term", node.out), *rest, ("delta", grad.delta)))
-    gradients = _Gradients(gated=False)
+    gradients = _Gradients(False, heads)
     launches = (delta, *gradients.launches(node, grad))
     outputs = tuple(gradients.into[x] for x in (node.q, *keys))
     name = f"{node.branch}_attention"
     return [
-        Op(name, "part", inputs, writes(node), (_forward(node),)),
+        Op(name, "part", inputs, writes(node), _forwards(node, heads)),
         Op(f"{name}_grad", "part_grad", (grad.d_out, *inputs, *writes(node)), outputs, launches),
     ]
 
@@ -188,7 +224,7 @@ def _whole(graph: Graph, attends: list[Attend], combine: Combine) -> Op:
     ahead = chosen_ahead(graph)
     for node in graph.nodes:
         if isinstance(node, Attend):
-            launches.append(_forward(node))
+            launches += _forwards(node, graph.heads)
         elif isinstance(node, Select) and node not in ahead:
             launches += _select(node)
     launches.append(_combination(combine))
@@ -208,7 +244,7 @@ def _whole_grad(
     loads = (("d_out", "d_out"), *_terms(combine), *rests, *lses, ("gates", combine.gates))
     split = (*loads, *deltas, *shifts, ("d_gates", d_gates))
     launches = [Launch("combine_bwd", split)]
-    gradients = _Gradients(gated=True)
+    gradients = _Gradients(True, graph.heads)
     for node in attends:
         launches += gradients.launches(node, grads[node.branch])
     outputs = (*(gradients.into[x] for x in ("q", *inputs_of(attends)[0])), d_gates)
@@ -260,4 +296,22 @@ def _workspaces(graph: Graph, sizes: dict[str, Expr]) -> list[Buffer]:
             elif source.axis.is_tokens:
                 continue
             found.append(Buffer(_parts(source), (*axes, "D"), (*shape, width), "float32", "workspace"))
+        found += _list_parts(node, graph.heads) if isinstance(node, Attend) else []
+    return found
+
+
+def _list_parts(node: Attend, heads: Heads) -> list[Buffer]:
+    """What a chunk's queries get from each tile of each block that they list."""
+    listed = node.sources[0].listed
+    if listed is None:
+        return []
+    axes = ("B", "chunk", "Hkv", "n", "tiles", "G")
+    shape = (BATCH, count("chunk"), const(heads.kv), const(listed.count), count("tiles"), const(heads.group))
+    found: list[Buffer] = []
+    if by_blocks(node, heads, backward=False):
+        out = Buffer(f"out_parts_{node.branch}", (*axes, "Dv"), (*shape, const(heads.v_dim)), "input", "workspace")
+        found += [out, Buffer(f"lse_parts_{node.branch}", axes, shape, "float32", "workspace")]
+    if by_blocks(node, heads, backward=True):
+        dq = Buffer(f"dq_parts_{node.branch}", (*axes, "Dqk"), (*shape, const(heads.qk_dim)), "input", "workspace")
+        found.append(dq)
     return found

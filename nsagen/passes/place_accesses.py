@@ -7,7 +7,7 @@ from typing import Literal
 
 from nsagen.errors import Refused
 from nsagen.ir.graph import START
-from nsagen.ir.plan import Access, Kernel, Operand, Plan
+from nsagen.ir.plan import WALK_QUERIES, Access, Kernel, Operand, Plan
 from nsagen.sym import Expr
 
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's: anything up to 2⁶³
@@ -45,7 +45,7 @@ def _access(kernel: Kernel, operand: Operand, bound: dict[tuple[str, str], list[
 
 def _guard(kernel: Kernel, operand: Operand) -> Literal["tile", "segment"]:
     """The walked side of a kernel: keys of a query tile, queries of a key tile."""
-    walked = "query" if kernel.body.endswith("dkv") else "key"
+    walked = "query" if kernel.body in WALK_QUERIES else "key"
     if not kernel.walks or operand.rows != walked or operand.mode != "load":
         return "tile"
     return "segment"

@@ -65,6 +65,10 @@ class BranchView:
     dq: str
     sources: tuple[KeySourceView, ...]
     rest: bool
+    list_fwd: str | None  # kernels that go key block by key block, where there are any
+    by_blocks_from: int  # queries, from which on the forward takes them
+    merge: str
+    list_dq: bool  # dq comes in parts from the kernel of dk and dv
 
     @property
     def listed(self) -> bool:
@@ -134,7 +138,20 @@ def branch_views(graph: Graph, plan: Plan) -> tuple[BranchView, ...]:
 def _branch(node: Attend, plan: Plan) -> BranchView:
     pairs = enumerate(zip(node.sources, suffixes(node.sources), strict=True))
     sources = tuple(_key_source(node.branch, s, suffix, i, plan) for i, (s, suffix) in pairs)
-    return BranchView(node.branch, f"{node.branch}_fwd", f"{node.branch}_dq", sources, node.rest is not None)
+    bodies = {k.name: k.body for k in plan.kernels}
+    by_blocks = f"{node.branch}_list" if f"{node.branch}_list" in bodies else None
+    guards = [g for op in plan.ops for x in op.launches if x.kernel == by_blocks for g in x.when]
+    return BranchView(
+        branch=node.branch,
+        fwd=f"{node.branch}_fwd",
+        dq=f"{node.branch}_dq",
+        sources=sources,
+        rest=node.rest is not None,
+        list_fwd=by_blocks,
+        by_blocks_from=int(guards[0].value) if guards else 0,
+        merge=f"{node.branch}_merge",
+        list_dq=bodies[f"{node.branch}_dq"] == "sum_lists",
+    )
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:
@@ -252,7 +269,7 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
             arguments = ", ".join(_arguments(kernel.branch, graph))
             outs = ", ".join(bind[o] for o in ("out", "lse", "rest") if o in bind)
             lines.append(f"{outs} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale)")
-        elif kernel.body == "attend_dq":
+        elif kernel.body in ("attend_dq", "sum_lists"):
             lines += _backward(op, launch, kernel.branch, bind, graph, plan)
         elif kernel.body == "score_lse":
             lines.append(f"{bind['lse']} = _log_sum_exp(q, {bind['k']}, cu_seqlens, scale)")
@@ -285,16 +302,18 @@ def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: 
     Where two sources of the branch itself share keys, the second's gradients come out beside and are added after.
     """
     outs, into, after = [bind["dq"]], [bind["dq"] if launch.accumulate else "None"], []
-    for other in op.launches:
+    own = [x for x in op.launches if plan.kernel(x.kernel).branch == branch]
+    for other in own:
         bound = dict(other.binds)
-        if plan.kernel(other.kernel).branch != branch or "dk" not in bound:
+        if "dk" not in bound:
             continue
         for name in (bound["dk"], bound["dv"]):
             shared = name in outs
             outs.append(f"{name}_more" if shared else name)
             into.append(name if other.accumulate and not shared else "None")
             after += [f"{name} = {name} + {name}_more"] if shared else []
-    rows = ["d_out", bind["lse"], bind["delta"]]
+    statistics = next(dict(x.binds) for x in own if "delta" in dict(x.binds))
+    rows = ["d_out", statistics["lse"], statistics["delta"]]
     arguments = ["q", *_arguments(branch, graph), *rows, f"({', '.join(into)})"]
     return [f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)", *after]
 

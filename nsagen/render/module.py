@@ -41,6 +41,7 @@ class KernelText:
     key: str
     source: str
     configs: tuple[TileTable, ...]
+    lengths: tuple[int, int | None] | None  # queries from and below which it runs, if not always
 
 
 @lru_cache(maxsize=1)
@@ -134,7 +135,15 @@ def kernel_keys(plan: Plan) -> dict[str, str]:
 def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     source = _source(kernel, plan)
     # A kernel over a cache runs with the tiles of the one that it is made from.
-    return KernelText(kernel.name, kernel_key(source), source, () if kernel.cached else _distinct(kernel.tiles))
+    configs = () if kernel.cached else _distinct(kernel.tiles)
+    return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan))
+
+
+def _lengths(kernel: Kernel, plan: Plan) -> tuple[int, int | None] | None:
+    """What the guards of the kernel's launches say of the number of queries."""
+    launches = [x for op in plan.ops for x in op.launches if x.kernel == kernel.name]
+    bounds = {g.op: int(g.value) for x in launches for g in x.when if g.key == "length"}
+    return (bounds.get("from", 0), bounds.get("below")) if bounds else None
 
 
 def _source(kernel: Kernel, plan: Plan) -> str:

@@ -139,9 +139,21 @@ class KernelView:
     pointers: str  # of keys, values and lists
     select: Select | None
     size: int  # tokens of a listed block
+    count: int  # blocks of a list
+    parted: bool  # leaves parts of a result in the queries' lists
 
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
     wides: dict[str, str]  # operand -> a cast of its row offsets, or nothing
+
+    @property
+    def heads_width(self) -> int:
+        """The smallest power of two that holds a group."""
+        return 1 << (self.group - 1).bit_length()
+
+    @property
+    def list_width(self) -> int:
+        """The smallest power of two that holds a list."""
+        return 1 << (self.count - 1).bit_length()
 
     @property
     def select_width(self) -> int:
@@ -192,7 +204,9 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         listed=any(w.listed for w in kernel.walks),
         pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role in ("k", "v", "blocks")),
         select=kernel.select,
-        size=_listed_size(plan),
+        size=_listed(plan)[0],
+        count=_listed(plan)[1],
+        parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
     )
@@ -213,8 +227,9 @@ def _heads_live(kernel: Kernel, heads: Heads) -> str:
     return "" if "group_fills_tile" in kernel.facts else f" & (row < BT * {heads.group})"
 
 
-def _listed_size(plan: Plan) -> int:
-    return next((w.listed.size for k in plan.kernels for w in k.walks if w.listed), 0)
+def _listed(plan: Plan) -> tuple[int, int]:
+    """(tokens of a block, blocks of a list); a plan has lists of one kind at most."""
+    return next(((w.listed.size, w.listed.count) for k in plan.kernels for w in k.walks if w.listed), (0, 0))
 
 
 def _has_rest(kernel: Kernel, plan: Plan, term: int) -> bool:
@@ -327,6 +342,9 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
         "attend_fwd": "out = softmax(scale·q·kᵀ)·v and its log-sum-exp",
         "attend_dq": "dq from the scores recomputed with lse",
         "attend_dkv": "dk and dv from the scores recomputed with lse",
+        "attend_list_fwd": "an item's parts of out, each a softmax over the item's key block, and their log-sum-exp",
+        "merge_lists": "out and its log-sum-exp from the parts of the query's listed blocks",
+        "sum_lists": "dq from the parts of the query's listed blocks, added in order",
         "attend_list_dkv": "an item's part of dk and dv, float32, from the scores recomputed with lse",
         "sum_items": "dk and dv of a key block: its items' parts, added in order",
         "score_lse": "log-sum-exp of scale·q·k over the ended blocks",
@@ -339,10 +357,12 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
     if not kernel.walks:
         flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
         one = flat | {"sum_items": "a key block"}
+        one |= dict.fromkeys(("merge_lists", "sum_lists"), "a query and the heads of one KV head")
         return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
     tile = f"BM // {_rows(kernel, heads)} queries"
     if any(w.listed for w in kernel.walks):
-        tile = "one query" if kernel.body != "attend_list_dkv" else "BN keys and one item's queries"
+        listed = kernel.body in ("attend_list_dkv", "attend_list_fwd")
+        tile = "BN keys and one item's queries" if listed else "one query"
     elif kernel.body == "attend_dkv":
         tile = "BN keys, one run of their queries" if kernel.grid.split else "BN keys"
     return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

@@ -42,6 +42,7 @@ class Tiles:
     kernel: str
     key: str  # the hash of its source
     configs: Configs
+    lengths: tuple[int, int | None] = (0, None)  # the whole operation launches it from so many queries to below so many
     forced: Config | None = None  # what the tuner is measuring
     picked: dict[tuple[object, ...], Config] = field(default_factory=dict)
 
@@ -163,9 +164,9 @@ CHUNK_BYTES = 1 << 28  # of the scores of one chunk of queries
 CHUNK_STEP = 128  # no query tile is larger: a chunk is whole tiles
 
 
-def chunk(length: int, row_bytes: int) -> int:
-    """Queries of a chunk whose rows of `row_bytes` fit in CHUNK_BYTES; a multiple of CHUNK_STEP."""
-    fitting = max(1, CHUNK_BYTES // (row_bytes * CHUNK_STEP)) * CHUNK_STEP
+def chunk(length: int, row_bytes: int, most: int = CHUNK_BYTES) -> int:
+    """Queries of a chunk whose rows of `row_bytes` fit in `most` bytes; a multiple of CHUNK_STEP."""
+    fitting = max(1, most // (row_bytes * CHUNK_STEP)) * CHUNK_STEP
     return min(fitting, -(-length // CHUNK_STEP) * CHUNK_STEP)
 
 

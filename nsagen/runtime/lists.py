@@ -10,65 +10,99 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsagen.runtime.launch import sequences
+from nsagen.runtime.launch import chunk, sequences
 
 
 class Inverse(NamedTuple):
-    """queries int32 [entries]: token rows b·T + t, grouped by key block, ascending within one.
+    """The entries of the lists [B, T, Hkv, n] by chunk of queries, then by key block, ascending within one.
 
-    items int32 [most, 3]: (key block, first entry, end entry) of at most `per_item` entries each; unused ones name
-    block `blocks`. A hot block is split over several items. first int32 [blocks + 1]: each key block's first item.
-    Key blocks are numbered (b·Hkv + h)·slots + slot; packed, block i of sequence s has slot ⌊cu[s]/size⌋ + s + i.
+    places [entries]: where each stands in the flat lists. items int32 [chunks, most, 3]: (key block, first entry, end
+    entry) of at most `per_item` entries each; unused ones name block `blocks`. A hot block is split over several items.
+    first int32 [chunks, blocks + 1]: each key block's first item of the chunk. Key blocks are numbered
+    (b·Hkv + h)·slots + slot; packed, block i of sequence s has slot ⌊cu[s]/size⌋ + s + i.
     """
 
-    queries: Tensor
+    places: Tensor
     items: Tensor
     first: Tensor
     slots: int
+    per_query: int  # entries, Hkv·n
+
+    @property
+    def queries(self) -> Tensor:
+        """Token rows b·T + t of the entries, int32."""
+        return (self.places // self.per_query).to(torch.int32)
 
 
-def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int) -> Inverse:
-    """Invert blocks int32 [B, T, Hkv, n] of `size` tokens, −1 for none."""
+def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, chunk: int | None = None) -> Inverse:
+    """Invert blocks int32 [B, T, Hkv, n] of `size` tokens, −1 for none, in chunks of queries (default: one)."""
     batch, length, heads, count = blocks.shape
+    chunk = min(chunk or length, length)
+    chunks = -(-length // chunk)
     slots = -(-length // size) if cu_seqlens is None else length // size + sequences(cu_seqlens)
     total = batch * heads * slots
-    keys, order = torch.sort(_keys(blocks, size, cu_seqlens, slots, total).flatten(), stable=True)
-    bounds = torch.searchsorted(keys, torch.arange(total + 1, device=keys.device, dtype=keys.dtype))
-    queries = (order // (heads * count)).to(torch.int32)
-    items, first = _items(bounds, per_item, total + keys.numel() // per_item)
-    return Inverse(queries, items, first, slots)
+    keys, order = torch.sort(_keys(blocks, size, cu_seqlens, slots, chunk).flatten(), stable=True)
+    ends = torch.arange(chunks * total + 1, device=keys.device, dtype=keys.dtype)
+    bounds = torch.searchsorted(keys, ends)
+    items, first = _items(bounds, chunks, per_item, total + batch * chunk * heads * count // per_item)
+    places = order.to(torch.int32) if order.numel() < 2**31 else order
+    return Inverse(places, items, first, slots, heads * count)
 
 
-def _keys(blocks: Tensor, size: int, cu_seqlens: Tensor | None, slots: int, total: int) -> Tensor:
-    """The number of the key block of every entry; `total`, which sorts last, for none."""
+def _keys(blocks: Tensor, size: int, cu_seqlens: Tensor | None, slots: int, chunk: int) -> Tensor:
+    """The number of the chunk and key block of every entry; one that sorts last for none."""
     batch, length, heads, _ = blocks.shape
-    device = blocks.device
+    token = torch.arange(length, device=blocks.device)
     if cu_seqlens is None:
-        base = torch.zeros(1, dtype=torch.int64, device=device)
+        base, end = torch.zeros_like(token), torch.full_like(token, slots)
     else:
-        token = torch.arange(length, device=device)
-        sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
-        base = cu_seqlens.long()[sequence.clamp(max=cu_seqlens.shape[0] - 1)] // size + sequence
-    head = torch.arange(batch * heads, device=device).view(batch, 1, heads, 1) * slots
-    keys = head + base.view(1, -1, 1, 1) + blocks
-    return torch.where((blocks < 0) | (blocks >= slots), total, keys).to(
-        torch.int32 if total < 2**31 - 1 else torch.int64
-    )
+        ends = cu_seqlens.long()
+        sequence = torch.searchsorted(ends[1:], token, right=True).clamp(max=ends.shape[0] - 2)
+        base = ends[sequence] // size + sequence
+        end = (ends[sequence + 1] - ends[sequence] + size - 1) // size
+    total = batch * heads * slots
+    head = torch.arange(batch * heads, device=blocks.device).view(batch, 1, heads, 1) * slots
+    keys = head + (base + token // chunk * total).view(1, -1, 1, 1) + blocks
+    last = total * -(-length // chunk)
+    there = (blocks >= 0) & (blocks < end.view(1, -1, 1, 1))
+    return torch.where(there, keys, last).to(torch.int32 if last < 2**31 - 1 else torch.int64)
 
 
-def _items(bounds: Tensor, per_item: int, most: int) -> tuple[Tensor, Tensor]:
-    """items [most, 3] and first [blocks + 1] from the blocks' entry bounds [blocks + 1]."""
-    entries = bounds[1:] - bounds[:-1]
-    first = torch.zeros_like(bounds)
-    torch.cumsum((entries + per_item - 1) // per_item, 0, out=first[1:])
-    item = torch.arange(most, device=bounds.device)
-    block = torch.searchsorted(first[1:], item, right=True)  # the last block, plus one, for unused items
-    known = block.clamp(max=entries.shape[0] - 1)
-    start = bounds[known] + (item - first[known]) * per_item
-    end = torch.minimum(start + per_item, bounds[known + 1])
-    return torch.stack([block, start, end], 1).to(torch.int32), first.to(torch.int32)
+def _items(bounds: Tensor, chunks: int, per_item: int, most: int) -> tuple[Tensor, Tensor]:
+    """items [chunks, most, 3] and first [chunks, blocks + 1] from the entry bounds [chunks·blocks + 1] of all."""
+    start, end = bounds[:-1].view(chunks, -1), bounds[1:].view(chunks, -1)
+    first = torch.zeros((chunks, start.shape[1] + 1), dtype=torch.int64, device=bounds.device)
+    torch.cumsum((end - start + per_item - 1) // per_item, 1, out=first[:, 1:])
+    item = torch.arange(most, device=bounds.device).expand(chunks, -1).contiguous()
+    block = torch.searchsorted(first[:, 1:].contiguous(), item, right=True)  # the last, plus one, for unused items
+    known = block.clamp(max=start.shape[1] - 1)
+    begin = start.gather(1, known) + (item - first.gather(1, known)) * per_item
+    stop = torch.minimum(begin + per_item, end.gather(1, known))
+    return torch.stack([block, begin, stop], 2).to(torch.int32), first.to(torch.int32)
 
 
 def per_item(length: int, entries: int) -> int:
     """Entries of an item: about what a block has on average (n·l'), a little less where there are few queries."""
     return max(64, min(entries, length))
+
+
+PART_BYTES = 1 << 31  # of the parts of one chunk of queries
+
+
+def part_chunk(length: int, row_bytes: int) -> int:
+    """Queries of a chunk whose parts, row_bytes each, fit in PART_BYTES."""
+    return chunk(length, row_bytes, PART_BYTES)
+
+
+def sums(gradients: tuple[Tensor, ...], chunked: bool, adds: bool) -> tuple[Tensor, ...]:
+    """Where chunks add up dk and dv: the gradients themselves, or float32 where a chunk's sum would be rounded."""
+    if not chunked or gradients[0].dtype == torch.float32:
+        return gradients
+    return tuple(x.float() if adds else torch.empty_like(x, dtype=torch.float32) for x in gradients)
+
+
+def round_sums(gradients: tuple[Tensor, ...], sums: tuple[Tensor, ...]) -> None:
+    """Write the gradients from what `sums` gave, unless they are it."""
+    for gradient, total in zip(gradients, sums, strict=True):
+        if total is not gradient:
+            gradient.copy_(total)

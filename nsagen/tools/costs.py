@@ -102,7 +102,8 @@ def flops_of_pair(kernel: Kernel, heads: Heads) -> int:
         "attend_fwd": qk + v,
         "attend_dq": 2 * qk + v,
         "attend_dkv": keys_grad,
-        "attend_list_dkv": keys_grad,
+        "attend_list_fwd": qk + v,
+        "attend_list_dkv": keys_grad + (qk if any(o.role == "dq_parts" for o in kernel.operands) else 0),
         "score_lse": qk,
         "select_scores": qk,
     }
@@ -127,8 +128,9 @@ def _size(buffer: Buffer, tokens: int, plan: Plan) -> int:
     sizes = [w.listed.size for k in plan.kernels for w in k.walks if w.listed]
     items = plan.heads.kv * -(-tokens // min(sizes, default=1))
     size = BYTES[buffer.dtype]
+    at = {"T": tokens, "B": 1, "chunk": tokens, "items": items, "splits": MOST_SPLITS, "tiles": 1}
     for extent in buffer.shape:
-        size *= evaluate(extent, {"T": tokens, "B": 1, "chunk": tokens, "items": items, "splits": MOST_SPLITS})
+        size *= evaluate(extent, at)
     return size
 
 

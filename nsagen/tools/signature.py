@@ -69,6 +69,7 @@ def _constants(job: Job) -> dict[str, Any]:
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
         "PAGE": 1,
+        "TILES": 1,  # of a listed block
     }
     return constants | ({"CANDIDATES": _candidates(select)} if select else {})
 

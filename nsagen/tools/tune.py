@@ -120,7 +120,7 @@ def subjects_of(module: Any, request: Request) -> list[Subject]:
     bits = 32 if request.dtype == "fp32" else 16
     fitting = {name: launch.candidates(t, launch.chip(0), bits) for name, t in module._CONFIGS.items()}
     return [
-        Subject(name, module._CONFIGS[name].key, configs[: request.candidates])
+        Subject(name, module._CONFIGS[name].key, configs[: request.candidates], module._CONFIGS[name].lengths)
         for name, configs in fitting.items()
         if len(configs) > 1
     ]

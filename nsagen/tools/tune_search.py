@@ -49,6 +49,11 @@ class Subject:
     kernel: str
     key: str
     configs: tuple[Config, ...]
+    lengths: tuple[int, int | None] = (0, None)  # as launch.Tiles has them
+
+    def runs_at(self, length: int) -> bool:
+        least, end = self.lengths
+        return least <= length and (end is None or length < end)
 
     def config(self, label: str) -> Config:
         return next(c for c in self.configs if c.label == label)
@@ -65,7 +70,11 @@ def known(subject: Subject, place: tuned.Place) -> tuned.Times:
 
 
 def rounds(subjects: Sequence[Subject], place: tuned.Place, force: bool = False) -> Rounds:
-    """The candidates not measured yet (all, if forced), side by side: the i-th of every kernel in round i."""
+    """The candidates not measured yet (all, if forced), side by side: the i-th of every kernel in round i.
+
+    A kernel that does not run at that length has none.
+    """
+    subjects = [s for s in subjects if s.runs_at(place.length)]
     pending = [_pending(s, {} if force else known(s, place)) for s in subjects]
     named = [(s.kernel, configs) for s, configs in zip(subjects, pending, strict=True) if configs]
     columns = zip_longest(*(configs for _, configs in named))

@@ -20,6 +20,7 @@ from nsagen.interp.graph import run_graph
 from nsagen.interp.plan import run_op
 from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph
 from nsagen.ir.plan import BN, BT, Kernel, Mask, Op, Plan, Walk
+from nsagen.passes import loop_order, operators
 from nsagen.sym import Conjunct, Expr, Interval, conjunct_text, const, evaluate
 
 Array = np.ndarray[Any, Any]
@@ -42,6 +43,7 @@ SPECS = {
     "group_5": spec({"window": WINDOW}, "single", {"query": 5, "kv": 1, "qk_dim": 40, "v_dim": 16}),
     "one_softmax": spec({"window": WINDOW, "compressed": COMPRESSED}, "one_softmax"),
     "listed": spec({"selected": LISTED}, "single"),
+    "listed_group_1": spec({"selected": LISTED}, "single", {"query": 2, "kv": 2, "qk_dim": 16, "v_dim": 40}),
     "listed_union": spec({"window": WINDOW, "selected": LISTED}, "one_softmax"),
     "whole": spec({"compressed": COMPRESSED, "selected": SELECTED, "window": WINDOW}, "gated_sum"),
 }
@@ -150,6 +152,22 @@ def test_a_chunked_selection_is_the_whole_one() -> None:
     values = dense("whole", 45)
     got = run_op(plan, "select_blocks", values, (16, 8), chunk=20)
     assert np.array_equal(got["blocks"], values["blocks"])
+
+
+@pytest.mark.parametrize("chunk", [None, 20])
+@pytest.mark.parametrize("name", ["listed", "whole", "listed_group_1"])
+def test_key_block_by_key_block_is_the_same(name: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_order, "MARGIN", 0.0)
+    monkeypatch.setattr(operators, "BY_BLOCKS_FROM", 0)
+    plan = lower(api.read(SPECS[name]))[-1].ir
+    assert isinstance(plan, Plan)
+    check_coverage(plan, (21,), ((8, 8),))
+    values = dense(name, 45)
+    for op in (x for x in plan.ops if x.doc != "serve"):
+        assert {"attend_list_fwd", "sum_lists"} & {plan.kernel(x.kernel).body for x in op.launches} or name == "whole"
+        due = wanted(op, lowered(name)[0], values)
+        for output, got in run_op(plan, op.name, values, (10, 8), chunk=chunk).items():
+            assert same(got, due[output]), f"{op.name}/{output}"
 
 
 def test_a_pool_with_parameters_is_refused_unless_its_result_is_given() -> None:
