@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -11,6 +12,7 @@ from strategies import Inputs, make_inputs
 from torch import Tensor
 
 import nsagen
+from nsagen.passes import loop_order, operators
 from nsagen.tools.choice import scores_of
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # float32, of design.md's measure
@@ -19,6 +21,18 @@ ZERO = 1e-6  # an exactly zero gradient: what rounding leaves, against the large
 
 def cu_of(ends: list[int] | None, device: str) -> Tensor | None:
     return None if ends is None else torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+@contextmanager
+def by_blocks(always: bool = True) -> Iterator[None]:
+    """What is compiled inside goes key block by key block wherever it can, however short the sequence."""
+    before = loop_order.MARGIN, operators.BY_BLOCKS_FROM
+    if always:
+        loop_order.MARGIN, operators.BY_BLOCKS_FROM = 0.0, 0
+    try:
+        yield
+    finally:
+        loop_order.MARGIN, operators.BY_BLOCKS_FROM = before
 
 
 def blocks_of(module: Any, q: Tensor, k: Any, v: Any, phi: Any, cu: Tensor | None) -> Tensor | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from harness import check
+from harness import by_blocks, check
 
 import nsagen
-from nsagen.passes import loop_order, operators
 from nsagen.runtime import lists
 
 SELECTED = {"block": 8, "top_n": 3, "initial": 1, "local": 1}
@@ -32,10 +32,9 @@ ONE_HEAD = {**ALONE, "name": "by_blocks_one_head", "heads": {"query": 2, "kv": 2
 
 
 @pytest.fixture(autouse=True)
-def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every forward and backward takes this loop order, whatever the model says and however short it is."""
-    monkeypatch.setattr(loop_order, "MARGIN", 0.0)
-    monkeypatch.setattr(operators, "BY_BLOCKS_FROM", 0)
+def _by_blocks() -> Iterator[None]:
+    with by_blocks():
+        yield
 
 
 def with_name(spec: dict[str, Any], name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import FUZZ_EXAMPLES
-from harness import check
+from harness import by_blocks, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import packed, seeds, shapes, specs
@@ -30,10 +30,11 @@ def test_dense_branches(device: str, data: Any, seed: int, strided: bool) -> Non
 
 
 @share(4)
-@given(st.data(), seeds, st.booleans())
-def test_whole_operation(device: str, data: Any, seed: int, strided: bool) -> None:
+@given(st.data(), seeds, st.booleans(), st.booleans())
+def test_whole_operation(device: str, data: Any, seed: int, strided: bool, blocks: bool) -> None:
     spec = data.draw(whole)
-    check(spec, *data.draw(shapes(spec)), seed, device, strided=strided)
+    with by_blocks(blocks):
+        check(spec, *data.draw(shapes(spec)), seed, device, strided=strided)
 
 
 @share(4)
@@ -45,11 +46,12 @@ def test_packed_dense_branches(device: str, data: Any, seed: int) -> None:
 
 
 @share(6)
-@given(st.data(), seeds)
-def test_packed_whole_operation(device: str, data: Any, seed: int) -> None:
+@given(st.data(), seeds, st.booleans())
+def test_packed_whole_operation(device: str, data: Any, seed: int, blocks: bool) -> None:
     spec = data.draw(whole)
     ends = data.draw(packed(spec))
-    check(spec, 1, ends[-1], seed, device, ends)
+    with by_blocks(blocks):
+        check(spec, 1, ends[-1], seed, device, ends)
 
 
 @share(12)

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from harness import by_blocks
 
 from nsagen import api
 from nsagen.compiler import lower
@@ -20,7 +21,6 @@ from nsagen.interp.graph import run_graph
 from nsagen.interp.plan import run_op
 from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph
 from nsagen.ir.plan import BN, BT, Kernel, Mask, Op, Plan, Walk
-from nsagen.passes import loop_order, operators
 from nsagen.sym import Conjunct, Expr, Interval, conjunct_text, const, evaluate
 
 Array = np.ndarray[Any, Any]
@@ -156,10 +156,9 @@ def test_a_chunked_selection_is_the_whole_one() -> None:
 
 @pytest.mark.parametrize("chunk", [None, 20])
 @pytest.mark.parametrize("name", ["listed", "whole", "listed_group_1"])
-def test_key_block_by_key_block_is_the_same(name: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_order, "MARGIN", 0.0)
-    monkeypatch.setattr(operators, "BY_BLOCKS_FROM", 0)
-    plan = lower(api.read(SPECS[name]))[-1].ir
+def test_key_block_by_key_block_is_the_same(name: str, chunk: int | None) -> None:
+    with by_blocks():
+        plan = lower(api.read(SPECS[name]))[-1].ir
     assert isinstance(plan, Plan)
     check_coverage(plan, (21,), ((8, 8),))
     values = dense(name, 45)
