@@ -79,7 +79,7 @@ def run(compiled: Compiled, request: Request) -> bool:
     What cannot work is said before anything is measured.
     """
     lengths = lengths_of(request)
-    _settle(request)
+    settle(request.json, request.plot, request.device)
     from nsagen.tools import bench_report as report
 
     where = report.environment(request.device)
@@ -128,19 +128,19 @@ def _rows(clock: Clock, cases: Sequence[Case], lengths: Sequence[int], save: Any
         save()
 
 
-def _settle(request: Request) -> None:
+def settle(json: Path | None, plot: Path | None, device: str) -> None:
     """Real kernels or, on the CPU, the torch path; files that can be written; a device."""
-    for file in (request.json, request.plot):
+    for file in (json, plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise NsagenError(f"cannot write {file}: there is no folder {file.parent}")
-    if request.plot:
+    if plot:
         from nsagen.tools.bench_plot import require_matplotlib
 
-        require_matplotlib(request.plot)
+        require_matplotlib(plot)
     compiled_kernels()
     import torch
 
-    if request.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise NsagenError(
             "there is no CUDA device to measure: run it on a machine with one, "
             "or try the command with --device cpu (torch path, short lengths, wall clock)"

@@ -81,7 +81,7 @@ class Clock:
         else:
             return None
         finally:
-            _clear(self.device)
+            clear(self.device)
         return reason
 
     def _measure(self, case: Case, length: int, found: dict[str, float]) -> None:
@@ -165,7 +165,7 @@ def _forget(leaves: Sequence[Tensor]) -> None:
         leaf.grad = None
 
 
-def _clear(device: str) -> None:
+def clear(device: str) -> None:
     """What a case leaves behind; a device that an earlier kernel broke says so at the next case."""
     gc.collect()
     if device == "cuda":

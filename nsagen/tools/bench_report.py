@@ -149,8 +149,8 @@ def write_json(file: Path, record: dict[str, Any]) -> None:
     write_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def default_file(name: str, dtype: str, where: dict[str, Any]) -> Path:
-    """benchmarks/results/h200_NAME_bench_bf16.json, or the same here, where there is no such folder."""
+def default_file(name: str, dtype: str, where: dict[str, Any], what: str = "bench") -> Path:
+    """benchmarks/results/h200_NAME_WHAT_bf16.json, or the same here, where there is no such folder."""
     machine = re.sub(r"[^a-z0-9]+", "_", (where["gpu"] or "cpu").lower().replace("nvidia", "")).strip("_")
     folder = Path("benchmarks/results")
-    return (folder if folder.is_dir() else Path()) / f"{machine}_{name}_bench_{dtype}.json"
+    return (folder if folder.is_dir() else Path()) / f"{machine}_{name}_{what}_{dtype}.json"

@@ -234,7 +234,7 @@ def test_an_interrupt_tells_what_is_there(monkeypatch, capsys):
             raise KeyboardInterrupt
         return work()
 
-    monkeypatch.setattr(bench, "_settle", lambda request: None)
+    monkeypatch.setattr(bench, "settle", lambda json, plot, device: None)
     monkeypatch.setattr(bench, "_prepared", lambda c, r: (Clock("cpu", 1), [Case("whole", "whole", cases)]))
     assert not run(compiled_of(read("tiny")), Request("tiny", "8,16", device="cpu"))
     told = capsys.readouterr()
