@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,14 +110,19 @@ def _prepared(compiled: Compiled, request: Request) -> tuple[Clock, list[Case]]:
     from nsagen.tools.bench_cases import own_cases
     from nsagen.tools.bench_clock import Clock
     from nsagen.tools.bench_inputs import Setting
+    from nsagen.tools.predict import Model
     from nsagen.tools.random_lists import DTYPES
     from nsagen.tools.rivals import rivals
 
     setting = Setting(compiled.spec, DTYPES[request.dtype], request.device)
     names = None if request.against is None else [n for n in request.against.replace(",", " ").split() if n != "none"]
     others = rivals(setting, names)
-    own = own_cases(compiled, module_of(compiled), setting, request.parts)
-    return Clock(request.device, request.rep, not request.forward_only, request.slowest), [*own, *others]
+    module = module_of(compiled)
+    own = own_cases(compiled, module, setting, request.parts)
+    clock = Clock(request.device, request.rep, not request.forward_only, request.slowest)
+    if request.device == "cuda":  # the model knows no CPU
+        clock = replace(clock, predict=Model(compiled, module, setting))
+    return clock, [*own, *others]
 
 
 def _rows(clock: Clock, cases: Sequence[Case], lengths: Sequence[int], save: Any) -> Iterator[Row]:
