@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  a2b64670f53e
+content  6a035e30f735
 runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
 version.require(5, "nsa_compressed_window")
@@ -38,13 +38,14 @@ SPEC = {'name': 'nsa_compressed_window',
  'kv': 'shared',
  'branches': {'compressed': {'block': 32, 'stride': 16, 'pool': 'mean', 'positions': False},
               'window': {'size': 512, 'sinks': 0}},
- 'combine': 'gated_sum'}
+ 'combine': 'gated_sum',
+ 'dense_below': 0}
 
 _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_a2b64670f53e"
+_SPACE = "nsagen_nsa_compressed_window_6a035e30f735"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -1429,16 +1430,19 @@ def window_attention(q, k, v, *, scale=None, cu_seqlens=None):
     return out, lse.detach()
 
 
-def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None):
+def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None, dense_below=0):
     """The whole operation -> out [B, T, 64, 128].
 
     q [B, T, 64, 128]; k, v tensors [B, T, 4, D]; gates [B, T, 64, 2] in [0, 1], columns ('compressed', 'window'); phi a Compressor, k_raw
     un-rotated keys for it where they differ from k. scale defaults to 128^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v, gates and phi's parameters.
+    T < dense_below: every branch attends to all keys up to the query, through torch; phi and k_raw are not used.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(
         _LAYOUT, q, k, v, gates, phi, blocks, k_raw, scale, cu_seqlens
     )
+    if checks.short(_LAYOUT, q, dense_below, cu_seqlens):
+        return dense.attention(q, k, v, gates, False, scale)
     k_cmp, v_cmp = phi(k["compressed"] if k_raw is None else k_raw, v["compressed"], cu_seqlens=cu_seqlens)
     return _Ops.attention(q, k_cmp, v_cmp, k["compressed"], v["compressed"], gates, cu_seqlens, scale)[0]
 

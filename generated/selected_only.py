@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  82e838d2c1f8
+content  c0d7d8e2ac6a
 runtime  5
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
 version.require(5, "selected_only")
@@ -30,13 +30,14 @@ SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
  'kv': 'shared',
  'branches': {'selected': {'block': 64, 'top_n': 16, 'initial': 1, 'local': 2, 'from': 'caller'}},
- 'combine': 'single'}
+ 'combine': 'single',
+ 'dense_below': 0}
 
 _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_82e838d2c1f8"
+_SPACE = "nsagen_selected_only_c0d7d8e2ac6a"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -690,16 +691,19 @@ def selected_attention(q, k, v, blocks, *, scale=None, cu_seqlens=None):
     return out, lse.detach()
 
 
-def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None):
+def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None, dense_below=0):
     """The whole operation -> out [B, T, 64, 128].
 
     q [B, T, 64, 128]; k, v tensors [B, T, 4, D]. scale defaults to 128^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v.
+    T < dense_below: every branch attends to all keys up to the query, through torch; blocks are not used.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(
         _LAYOUT, q, k, v, gates, phi, blocks, k_raw, scale, cu_seqlens
     )
     blocks = checks.blocks(_LAYOUT, "attention", blocks, q, 16)
+    if checks.short(_LAYOUT, q, dense_below, cu_seqlens):
+        return dense.attention(q, k, v, gates, False, scale)
     return _Ops.selected_attention(q, k["selected"], v["selected"], blocks, cu_seqlens, scale)[0]
 
 

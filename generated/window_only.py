@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  f31276696bfc
+content  2d9103d6b6b4
 runtime  5
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
 version.require(5, "window_only")
@@ -29,13 +29,14 @@ SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
  'kv': 'shared',
  'branches': {'window': {'size': 512, 'sinks': 0}},
- 'combine': 'single'}
+ 'combine': 'single',
+ 'dense_below': 0}
 
 _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_f31276696bfc"
+_SPACE = "nsagen_window_only_2d9103d6b6b4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -682,15 +683,18 @@ def window_attention(q, k, v, *, scale=None, cu_seqlens=None):
     return out, lse.detach()
 
 
-def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None):
+def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None, dense_below=0):
     """The whole operation -> out [B, T, 64, 128].
 
     q [B, T, 64, 128]; k, v tensors [B, T, 4, D]. scale defaults to 128^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v.
+    T < dense_below: every branch attends to all keys up to the query, through torch.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(
         _LAYOUT, q, k, v, gates, phi, blocks, k_raw, scale, cu_seqlens
     )
+    if checks.short(_LAYOUT, q, dense_below, cu_seqlens):
+        return dense.attention(q, k, v, gates, False, scale)
     return _Ops.window_attention(q, k["window"], v["window"], cu_seqlens, scale)[0]
 
 

@@ -293,6 +293,7 @@ def tune(
     "bench my_nsa.yaml --lengths 8k,64k --against cudnn,fa3 --plot bench.png --json bench.json",
     "bench nsa_128 --forward-only --no-parts --rep 500",
     "bench tiny --device cpu --lengths 64,128",
+    "bench nsa_128 --decode --grid 8kx256,64kx1 --plot decode.png",
 )
 def bench(
     spec: SpecArgument,
@@ -313,13 +314,25 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Default: benchmarks/results/… or here; none on the CPU.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw times by length.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="One step of decoding over a full cache instead.")] = False,
+    grid: Annotated[
+        str | None,
+        typer.Option(metavar="TxB,…", help="Of --decode: context x batch. Default: 4 GiB of K/V, then batch 1."),
+    ] = None,
 ) -> None:
     """Time the whole operation and its parts beside dense attention: medians, peak memory, break-even length.
+
+    --decode: one step over a full cache, eager and in a CUDA graph, beside FA3, SDPA and what the bytes alone take.
 
     What does not fit, is not installed or takes too long is a dash with its reason.
 
     Exit 1 if the whole operation ran at no length, or on an interrupt.
     """
+    if decode:
+        _bench_decode(spec, lengths, grid, dtype, device, against, rep, json, plot)
+        return
+    if grid is not None:
+        raise _usage("--grid goes with --decode: without it, give --lengths")
     from nsagen.tools.bench import Request, run
 
     request = Request(
@@ -327,6 +340,21 @@ def bench(
     )  # fmt: skip
     if not run(_compiled(spec), request):
         raise typer.Exit(FAILED)
+
+
+def _bench_decode(spec: str, lengths: str | None, grid: str | None, dtype: Half, device: Device, *options: Any) -> None:
+    from nsagen.tools.bench_decode import Request, run
+
+    if lengths is not None:
+        raise _usage("--lengths does not go with --decode: give --grid, as in 8kx256,64kx1")
+    if not run(_compiled(spec), Request(spec, grid, dtype.value, device.value, *options)):
+        raise typer.Exit(FAILED)
+
+
+def _usage(text: str) -> Exception:
+    from nsagen.errors import NsagenError
+
+    return NsagenError(text)
 
 
 @command(app, "list", "list")

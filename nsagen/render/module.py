@@ -179,7 +179,9 @@ def _spec_text(spec: dict[str, Any]) -> str:
         f"heads    {h['query']} query, {h['kv']} KV, dims {h['qk_dim']} (q, k) and {h['v_dim']} (v); K/V {spec['kv']}"
     ]
     lines += [f"branch   {name} {json.dumps(options)}" for name, options in spec["branches"].items()]
-    return "\n".join([*lines, f"combine  {spec['combine']}"])
+    lines.append(f"combine  {spec['combine']}")
+    below = [f"dense    below {spec['dense_below']} tokens, through torch"] if spec["dense_below"] else []
+    return "\n".join([*lines, *below])
 
 
 def _tidy(text: str) -> str:

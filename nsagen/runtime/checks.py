@@ -147,6 +147,17 @@ def blocks(layout: Layout, function: str, lists: Tensor, q: Tensor, count: int) 
     return lists.contiguous()
 
 
+def short(layout: Layout, q: Tensor, dense_below: int, cu_seqlens: Tensor | None) -> bool:
+    """Whether T < dense_below; that of packed sequences is known on the device alone, which nothing waits for."""
+    call = _Call(layout, "attention")
+    if isinstance(dense_below, bool) or not isinstance(dense_below, (int, torch.SymInt)) or dense_below < 0:
+        call.fail("dense_below must be an integer of 0 or more", repr(dense_below), "pass a number of tokens")
+    if dense_below and cu_seqlens is not None:
+        rule = "dense_below must be 0 with cu_seqlens (the sequences' lengths stay on the device)"
+        call.fail(rule, dense_below, "pass dense_below=0, or the sequences one by one")
+    return q.shape[1] < dense_below
+
+
 def cache(layout: Layout, given: Any, kind: type) -> None:
     """Checks that `given` is a cache of this module."""
     if not isinstance(given, kind):

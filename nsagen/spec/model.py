@@ -18,6 +18,7 @@ NAME_HINT = "choose another; it becomes a module's name"
 Dim = Annotated[int, Field(ge=16, le=256, multiple_of=8)]
 Count = Annotated[int, Field(ge=1, le=1024)]
 MAX_GROUP = 64
+LONGEST = 1 << 24
 
 
 class Heads(Checked):
@@ -58,6 +59,10 @@ class Spec(Checked):
         min_length=1, description="one or more, in the order of the gates"
     )
     combine: Literal["gated_sum", "one_softmax", "single"] = Field(description="how the branches become one output")
+
+    dense_below: Annotated[int, Field(ge=0, le=LONGEST)] = Field(
+        0, description="shorter sequences attend densely; the default of the call"
+    )
 
     @classmethod
     def filled(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def run(compiled: Compiled, request: Request) -> bool:
     What cannot work is said before anything is measured.
     """
     lengths = lengths_of(request)
-    _settle(request)
+    settle(request.json, request.plot, request.device)
     from nsagen.tools import bench_report as report
 
     where = report.environment(request.device)
@@ -110,14 +110,19 @@ def _prepared(compiled: Compiled, request: Request) -> tuple[Clock, list[Case]]:
     from nsagen.tools.bench_cases import own_cases
     from nsagen.tools.bench_clock import Clock
     from nsagen.tools.bench_inputs import Setting
+    from nsagen.tools.predict import Model
     from nsagen.tools.random_lists import DTYPES
     from nsagen.tools.rivals import rivals
 
     setting = Setting(compiled.spec, DTYPES[request.dtype], request.device)
     names = None if request.against is None else [n for n in request.against.replace(",", " ").split() if n != "none"]
     others = rivals(setting, names)
-    own = own_cases(compiled, module_of(compiled), setting, request.parts)
-    return Clock(request.device, request.rep, not request.forward_only, request.slowest), [*own, *others]
+    module = module_of(compiled)
+    own = own_cases(compiled, module, setting, request.parts)
+    clock = Clock(request.device, request.rep, not request.forward_only, request.slowest)
+    if request.device == "cuda":  # the model knows no CPU
+        clock = replace(clock, predict=Model(compiled, module, setting))
+    return clock, [*own, *others]
 
 
 def _rows(clock: Clock, cases: Sequence[Case], lengths: Sequence[int], save: Any) -> Iterator[Row]:
@@ -128,19 +133,19 @@ def _rows(clock: Clock, cases: Sequence[Case], lengths: Sequence[int], save: Any
         save()
 
 
-def _settle(request: Request) -> None:
+def settle(json: Path | None, plot: Path | None, device: str) -> None:
     """Real kernels or, on the CPU, the torch path; files that can be written; a device."""
-    for file in (request.json, request.plot):
+    for file in (json, plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise NsagenError(f"cannot write {file}: there is no folder {file.parent}")
-    if request.plot:
+    if plot:
         from nsagen.tools.bench_plot import require_matplotlib
 
-        require_matplotlib(request.plot)
+        require_matplotlib(plot)
     compiled_kernels()
     import torch
 
-    if request.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise NsagenError(
             "there is no CUDA device to measure: run it on a machine with one, "
             "or try the command with --device cpu (torch path, short lengths, wall clock)"

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,13 +34,33 @@ class Row:
     peak_gib: float | None = None
     reason: str | None = None
     note: str | None = None
+    predicted_forward_ms: float | None = None
+    predicted_backward_ms: float | None = None
+
+    @property
+    def forward_ratio(self) -> float | None:
+        """Measured over predicted."""
+        return _ratio(self.forward_ms, self.predicted_forward_ms)
+
+    @property
+    def backward_ratio(self) -> float | None:
+        return _ratio(self.backward_ms, self.predicted_backward_ms)
 
     @property
     def both_ms(self) -> float | None:
         return None if self.forward_ms is None or self.backward_ms is None else self.forward_ms + self.backward_ms
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        ratios = {"forward_ratio": self.forward_ratio, "backward_ratio": self.backward_ratio}
+        return {**asdict(self), **ratios}
+
+
+def _ratio(measured: float | None, predicted: float | None) -> float | None:
+    return measured / predicted if measured is not None and predicted else None
+
+
+def _no_prediction(case: str, tokens: int) -> tuple[float | None, float | None]:
+    return None, None
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,7 @@ class Clock:
     backward: bool = True
     slowest: float = 4.0  # seconds that a forward and backward may take
     rows: list[Row] = field(default_factory=list)
+    predict: Callable[[str, int], tuple[float | None, float | None]] = _no_prediction  # forward, backward in ms
 
     def row(self, case: Case, length: int) -> Row:
         """Raises nothing but an interrupt. The row is kept, so that what cannot work at a greater length is left."""
@@ -58,6 +79,8 @@ class Clock:
         if reason is None and self.backward:
             reason = case.forward_only
         row = Row(case.name, case.kind, length, **found, reason=reason, note=case.note)
+        forward, backward = self.predict(case.name, length) if found else (None, None)
+        row = replace(row, predicted_forward_ms=forward, predicted_backward_ms=backward if self.backward else None)
         self.rows.append(row)
         return row
 
@@ -81,7 +104,7 @@ class Clock:
         else:
             return None
         finally:
-            _clear(self.device)
+            clear(self.device)
         return reason
 
     def _measure(self, case: Case, length: int, found: dict[str, float]) -> None:
@@ -165,7 +188,7 @@ def _forget(leaves: Sequence[Tensor]) -> None:
         leaf.grad = None
 
 
-def _clear(device: str) -> None:
+def clear(device: str) -> None:
     """What a case leaves behind; a device that an earlier kernel broke says so at the next case."""
     gc.collect()
     if device == "cuda":

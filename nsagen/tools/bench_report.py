@@ -18,6 +18,8 @@ from nsagen.tools.break_even import BreakEven, break_even, fastest
 from nsagen.tools.console import table
 
 NONE = "–"
+CLOSE = 1.25
+PREDICTED = "predicted, for an H200 at its peak rates × the cost of the tile that runs, without φ and sorts"
 QUANTITIES = {"forward": "forward_ms", "backward": "backward_ms", "forward + backward": "both_ms"}
 
 
@@ -42,27 +44,47 @@ def break_evens(rows: Sequence[Row]) -> dict[str, BreakEven]:
 def text(rows: Sequence[Row]) -> str:
     """A table a quantity, the whole beside the fastest dense, break-even lengths, and why a number is not there."""
     lines = [
-        *_table(rows, "forward, ms", "forward_ms", 3),
-        *_table(rows, "backward, ms", "backward_ms", 3),
+        *_table(rows, "forward, ms", "forward_ms", 3, _beside("forward")),
+        *_table(rows, "backward, ms", "backward_ms", 3, _beside("backward")),
         *_table(rows, "peak memory, GiB", "peak_gib", 2),
         *_ratios(rows),
         *(f"break-even {quantity}: {found.text}" for quantity, found in break_evens(rows).items()),
+        *_predictions(rows),
         *_reasons(rows),
     ]
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Row], title: str, attribute: str, digits: int) -> Iterator[str]:
+Line = tuple[str, str, int]  # label, attribute of a row, digits
+
+
+def _beside(quantity: str) -> tuple[Line, ...]:
+    """The lines below a case's own, where the model speaks of it."""
+    return ("  predicted", f"predicted_{quantity}_ms", 3), ("  ratio", f"{quantity}_ratio", 2)
+
+
+def _table(rows: Sequence[Row], title: str, attribute: str, digits: int, below: tuple[Line, ...] = ()) -> Iterator[str]:
     """Nothing where there is not one number."""
     if all(getattr(r, attribute) is None for r in rows):
         return
     lengths = sorted({r.length for r in rows})
-    at = {(r.name, r.length): getattr(r, attribute) for r in rows}
-    cells = [
-        [name, *(_cell(at.get((name, n)), digits) for n in lengths)] for name in dict.fromkeys(r.name for r in rows)
-    ]
+    cells: list[list[str]] = []
+    for name in dict.fromkeys(r.name for r in rows):
+        at = {r.length: r for r in rows if r.name == name}
+        for label, number, places in ((name, attribute, digits), *below):
+            found = [getattr(at[n], number) if n in at else None for n in lengths]
+            if label == name or any(x is not None for x in found):
+                cells.append([label, *(_cell(x, places) for x in found)])
     yield table([title, *map(short_length, lengths)], cells)
     yield ""
+
+
+def _predictions(rows: Sequence[Row]) -> Iterator[str]:
+    """What a prediction is, and how many of them hold."""
+    ratios = [x for r in rows for x in (r.forward_ratio, r.backward_ratio) if x is not None]
+    if ratios:
+        near = sum(1 / CLOSE <= x <= CLOSE for x in ratios)
+        yield f"{PREDICTED}: {near} of {len(ratios)} within 25 % of the measured time (ratio: measured / predicted)"
 
 
 def _ratios(rows: Sequence[Row]) -> Iterator[str]:
@@ -149,8 +171,8 @@ def write_json(file: Path, record: dict[str, Any]) -> None:
     write_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def default_file(name: str, dtype: str, where: dict[str, Any]) -> Path:
-    """benchmarks/results/h200_NAME_bench_bf16.json, or the same here, where there is no such folder."""
+def default_file(name: str, dtype: str, where: dict[str, Any], what: str = "bench") -> Path:
+    """benchmarks/results/h200_NAME_WHAT_bf16.json, or the same here, where there is no such folder."""
     machine = re.sub(r"[^a-z0-9]+", "_", (where["gpu"] or "cpu").lower().replace("nvidia", "")).strip("_")
     folder = Path("benchmarks/results")
-    return (folder if folder.is_dir() else Path()) / f"{machine}_{name}_bench_{dtype}.json"
+    return (folder if folder.is_dir() else Path()) / f"{machine}_{name}_{what}_{dtype}.json"

@@ -112,7 +112,7 @@ class _Sides:
     def _ours(self, inputs: Inputs) -> Named:
         out = self.module.attention(
             inputs.leaves["q"], inputs.keys("k"), inputs.keys("v"), inputs.leaves.get("gates"), inputs.phi,
-            blocks=inputs.blocks, **self.call,
+            blocks=inputs.blocks, dense_below=0, **self.call,
         )  # fmt: skip
         return {"out": out.detach()} | gradients(out, inputs.leaves, inputs.d_out)
 

@@ -47,6 +47,7 @@ def summary(compiled: Compiled) -> str:
         "WHAT A QUERY SEES",
         *_domains(compiled),
         *_positions(compiled),
+        *_dense(compiled),
     ]
     for kernel in plan.kernels:
         lines += ["", *_kernel(kernel)]
@@ -65,6 +66,11 @@ def _domains(compiled: Compiled) -> Iterator[str]:
 def _positions(compiled: Compiled) -> Iterator[str]:
     for node in (n for n in compiled.graph.nodes if isinstance(n, Pool) and n.because):
         yield f"  φ of %{node.src} ({node.pool}): positions folded, because {node.because}"
+
+
+def _dense(compiled: Compiled) -> Iterator[str]:
+    if below := compiled.spec.dense_below:
+        yield f"  below {below} tokens (dense_below): all keys s <= t in every branch, through torch, without φ"
 
 
 def _axis(source: Source) -> str:

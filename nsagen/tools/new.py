@@ -33,6 +33,9 @@ branches:
 
 # gated_sum: the caller's gates weigh the branches.  one_softmax: over the union of their keys.  single: one branch.
 combine: gated_sum
+
+# Sequences of fewer tokens attend densely, through torch (a call may say otherwise). 0: none.
+# dense_below: 6144
 """
 
 

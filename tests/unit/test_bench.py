@@ -60,6 +60,24 @@ def test_the_tables():
     assert any(line.startswith("break-even forward + backward: about 5,793 tokens") for line in lines)
 
 
+def test_predictions_stand_below_what_was_measured():
+    rows = [dataclasses.replace(r, predicted_forward_ms=2.5 if r.name == "whole" else None) for r in ROWS]
+    lines = report.text(rows).splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["whole", "2.000", "4.000"], ["predicted", "2.500", "2.500"], ["ratio", "0.80", "1.60"],
+    ]  # fmt: skip
+    assert sum("predicted" in line for line in lines) == 2  # and the line that says what it is
+    assert any("1 of 2 within 25 %" in line for line in lines)
+    assert (rows[0].record()["forward_ratio"], rows[0].record()["backward_ratio"]) == (0.8, None)
+
+
+def test_the_clock_asks_the_model():
+    clock = Clock("cpu", 1, backward=False, predict=lambda case, tokens: (0.5 * tokens, 1.0))
+    row = clock.row(Case("whole", "whole", lambda length, seed: work()), 8)
+    assert (row.predicted_forward_ms, row.predicted_backward_ms) == (4.0, None)
+    assert row.forward_ratio == row.forward_ms / 4.0
+
+
 def test_without_backward_or_rivals_the_text_says_nothing_of_them():
     rows = [dataclasses.replace(r, backward_ms=None, reason=None) for r in ROWS]
     text = report.text(rows)
@@ -234,7 +252,7 @@ def test_an_interrupt_tells_what_is_there(monkeypatch, capsys):
             raise KeyboardInterrupt
         return work()
 
-    monkeypatch.setattr(bench, "_settle", lambda request: None)
+    monkeypatch.setattr(bench, "settle", lambda json, plot, device: None)
     monkeypatch.setattr(bench, "_prepared", lambda c, r: (Clock("cpu", 1), [Case("whole", "whole", cases)]))
     assert not run(compiled_of(read("tiny")), Request("tiny", "8,16", device="cpu"))
     told = capsys.readouterr()

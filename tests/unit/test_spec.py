@@ -466,7 +466,7 @@ def test_round_trip(data):
     assert spec_from_dict(full) == spec
     assert json.loads(json.dumps(full)) == full
     assert parse_spec(json.dumps(full)) == spec  # JSON is YAML
-    assert list(full) == ["name", "heads", "kv", "branches", "combine"]
+    assert list(full) == ["name", "heads", "kv", "branches", "combine", "dense_below"]
     assert list(full["branches"]) == list(spec.branches) == list(data["branches"])
     assert full["heads"] == {"v_dim": data["heads"]["qk_dim"], **data["heads"]}
     assert full["kv"] == data.get("kv", "shared")
@@ -488,6 +488,7 @@ def test_defaults():
             "compressed": {"block": 32, "stride": 16, "pool": "mlp", "positions": True},
         },
         "combine": "gated_sum",
+        "dense_below": 0,
     }
     assert parse_spec(branches("compressed: {pool: mean}")).to_dict()["branches"]["compressed"]["positions"] is False
     assert spec.heads.group == 2
@@ -673,7 +674,7 @@ def test_schema_of_the_spec():
     assert schema["required"] == ["name", "heads", "branches"]
     assert schema["additionalProperties"] is False
     properties = schema["properties"]
-    assert list(properties) == ["name", "heads", "kv", "branches", "combine"]
+    assert list(properties) == ["name", "heads", "kv", "branches", "combine", "dense_below"]
     assert properties["name"]["pattern"] == "^[a-z][a-z0-9_]{0,62}$"
     assert properties["kv"]["enum"] == ["per_branch", "shared"]
     assert properties["combine"]["enum"] == ["gated_sum", "one_softmax", "single"]

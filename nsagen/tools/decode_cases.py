@@ -1,0 +1,155 @@
+"""What `nsagen bench --decode` times: one step of the module over a full cache, and of dense attention beside it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nsagen.errors import NsagenError
+from nsagen.tools.bench_inputs import Setting
+from nsagen.tools.decode_grid import Point
+from nsagen.tools.dense import FA3_MODULES, installed
+from nsagen.tools.random_lists import random_lists
+
+ROOM = 64  # tokens past the context at least, so that several steps follow each other before any is taken back
+WHOLE = 256  # max_len is a multiple: whole blocks of every spec's size
+CHUNK = 16 << 20  # numbers of K that are drawn and appended at once
+DENSE = ("fa3", "sdpa")
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, and what brings the cache back to where it began (outside of the time)."""
+
+    call: Callable[[], Any]
+    reset: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row or two of the table are of. `make` fills the cache of a point."""
+
+    name: str
+    kind: Literal["ours", "dense"]
+    make: Callable[[Point], Step]
+
+
+@dataclass
+class _Served:
+    """A cache with context − 1 tokens of every sequence, and the next token's tensors."""
+
+    module: Any
+    setting: Setting
+    point: Point
+    source: torch.Generator = field(init=False)
+    phi: Any = None
+
+    def __post_init__(self) -> None:
+        self.source = self.setting.source(self.point.context, self.point.batch)
+        if hasattr(self.module, "Compressor"):
+            self.phi = self.module.Compressor(device=self.setting.device, dtype=self.setting.dtype)
+
+    def filled(self) -> Any:
+        """Keys and values go straight to the cache: nothing attends to them before the step."""
+        before, batch, heads = self.point.context - 1, self.point.batch, self.setting.spec.heads
+        options = {"device": self.setting.device, "dtype": self.setting.dtype}
+        cache = self.module.KVCache(batch, -(-(self.point.context + ROOM) // WHOLE) * WHOLE, **options)
+        chunk = max(1, CHUNK // (batch * heads.kv * heads.qk_dim))
+        for first in range(0, before, chunk):
+            cache.append(*self.keys(min(chunk, before - first)), self.phi, None)
+        return cache
+
+    def keys(self, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """k and v of new tokens by branch; one pair under every name where K/V is shared."""
+        h, names = self.setting.spec.heads, list(self.setting.spec.branches)
+        if self.setting.spec.kv == "shared":
+            k, v = self.new(count, h.kv, h.qk_dim), self.new(count, h.kv, h.v_dim)
+            return dict.fromkeys(names, k), dict.fromkeys(names, v)
+        k, v = ({name: self.new(count, h.kv, dim) for name in names} for dim in (h.qk_dim, h.v_dim))
+        return k, v
+
+    def new(self, *shape: int) -> Tensor:
+        return self.setting.randn(self.source, self.point.batch, *shape)
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Of `decode`, but for the cache: q, k, v, gates, φ; the caller's lists."""
+        spec = self.setting.spec
+        k, v = self.keys(1)
+        by_branch = spec.kv == "per_branch"
+        pair = (k, v) if by_branch else (next(iter(k.values())), next(iter(v.values())))
+        gates = None
+        if spec.combine == "gated_sum":
+            gates = self.setting.rand(self.source, self.point.batch, 1, spec.heads.query, len(spec.branches))
+        return [self.new(1, spec.heads.query, spec.heads.qk_dim), *pair, gates, self.phi], self.lists()
+
+    def lists(self) -> dict[str, Any]:
+        selected: Any = self.setting.spec.branches.get("selected")
+        if getattr(selected, "scores", "") != "caller":
+            return {}
+        own = torch.tensor([(self.point.context - 1) // selected.block], device=self.setting.device)
+        heads = self.setting.spec.heads.kv
+        return {"blocks": random_lists(own, self.point.batch, heads, selected.top_n, self.source)}
+
+
+def ours(module: ModuleType, setting: Setting) -> Case:
+    @torch.no_grad()
+    def make(point: Point) -> Step:
+        torch.manual_seed(0)  # φ's parameters
+        of = _Served(module, setting, point)
+        cache, (arguments, more) = of.filled(), of.arguments()
+        at = torch.full_like(cache.lengths, point.context - 1)
+        decode: Any = getattr(module, "decode")  # noqa: B009
+        return Step(lambda: decode(*arguments, cache, **more), lambda: cache.truncate(at))
+
+    return Case("nsagen", "ours", make)
+
+
+def dense(setting: Setting, against: Sequence[str] | None) -> list[Case]:
+    """Those asked for, also to say why one cannot run; by default all."""
+    chosen = DENSE if against is None else tuple(n for n in against if n != "none")
+    for name in chosen:
+        if name not in DENSE:
+            raise NsagenError(f"--decode --against knows no {name!r}: choose from {', '.join(DENSE)}, or none")
+    makers = {"fa3": ("dense FA3", _fa3), "sdpa": ("dense SDPA", _sdpa)}
+    return [Case(label, "dense", _maker(setting, make)) for label, make in (makers[n] for n in dict.fromkeys(chosen))]
+
+
+def _maker(setting: Setting, make: Callable[[Setting, Point], Step]) -> Callable[[Point], Step]:
+    return lambda point: make(setting, point)
+
+
+def _dense_inputs(setting: Setting, point: Point) -> tuple[Tensor, Tensor, Tensor]:
+    """q of the step; k and v of every token, [B, T, H, D]."""
+    h, source = setting.spec.heads, setting.source(point.context, point.batch)
+    rows = (point.batch, point.context, h.kv)
+    q = setting.randn(source, point.batch, 1, h.query, h.qk_dim)
+    return q, setting.randn(source, *rows, h.qk_dim), setting.randn(source, *rows, h.v_dim)
+
+
+def _sdpa(setting: Setting, point: Point) -> Step:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = (x.transpose(1, 2) for x in _dense_inputs(setting, point))
+    return Step(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+def _fa3(setting: Setting, point: Point) -> Step:
+    if setting.device != "cuda":
+        raise NsagenError("it needs a CUDA device")
+    name = installed(FA3_MODULES)
+    if not name:
+        raise NsagenError("not installed: pip install fa3-fwd")
+    attend = importlib.import_module(name).flash_attn_with_kvcache
+    q, k, v = _dense_inputs(setting, point)
+    lengths = torch.full((point.batch,), point.context, device=setting.device, dtype=torch.int32)
+    return Step(lambda: attend(q, k, v, cache_seqlens=lengths, causal=True))

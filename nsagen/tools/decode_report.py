@@ -1,0 +1,99 @@
+"""What `nsagen bench --decode` says of its rows: a table by point, ratios, reasons, a JSON record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nsagen.compiler import Compiled
+from nsagen.tools.bench_report import NONE
+from nsagen.tools.console import table
+from nsagen.tools.decode_clock import Row
+from nsagen.tools.decode_grid import Point, dense_bytes, nsa_bytes
+
+DENSE, LIMIT, OURS = "dense at copy bandwidth", "limit: NSA bytes", "nsagen in a graph"
+MILLISECONDS_FROM = 10.0  # below, a column is in microseconds
+
+
+def byte_rows(compiled: Compiled, points: Sequence[Point], bandwidth: float) -> list[Row]:
+    """What the bytes alone would take: of dense attention, then of the spec's."""
+    sizes = {
+        DENSE: lambda p: dense_bytes(compiled.spec, p),
+        LIMIT: lambda p: nsa_bytes(compiled, p),
+    }
+    return [
+        Row(name, "bytes", p.context, p.batch, ms=1e3 * size(p) / bandwidth)
+        for name, size in sizes.items()
+        for p in points
+    ]
+
+
+def text(rows: Sequence[Row], bandwidth: float) -> str:
+    """Times, then how far from the limit and from dense attention, then why a number is not there."""
+    points = list(dict.fromkeys(r.point for r in rows))
+    at = {(r.name, r.point): r.ms for r in rows}
+    names = _in_order(dict.fromkeys(r.name for r in rows))
+    units = {p: _unit([at.get((name, p)) for name in names]) for p in points}
+    head = ["one step, context x batch", *(f"{p.label}, {units[p][0]}" for p in points)]
+    cells = [[name, *(_cell(at.get((name, p)), *units[p][1:]) for p in points)] for name in names]
+    return "\n".join(
+        [
+            table(head, cells),
+            "",
+            *_ratios(at, names, points),
+            f"copy bandwidth {bandwidth / 1e12:.3g} TB/s, bytes read and written",
+            *_reasons(rows),
+        ]
+    )
+
+
+def _in_order(names: Any) -> list[str]:
+    """Dense first, ours, the limit last."""
+    ends = {DENSE: 0, LIMIT: 2}
+    return sorted(names, key=lambda name: ends.get(name, 1))
+
+
+def _unit(times: Sequence[float | None]) -> tuple[str, float, int]:
+    """(name, factor, digits) of a column."""
+    known = [ms for ms in times if ms is not None]
+    return ("ms", 1.0, 2) if max(known, default=0.0) >= MILLISECONDS_FROM else ("µs", 1e3, 1)
+
+
+def _cell(value: float | None, factor: float, digits: int) -> str:
+    return NONE if value is None else f"{factor * value:.{digits}f}"
+
+
+def _ratios(at: dict[tuple[str, Point], float | None], names: Sequence[str], points: Sequence[Point]) -> Iterator[str]:
+    """Of the graphed step: times the limit, and how many times faster than each dense attention."""
+    lines = [("× the limit", [_ratio(at.get((OURS, p)), at.get((LIMIT, p))) for p in points])]
+    for name in (n for n in names if n.startswith("dense")):
+        lines.append((f"× faster than {name}", [_ratio(at.get((name, p)), at.get((OURS, p))) for p in points]))
+    known = [[name, *cells] for name, cells in lines if any(c != NONE for c in cells)]
+    if known:
+        yield table([OURS, *(p.label for p in points)], known)
+        yield ""
+
+
+def _ratio(a: float | None, b: float | None) -> str:
+    return NONE if a is None or not b else f"{a / b:.2f}"
+
+
+def _reasons(rows: Sequence[Row]) -> Iterator[str]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.reason:
+            found.setdefault((row.name, row.reason), []).append(row.point.label)
+    for (name, reason), at in found.items():
+        yield f"{NONE} {name} at {', '.join(at)}: {reason}"
+
+
+def record(
+    compiled: Compiled, command: str, dtype: str, where: dict[str, Any], bandwidth: float, rows: Sequence[Row]
+) -> dict[str, Any]:
+    """The machine, the spec, the bandwidth, bytes of every point, and the rows."""
+    points = dict.fromkeys(r.point for r in rows)
+    sizes = [
+        {**vars(p), "dense_bytes": dense_bytes(compiled.spec, p), "nsa_bytes": nsa_bytes(compiled, p)} for p in points
+    ]
+    what = {"spec": compiled.spec.to_dict(), "digest": compiled.digest, "dtype": dtype, "command": command}
+    return {**where, **what, "copy_bandwidth": bandwidth, "points": sizes, "rows": [r.record() for r in rows]}
