@@ -8,7 +8,8 @@ from nsagen.ir.plan import Kernel, Plan, TileConfig
 from nsagen.render.module import kernel_keys
 from nsagen.runtime import tuned
 from nsagen.tools.console import table
-from nsagen.tools.costs import H200, main_ops, work_of
+from nsagen.tools.costs import H200, main_ops
+from nsagen.tools.forecast import seconds
 
 HEAD = ("kernel", "GPU", "triton", "dots", "tokens", "first choice", "predicted", "ms", "fastest", "predicted", "ms")
 
@@ -45,7 +46,7 @@ def _predicted(kernel: Kernel, plan: Plan, tile: TileConfig, place: tuned.Place)
     if H200.name not in place.gpu or place.kind != "16":
         return "-"  # the model knows no other rates
     launches = [x for op in main_ops(plan) for x in op.launches if x.kernel == kernel.name]
-    return _shown(1e3 * tile.cost * sum(work_of(x, plan, place.length).seconds(H200) for x in launches))
+    return _shown(1e3 * sum(seconds(x, plan, place.length, (tile.bm, tile.bn)) for x in launches))
 
 
 def _shown(ms: float | None) -> str:

@@ -1,6 +1,6 @@
-"""What the cost model predicts of the cases of `nsagen bench`: useful work at the H200's peak rates × the tile's cost.
+"""What the forecast says of the cases of `nsagen bench`, on an H200.
 
-The tile is the one that a launch takes here. φ, sorts and the host's work are torch's and not in it.
+The tile is the one that a launch takes here. φ is torch's and not in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from nsagen.compiler import Compiled
 from nsagen.ir.plan import Kernel, Op
 from nsagen.runtime import launch
 from nsagen.tools.bench_inputs import Setting
-from nsagen.tools.costs import H200, main_ops, work_of
+from nsagen.tools.costs import main_ops
+from nsagen.tools.forecast import of_op
 
 
 class Model:
@@ -38,17 +39,11 @@ class Model:
     def _ms(self, op: Op | None, tokens: int) -> float | None:
         if op is None:
             return None
-        works = [(x, work_of(x, self.plan, tokens)) for x in op.launches]
-        return 1e3 * sum(self._cost(self.plan.kernel(x.kernel), tokens) * w.seconds(H200) for x, w in works)
+        taken = {x.kernel: self._tile(self.plan.kernel(x.kernel), tokens) for x in op.launches}
+        return 1e3 * of_op(op, self.plan, tokens, taken)
 
-    def _cost(self, kernel: Kernel, tokens: int) -> float:
-        """Of the kernel's tile for that length, by the table of the device's architecture; 1 without tiles."""
-        tables = {t.arch: t for t in kernel.tiles if t.bits == 16}
-        if not tables:
-            return 1.0
+    def _tile(self, kernel: Kernel, tokens: int) -> tuple[int, int]:
         device = torch.device(self.setting.device)
-        arch = launch.chip(device.index or 0).arch if device.type == "cuda" else "sm_80"
         like: Any = torch.empty(1, tokens, 0, device=device, dtype=self.setting.dtype)
-        taken = launch.pick(self.configs[kernel.name], like)
-        size = (taken.bm, taken.bn, taken.warps, taken.stages)
-        return next(c.cost for c in tables[arch].configs if (c.bm, c.bn, c.warps, c.stages) == size)
+        config = launch.pick(self.configs[kernel.name], like)
+        return config.bm, config.bn

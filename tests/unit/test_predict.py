@@ -9,7 +9,8 @@ from nsagen.api import compiled_of, module_of, read
 from nsagen.runtime import launch
 from nsagen.tools.bench_cases import own_cases
 from nsagen.tools.bench_inputs import Setting
-from nsagen.tools.costs import H200, main_ops, work_of
+from nsagen.tools.costs import main_ops
+from nsagen.tools.forecast import seconds
 from nsagen.tools.predict import Model
 
 
@@ -31,18 +32,15 @@ def test_every_case_but_phi_has_a_prediction(name: str):
     assert model("dense FA2", 256) == (None, None)
 
 
-def test_it_is_the_work_times_the_tile_s_cost():
+def test_it_is_the_forecast_with_the_tiles_that_a_launch_takes():
     """The whole of one window: its launches alone."""
     model, _ = model_of("window_only")
     forward, backward = main_ops(model.plan)
     for op, found in zip((forward, backward), model("whole", 512), strict=True):
         want = 0.0
         for x in op.launches:
-            kernel = model.plan.kernel(x.kernel)
             taken = launch.pick(model.configs[x.kernel], torch.empty(1, 512, 0, dtype=torch.bfloat16))
-            table = next(t for t in kernel.tiles if (t.arch, t.bits) == ("sm_80", 16))
-            label = {f"{c.bm}x{c.bn}w{c.warps}s{c.stages}": c.cost for c in table.configs}
-            want += 1e3 * label[taken.label] * work_of(x, model.plan, 512).seconds(H200)
+            want += 1e3 * seconds(x, model.plan, 512, (taken.bm, taken.bn))
         assert found == pytest.approx(want)
 
 

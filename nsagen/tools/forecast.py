@@ -1,0 +1,117 @@
+"""How long a launch takes on an H200: a forecast beside costs.py's bound, fitted to what was measured there.
+
+A tile kernel runs its padded score elements at the rate of its body, pays for each program's start and end, and for
+its tail. A query that walks its own list is bound by L2. The rest is bound by memory. Fitted to nsa_128 and nsa_paper at 8k and
+64k tokens in bfloat16 (runtime/shipped, benchmarks/results); tests/unit/test_forecast.py holds it to 25 % of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nsagen.ir.graph import TOKENS
+from nsagen.ir.plan import BN, BT, S0, T0, Kernel, Launch, N, Op, Plan, Walk
+from nsagen.passes.loop_order import L2
+from nsagen.sym import evaluate
+from nsagen.tools.costs import flops_of_pair, pairs, work_of
+
+
+@dataclass(frozen=True)
+class Rate:
+    flops: float  # a second, of padded tiles
+    program: float = 0.0  # seconds a program, all multiprocessors at work
+    tail: float = 0.0  # seconds a launch
+
+
+RATES = {
+    "attend_fwd": Rate(476e12, 12.2e-9, 49e-6),
+    "attend_dq": Rate(584e12, 12.2e-9, 46e-6),
+    "attend_dkv": Rate(575e12, 0.0, 70e-6),
+    "attend_list_dkv": Rate(345e12, 0.0, 100e-6),
+    "score_lse": Rate(370e12, 9.3e-9),
+    "select_scores": Rate(370e12, 9.3e-9),
+}
+LISTED = {"attend_fwd": 0.98 * L2, "attend_dq": 0.83 * L2}  # bytes a second, of the blocks that each query reads
+PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written
+BEST = 1.6e12  # of scores, which a selection reads in strides
+COPY = 3.9e12
+LAUNCH = 4e-6  # seconds: less does not show
+INVERSE = 0.47e-3, 72e-12  # seconds for the inverse of the lists: about twenty small launches, and a sort an entry
+SAMPLES = 64  # tiles whose loops are counted
+
+Tile = tuple[int, int]  # BM, BN
+
+
+def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
+    """Of one launch, batch 1, with its kernel's tile."""
+    kernel, work = plan.kernel(launch.kernel), work_of(launch, plan, tokens)
+    if kernel.body == "select_blocks":
+        return LAUNCH + work.bytes / BEST
+    if not kernel.walks:
+        return LAUNCH + work.bytes / COPY
+    if any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
+        return _parts(kernel, plan, tokens)
+    if any(w.listed for w in kernel.walks):
+        return _listed(kernel, plan, tokens, work.flops)
+    return _tiled(kernel, plan, tokens, tile)
+
+
+def of_op(op: Op, plan: Plan, tokens: int, tiles: dict[str, Tile]) -> float:
+    """Of an op's launches at that length, with the host's work on block lists between them."""
+    launches = [x for x in op.launches if all(_holds(g.op, int(g.value), tokens) for g in x.when)]
+    total = sum(seconds(x, plan, tokens, tiles[x.kernel]) for x in launches)
+    items = [x for x in launches if "items" in dict(x.binds) and plan.kernel(x.kernel).walks]
+    if not items:
+        return total
+    listed = next(w.listed for w in plan.kernel(items[0].kernel).walks if w.listed)
+    return total + len(items) * (INVERSE[0] + INVERSE[1] * tokens * plan.heads.kv * listed.count)
+
+
+def _holds(op: str, value: int, tokens: int) -> bool:
+    return tokens >= value if op == "from" else tokens < value
+
+
+def _seen(kernel: Kernel, tokens: int) -> int:
+    """(query, key) pairs of one head."""
+    return sum(pairs(w.piece, w.axis, tokens, w.listed) for w in kernel.walks)
+
+
+def _listed(kernel: Kernel, plan: Plan, tokens: int, flops: int) -> float:
+    heads = plan.heads
+    if kernel.body not in LISTED:
+        rate = RATES[kernel.body]
+        return rate.tail + flops / rate.flops
+    read = _seen(kernel, tokens) * heads.kv * (heads.qk_dim + heads.v_dim) * 2
+    return LAUNCH + read / LISTED[kernel.body]
+
+
+def _parts(kernel: Kernel, plan: Plan, tokens: int) -> float:
+    heads = plan.heads
+    size = next(w.listed.size for w in kernel.walks if w.listed)
+    dims = heads.qk_dim + heads.v_dim + (0 if kernel.body == "attend_list_fwd" else heads.qk_dim)
+    return LAUNCH + _seen(kernel, tokens) / size * heads.query * dims * 2 / PARTS[kernel.body]
+
+
+def _tiled(kernel: Kernel, plan: Plan, tokens: int, tile: Tile) -> float:
+    heads, (bm, bn) = plan.heads, tile
+    rate, bt = RATES[kernel.body], max(1, bm // heads.group)
+    loops = [_loops(w, bt, bn, tokens) for w in kernel.walks]
+    elements = sum(steps for steps, _ in loops) * bm * bn * heads.kv
+    programs = max(count for _, count in loops) * heads.kv
+    return elements * flops_of_pair(kernel, heads) / rate.flops + programs * rate.program + rate.tail
+
+
+def _loops(walk: Walk, bt: int, bn: int, tokens: int) -> tuple[float, int]:
+    """(loop steps of all tiles, tiles) of a walk, counted on evenly spaced tiles."""
+    forward = walk.direction == "forward"
+    keys = evaluate(walk.axis.length(), {TOKENS.name: tokens})
+    tile, step, length = (bt, bn, tokens) if forward else (bn, bt, keys)
+    tiles = -(-length // tile)
+    sample = range(0, tiles, max(1, tiles // SAMPLES))
+    total = 0
+    for i in sample:
+        at = {TOKENS.name: tokens, N.name: keys, BT.name: bt, BN.name: bn, T0.name: i * tile, S0.name: i * tile}
+        assert walk.some is not None
+        lo, hi = evaluate(walk.some.lo, at), evaluate(walk.some.hi, at)
+        total += max(0, -(-hi // step) - lo // step)
+    return total * tiles / max(1, len(sample)), tiles

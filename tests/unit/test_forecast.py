@@ -1,0 +1,90 @@
+"""The forecast beside what an H200 measured: every tuned kernel, and the whole operation with its parts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsagen import api
+from nsagen.compiler import Compiled
+from nsagen.render.module import kernel_keys
+from nsagen.runtime import tuned
+from nsagen.tools import forecast
+from nsagen.tools.costs import main_ops
+
+ROOT = Path(__file__).parents[2]
+BENCH = json.loads((ROOT / "benchmarks/results/h200_nsa_128_bench_b3fb673.json").read_text())
+LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
+WITHIN = 0.25  # parts from 8k on: below, launches are the time
+
+
+@cache
+def compiled(spec: str) -> Compiled:
+    return api.compiled_of(api.read(spec))
+
+
+@cache
+def measured(spec: str) -> dict[tuple[str, int], tuple[float, str]]:
+    """(kernel, tokens) -> (milliseconds, tile) of the fastest."""
+    shipped = tuned.parse((ROOT / "nsagen/runtime/shipped/nvidia_h200.json").read_text())
+    found: dict[tuple[str, int], tuple[float, str]] = {}
+    for kernel, key in kernel_keys(compiled(spec).plan).items():
+        for place, times in shipped.get((kernel, key), {}).items():
+            found[kernel, place.length] = min((ms, label) for label, ms in times.items() if ms)
+    return found
+
+
+def tile(label: str) -> tuple[int, int]:
+    bm, bn = label.split("w")[0].split("x")
+    return int(bm), int(bn)
+
+
+def tiles(spec: str) -> dict[str, tuple[int, int]]:
+    """The fastest measured at 64k; the first choice of the others."""
+    chosen = {k.name: (k.tiles[2].configs[0].bm, k.tiles[2].configs[0].bn) for k in compiled(spec).plan.kernels}
+    return chosen | {kernel: tile(label) for (kernel, length), (_, label) in measured(spec).items() if length == 65536}
+
+
+@pytest.mark.parametrize("spec", ["nsa_128", "nsa_paper"])
+def test_every_tuned_kernel(spec: str) -> None:
+    plan, seen = compiled(spec).plan, 0
+    for launch in (x for op in main_ops(plan) for x in op.launches):
+        for tokens in (8192, 65536):
+            if (launch.kernel, tokens) not in measured(spec):
+                continue
+            ms, label = measured(spec)[launch.kernel, tokens]
+            ratio = 1e3 * forecast.seconds(launch, plan, tokens, tile(label)) / ms
+            assert abs(ratio - 1) < WITHIN, (launch.kernel, tokens, label, ms, ratio)
+            seen += 1
+    assert seen == 20
+
+
+def rows() -> list[Any]:
+    found: list[Any] = []
+    for name in ("whole", "compressed_attention", "select_blocks", "selected_attention", "window_attention"):
+        for direction in ("forward", "backward"):
+            found += [
+                (name, direction, n) for n in LENGTHS if _ms(name, direction, n) and (n > 4096 or name == "whole")
+            ]
+    return found
+
+
+def _ms(name: str, direction: str, tokens: int) -> float | None:
+    return next((r[f"{direction}_ms"] for r in BENCH["rows"] if r["name"] == name and r["length"] == tokens), None)
+
+
+@pytest.mark.parametrize(("name", "direction", "tokens"), rows())
+def test_the_whole_and_its_parts(name: str, direction: str, tokens: int) -> None:
+    plan = compiled("nsa_128").plan
+    named = {op.name: op for op in plan.ops}
+    pair = main_ops(plan) if name == "whole" else [named[name], named.get(f"{name}_grad")]
+    op = pair[direction == "backward"]
+    assert op is not None
+    ms = _ms(name, direction, tokens)
+    assert ms is not None
+    ratio = 1e3 * forecast.of_op(op, plan, tokens, tiles("nsa_128")) / ms
+    assert abs(ratio - 1) < WITHIN, (ms, ratio)
