@@ -21,7 +21,7 @@ from nsagen.tools.decode_grid import Point
 
 FLUSH = 256 << 20  # bytes, more than any L2
 COPY = 1 << 30
-RUN = 16  # eager steps in a row
+RUN = 8  # eager steps in a row: what may be taken back of any cache
 LEAST, MOST = 5, 2000  # steps or runs that are timed
 NO_GRAPH = "there are no CUDA graphs on the CPU"
 
