@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  9306bccb5bdf
+content  f640026cfea8
 runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -24,6 +24,9 @@ window_dkv               key_major, because dk and dv of a key tile stay in regi
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
+compressed_gate          one_branch, because recompute: one branch's output at a time is made again, read once and dropped
+selected_gate            one_branch, because recompute: one branch's output at a time is made again, read once and dropped
+window_gate              one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
@@ -57,7 +60,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_9306bccb5bdf"
+_SPACE = "nsagen_nsa_128_f640026cfea8"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -349,6 +352,30 @@ _CONFIGS = {
         ),
     }),
     "combine_bwd": Tiles("combine_bwd", "c93a8f0bf1d9", {
+        ("sm_80", 16): (
+            Config(32, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
+        ),
+    }),
+    "compressed_gate": Tiles("compressed_gate", "7964a5b37fa2", {
+        ("sm_80", 16): (
+            Config(32, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
+        ),
+    }),
+    "selected_gate": Tiles("selected_gate", "df7b03ba0b11", {
+        ("sm_80", 16): (
+            Config(32, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
+        ),
+    }),
+    "window_gate": Tiles("window_gate", "6611401578ef", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
         ),
@@ -1508,6 +1535,68 @@ def combine_bwd(d_out_ptr, term0_ptr, term1_ptr, term2_ptr, rest0_ptr, lse0_ptr,
     tl.store(shift2_ptr + row, shift, mask=live)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def compressed_gate(d_out_ptr, term0_ptr, rest0_ptr, lse0_ptr, gates_ptr, delta0_ptr, shift0_ptr, d_gates_ptr, rows, BM: tl.constexpr):
+    """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = row < rows
+    sum0 = tl.zeros([BM], dtype=tl.float32)
+    d = tl.arange(0, 128)[None, :]
+    at = row[:, None] * 128 + d
+    mask = live[:, None]
+    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    term = tl.load(term0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if rest0_ptr is not None:
+        term += tl.load(rest0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum0 += tl.sum(d_out * term, 1)
+    tl.store(delta0_ptr + row, sum0, mask=live)
+    tl.store(d_gates_ptr + row * 3 + 0, sum0.to(d_gates_ptr.dtype.element_ty), mask=live)
+    gate = tl.load(gates_ptr + row * 3 + 0, mask=live, other=1.0).to(tl.float32)
+    lse = tl.load(lse0_ptr + row, mask=live, other=0.0)
+    shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
+    tl.store(shift0_ptr + row, shift, mask=live)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def selected_gate(d_out_ptr, term1_ptr, lse1_ptr, gates_ptr, delta1_ptr, shift1_ptr, d_gates_ptr, rows, BM: tl.constexpr):
+    """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = row < rows
+    sum1 = tl.zeros([BM], dtype=tl.float32)
+    d = tl.arange(0, 128)[None, :]
+    at = row[:, None] * 128 + d
+    mask = live[:, None]
+    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    term = tl.load(term1_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum1 += tl.sum(d_out * term, 1)
+    tl.store(delta1_ptr + row, sum1, mask=live)
+    tl.store(d_gates_ptr + row * 3 + 1, sum1.to(d_gates_ptr.dtype.element_ty), mask=live)
+    gate = tl.load(gates_ptr + row * 3 + 1, mask=live, other=1.0).to(tl.float32)
+    lse = tl.load(lse1_ptr + row, mask=live, other=0.0)
+    shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
+    tl.store(shift1_ptr + row, shift, mask=live)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_ptr, d_gates_ptr, rows, BM: tl.constexpr):
+    """row sums of d_out·term: deltas, and the gates' gradients if there are gates; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = row < rows
+    sum2 = tl.zeros([BM], dtype=tl.float32)
+    d = tl.arange(0, 128)[None, :]
+    at = row[:, None] * 128 + d
+    mask = live[:, None]
+    d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    term = tl.load(term2_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sum2 += tl.sum(d_out * term, 1)
+    tl.store(delta2_ptr + row, sum2, mask=live)
+    tl.store(d_gates_ptr + row * 3 + 2, sum2.to(d_gates_ptr.dtype.element_ty), mask=live)
+    gate = tl.load(gates_ptr + row * 3 + 2, mask=live, other=1.0).to(tl.float32)
+    lse = tl.load(lse2_ptr + row, mask=live, other=0.0)
+    shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
+    tl.store(shift2_ptr + row, shift, mask=live)
+
+
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
@@ -2027,7 +2116,7 @@ _WINDOW = (
 )
 
 
-def _compressed_forward(q, k, v, cu_seqlens, scale):
+def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
     """out [B, T, 64, 128], lse [B, T, 64] float32, and what rounding took from out (16-bit dtypes; else empty)."""
     if not launch.use_kernels(q):
         return *torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,)), launch.rest(q)
@@ -2035,7 +2124,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["compressed_fwd"], q)
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
-    rest = launch.rest(q, out.shape, cu_seqlens)
+    rest = launch.rest(q, out.shape if keep_rest else None, cu_seqlens)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_fwd[(tiles * 4 * batch,)](
         q, k, v, out, lse, launch.kept(rest), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -2239,6 +2328,48 @@ def _combine_backward(d_out, out_compressed, out_selected, out_window, rest_comp
     return deltas, shifts, d_gates
 
 
+def _compressed_gate_backward(d_out, term, rest, lse, gates, d_gates):
+    """delta, shift float32 [B, T, 64] of this branch alone; its column of d_gates is written."""
+    if not launch.use_kernels(d_out):
+        (delta,), (shift,), column = torch_path.combine_grad((term,), gates[..., 0 : 1], d_out, (lse,))
+        d_gates[..., 0 : 1] = column
+        return delta, shift
+    delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
+    c = launch.pick(_CONFIGS["compressed_gate"], d_out)
+    compressed_gate[(-(-lse.numel() // c.bm),)](
+        d_out, term, launch.kept(rest), lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
+    )
+    return delta, shift
+
+
+def _selected_gate_backward(d_out, term, lse, gates, d_gates):
+    """delta, shift float32 [B, T, 64] of this branch alone; its column of d_gates is written."""
+    if not launch.use_kernels(d_out):
+        (delta,), (shift,), column = torch_path.combine_grad((term,), gates[..., 1 : 2], d_out, (lse,))
+        d_gates[..., 1 : 2] = column
+        return delta, shift
+    delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
+    c = launch.pick(_CONFIGS["selected_gate"], d_out)
+    selected_gate[(-(-lse.numel() // c.bm),)](
+        d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
+    )
+    return delta, shift
+
+
+def _window_gate_backward(d_out, term, lse, gates, d_gates):
+    """delta, shift float32 [B, T, 64] of this branch alone; its column of d_gates is written."""
+    if not launch.use_kernels(d_out):
+        (delta,), (shift,), column = torch_path.combine_grad((term,), gates[..., 2 : 3], d_out, (lse,))
+        d_gates[..., 2 : 3] = column
+        return delta, shift
+    delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
+    c = launch.pick(_CONFIGS["window_gate"], d_out)
+    window_gate[(-(-lse.numel() // c.bm),)](
+        d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
+    )
+    return delta, shift
+
+
 def _compressed_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     out_compressed, lse_compressed, rest_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
     return out_compressed, lse_compressed, rest_compressed
@@ -2330,6 +2461,40 @@ def _attention_grad_fake(d_out, q, k_cmp, v_cmp, k, v, gates, out_compressed, ls
     return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(k_cmp, memory_format=torch.contiguous_format), torch.empty_like(v_cmp, memory_format=torch.contiguous_format), torch.empty_like(k, memory_format=torch.contiguous_format), torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(gates, memory_format=torch.contiguous_format)
 
 
+def _attention_lean(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    out_compressed, lse_compressed, _ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale, keep_rest=False)
+    blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
+    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
+    out_window, lse_window = _window_forward(q, k, v, cu_seqlens, scale)
+    out = _combine(out_compressed, out_selected, out_window, gates)
+    return out, blocks
+
+
+def _attention_lean_fake(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
+    return q.new_empty((*q.shape[:2], 64, 128)), q.new_empty((*q.shape[:2], 4, 16), dtype=torch.int32)
+
+
+def _attention_lean_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, blocks: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out_compressed, lse_compressed, rest_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
+    d_gates = launch.empty(gates, gates.shape, None)
+    delta_compressed, shift_compressed = _compressed_gate_backward(d_out, out_compressed, rest_compressed, lse_compressed, gates, d_gates)
+    del out_compressed, rest_compressed
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, shift_compressed, delta_compressed, (None, None, None), cu_seqlens, scale)
+    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
+    delta_selected, shift_selected = _selected_gate_backward(d_out, out_selected, lse_selected, gates, d_gates)
+    del out_selected
+    dq_compressed, dk_selected, dv_selected = _selected_backward(q, k, v, blocks, d_out, shift_selected, delta_selected, (dq_compressed, None, None), cu_seqlens, scale)
+    out_window, lse_window = _window_forward(q, k, v, cu_seqlens, scale)
+    delta_window, shift_window = _window_gate_backward(d_out, out_window, lse_window, gates, d_gates)
+    del out_window
+    dq_compressed, dk_selected, dv_selected = _window_backward(q, k, v, d_out, shift_window, delta_window, (dq_compressed, dk_selected, dv_selected), cu_seqlens, scale)
+    return dq_compressed, dk_cmp, dv_cmp, dk_selected, dv_selected, d_gates
+
+
+def _attention_lean_grad_fake(d_out, q, k_cmp, v_cmp, k, v, gates, blocks, cu_seqlens, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(k_cmp, memory_format=torch.contiguous_format), torch.empty_like(v_cmp, memory_format=torch.contiguous_format), torch.empty_like(k, memory_format=torch.contiguous_format), torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(gates, memory_format=torch.contiguous_format)
+
+
 class _Ops:
     """The module's custom ops, torch.ops.{nsagen_…}: registered once for one content."""
 
@@ -2342,12 +2507,15 @@ class _Ops:
     select_blocks = ops.register(_SPACE, "select_blocks", _select_blocks, _select_blocks_fake)
     attention = ops.register(_SPACE, "attention", _attention, _attention_fake)
     attention_grad = ops.register(_SPACE, "attention_grad", _attention_grad, _attention_grad_fake)
+    attention_lean = ops.register(_SPACE, "attention_lean", _attention_lean, _attention_lean_fake)
+    attention_lean_grad = ops.register(_SPACE, "attention_lean_grad", _attention_lean_grad, _attention_lean_grad_fake)
 
 
 autograd.connect(_Ops.compressed_attention, _Ops.compressed_attention_grad, 3, keep_output=True)
 autograd.connect(_Ops.selected_attention, _Ops.selected_attention_grad, 4, keep_output=True)
 autograd.connect(_Ops.window_attention, _Ops.window_attention_grad, 3, keep_output=True)
 autograd.connect(_Ops.attention, _Ops.attention_grad, 6, keep_output=False)
+autograd.connect(_Ops.attention_lean, _Ops.attention_lean_grad, 6, keep_output=False)
 
 
 class Compressor(compress.MeanCompressor):
@@ -2410,13 +2578,15 @@ def select_blocks(q, k_cmp, lse, *, scale=None, cu_seqlens=None):
     return _Ops.select_blocks(q, k_cmp, lse, cu_seqlens, scale)
 
 
-def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None, dense_below=0):
+def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=None, cu_seqlens=None, dense_below=0, recompute=False):
     """The whole operation -> out [B, T, 64, 128].
 
     q [B, T, 64, 128]; k, v tensors [B, T, 4, D]; gates [B, T, 64, 3] in [0, 1], columns ('compressed', 'selected', 'window'); phi a Compressor, k_raw
     un-rotated keys for it where they differ from k. scale defaults to 128^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v, gates and phi's parameters.
     T < dense_below: every branch attends to all keys up to the query, through torch; phi and k_raw are not used.
+    recompute: keep no branch's output for the backward, which makes them again one at a time: 3 × 16384 bytes a token
+    less in 16-bit dtypes, for the time of another forward.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(
         _LAYOUT, q, k, v, gates, phi, blocks, k_raw, scale, cu_seqlens
@@ -2424,6 +2594,8 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
     if checks.short(_LAYOUT, q, dense_below, cu_seqlens):
         return dense.attention(q, k, v, gates, False, scale)
     k_cmp, v_cmp = phi(k["compressed"] if k_raw is None else k_raw, v["compressed"], cu_seqlens=cu_seqlens)
+    if recompute:
+        return _Ops.attention_lean(q, k_cmp, v_cmp, k["compressed"], v["compressed"], gates, cu_seqlens, scale)[0]
     return _Ops.attention(q, k_cmp, v_cmp, k["compressed"], v["compressed"], gates, cu_seqlens, scale)[0]
 
 

@@ -32,7 +32,7 @@ def combine_bwd(run: Run) -> None:
         for delta, total in zip(_named(run, "delta"), sums, strict=True):
             _store(run, delta, rows, total[:, None])
         if "gates" in run.arrays:
-            _store(run, "d_gates", rows, np.stack(sums, 1))
+            _store_columns(run, rows, _columns(run), np.stack(sums, 1))
             _store_shifts(run, rows)
 
 
@@ -49,9 +49,20 @@ def sum_splits(run: Run) -> None:
             _store(run, operand, rows, value)
 
 
+def _columns(run: Run) -> list[int]:
+    """The gates of the launch's terms."""
+    return [int(x.removeprefix("term")) for x in _named(run, "term")]
+
+
+def _store_columns(run: Run, rows: Array, columns: list[int], value: Array) -> None:
+    array = run.arrays["d_gates"]
+    flat = array.reshape(int(np.prod(array.shape[:3])), -1)
+    write_once(flat, (rows[:, None], np.array(columns)[None, :]), value, f"{run.line}: store d_gates")
+
+
 def _store_shifts(run: Run, rows: Array) -> None:
     gates = _rows(run, "gates", rows)
-    for c, (shift, lse) in enumerate(zip(_named(run, "shift"), _named(run, "lse"), strict=True)):
+    for c, shift, lse in zip(_columns(run), _named(run, "shift"), _named(run, "lse"), strict=True):
         _store(run, shift, rows, shifted(_rows(run, lse, rows)[:, 0], gates[:, c])[:, None])
 
 

@@ -199,7 +199,7 @@ class Op:
     """A custom op: allocates its outputs, runs its launches in order."""
 
     name: str
-    doc: Literal["part", "part_grad", "whole", "whole_grad", "serve"]
+    doc: Literal["part", "part_grad", "whole", "whole_grad", "lean", "lean_grad", "serve"]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     launches: tuple[Launch, ...]

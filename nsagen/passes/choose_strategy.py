@@ -48,6 +48,7 @@ FIRST_PASS = Choice(
     "first_pass", "no attention is a softmax over these keys alone: their log-sum-exp comes from a pass without values"
 )
 CHUNKS = Choice("query_chunks", "scores of all queries would be T × T/d values; a chunk's are bounded")
+ONE_BRANCH = Choice("one_branch", "recompute: one branch's output at a time is made again, read once and dropped")
 CHUNKS_OF_PARTS = Choice("query_chunks", "parts of all queries would be T × n rows of the group; a chunk's are bounded")
 ONE_PASS = Choice("one_pass", "bound by memory: every term is read once, sums in float32")
 ROW = Choice(
@@ -245,4 +246,14 @@ def _combination(node: Combine | CombineGrad) -> list[Kernel]:
         shifts = tuple(Operand(f"shift{i}", "shift", "query", "store") for i in range(len(node.shifts)))
         operands = (d_out, *terms, *rests, *lses, gates, *deltas, *shifts, d_gates)
         kernels.append(Kernel("combine_bwd", "", "combine_bwd", flat, operands, (), (ONE_PASS,)))
+        kernels += [_branch_gate(i, delta.removeprefix("delta_"), d_gates) for i, delta in enumerate(node.deltas)]
     return kernels
+
+
+def _branch_gate(i: int, branch: str, d_gates: Operand) -> Kernel:
+    """What combine_bwd does, for one branch: the others' outputs need not be there."""
+    loads = (_load("d_out", "d_out"), _load(f"term{i}", "term"), _load(f"rest{i}", "rest", optional=True))
+    statistics = (_load(f"lse{i}", "lse"), _load("gates", "gates"))
+    stores = (Operand(f"delta{i}", "delta", "query", "store"), Operand(f"shift{i}", "shift", "query", "store"))
+    operands, flat = (*loads, *statistics, *stores, d_gates), Grid(None, BM, "ascending")
+    return Kernel(f"{branch}_gate", branch, "combine_bwd", flat, operands, (), (ONE_BRANCH,))

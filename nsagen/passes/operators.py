@@ -44,6 +44,7 @@ def operators(graph: Graph) -> tuple[Op, ...]:
     combine_grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
     if combine:
         ops += [_whole(graph, attends, combine), _whole_grad(graph, attends, grads, combine, combine_grad)]
+        ops += [_lean(graph, attends, combine), _lean_grad(graph, attends, grads, combine, combine_grad)]
     return (*ops, _serving(graph, attends, combine))
 
 
@@ -249,6 +250,40 @@ def _whole_grad(
         launches += gradients.launches(node, grads[node.branch])
     outputs = (*(gradients.into[x] for x in ("q", *inputs_of(attends)[0])), d_gates)
     return Op("attention_grad", "whole_grad", ("d_out", *inputs, *graph.saved), outputs, tuple(launches))
+
+
+def _lean(graph: Graph, attends: list[Attend], combine: Combine) -> Op:
+    """The whole op that keeps nothing of a branch: only the blocks it chose."""
+    whole = _whole(graph, attends, combine)
+    launches = tuple(_without_rest(x) for x in whole.launches)
+    return Op("attention_lean", "lean", whole.inputs, (combine.out, *_lean_saved(graph, attends)), launches)
+
+
+def _lean_saved(graph: Graph, attends: list[Attend]) -> tuple[str, ...]:
+    dropped = {x for n in attends for x in writes(n)}
+    return tuple(x for x in graph.saved if x not in dropped)
+
+
+def _without_rest(launch: Launch) -> Launch:
+    return replace(launch, binds=tuple(b for b in launch.binds if b[0] != "rest"))
+
+
+def _lean_grad(
+    graph: Graph, attends: list[Attend], grads: dict[str, AttendGrad], combine: Combine, combine_grad: CombineGrad
+) -> Op:
+    """Branch by branch: its output again, its gate's gradient from that, its own gradients."""
+    whole = _whole_grad(graph, attends, grads, combine, combine_grad)
+    gradients = _Gradients(True, graph.heads)
+    launches: list[Launch] = []
+    for node in attends:
+        i = combine.terms.index(node.out)
+        loads: Binds = (("d_out", "d_out"), (f"term{i}", node.out), (f"lse{i}", node.lse), ("gates", combine.gates))
+        rest: Binds = ((f"rest{i}", node.rest),) if node.rest else ()
+        stores = ((f"delta{i}", combine_grad.deltas[i]), (f"shift{i}", combine_grad.shifts[i]))
+        gate = Launch(f"{node.branch}_gate", (*loads, *rest, *stores, ("d_gates", combine_grad.d_gates or "")))
+        launches += [*_forwards(node, graph.heads), gate, *gradients.launches(node, grads[node.branch])]
+    inputs = ("d_out", *_whole_inputs(graph, attends, combine), *_lean_saved(graph, attends))
+    return Op("attention_lean_grad", "lean_grad", inputs, whole.outputs, tuple(launches))
 
 
 def buffers(graph: Graph) -> tuple[Buffer, ...]:

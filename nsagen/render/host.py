@@ -69,6 +69,7 @@ class BranchView:
     by_blocks_from: int  # queries, from which on the forward takes them
     merge: str
     list_dq: bool  # dq comes in parts from the kernel of dk and dv
+    column: int  # of its gate, where there are gates
 
     @property
     def listed(self) -> bool:
@@ -151,7 +152,13 @@ def _branch(node: Attend, plan: Plan) -> BranchView:
         by_blocks_from=int(guards[0].value) if guards else 0,
         merge=f"{node.branch}_merge",
         list_dq=bodies[f"{node.branch}_dq"] == "sum_lists",
+        column=_column(plan, f"{node.branch}_gate"),
     )
+
+
+def _column(plan: Plan, gate: str) -> int:
+    kernel = next((k for k in plan.kernels if k.name == gate), None)
+    return next(int(o.name.removeprefix("term")) for o in kernel.operands if o.role == "term") if kernel else 0
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:
@@ -268,7 +275,9 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
         if kernel.body == "attend_fwd":
             arguments = ", ".join(_arguments(kernel.branch, graph))
             outs = ", ".join(bind[o] for o in ("out", "lse", "rest") if o in bind)
-            lines.append(f"{outs} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale)")
+            drops = "rest" not in bind and any(o.role == "rest" for o in kernel.operands)
+            outs, keep = (f"{outs}, _", ", keep_rest=False") if drops else (outs, "")
+            lines.append(f"{outs} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale{keep})")
         elif kernel.body in ("attend_dq", "sum_lists"):
             lines += _backward(op, launch, kernel.branch, bind, graph, plan)
         elif kernel.body == "score_lse":
@@ -278,11 +287,23 @@ def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
             lines.append(f"{chosen} = _select(q, {bind['k']}, {bind['lse']}, cu_seqlens, scale)")
         elif kernel.body == "combine_fwd":
             lines.append(f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})")
+        elif kernel.body == "combine_bwd" and kernel.branch:
+            lines += _gate(launch, kernel.branch, first="_gate_backward" not in "".join(lines))
         elif kernel.body == "combine_bwd" and "gates" in bind:
             lines.append(_split(launch, terms, bind))
         elif kernel.body == "combine_bwd":
             lines.append(f"{bind['delta']} = _delta(d_out, {bind['term']}, {bind.get('rest', 'None')})")
     return lines
+
+
+def _gate(launch: Launch, branch: str, first: bool) -> list[str]:
+    """The call of one branch's _gate_backward, after which its output goes; the first makes what all write into."""
+    bound = {o.rstrip("0123456789"): b for o, b in launch.binds}
+    rest = [bound["rest"]] if "rest" in bound else []
+    arguments = ", ".join(["d_out", bound["term"], *rest, bound["lse"], "gates", bound["d_gates"]])
+    made = [f"{bound['d_gates']} = launch.empty(gates, gates.shape, None)"] if first else []
+    call = f"{bound['delta']}, {bound['shift']} = _{branch}_gate_backward({arguments})"
+    return [*made, call, f"del {', '.join([bound['term'], *rest])}"]
 
 
 def _split(launch: Launch, terms: list[str], bind: dict[str, str]) -> str:

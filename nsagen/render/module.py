@@ -100,7 +100,10 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "attends": branch_views(graph, plan),
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),
-        "whole": {"op": whole.name, "arguments": whole.text.split(", ")},
+        "whole": {
+            "op": whole.name, "arguments": whole.text.split(", "),
+            "lean_keeps": any(op.doc == "lean" and len(op.outputs) > 1 for op in plan.ops),
+        },
         "compressor": pool and {
             "cls": COMPRESSORS[pool.pool], "pool": pool.pool, "block": pool.axis.block, "stride": pool.axis.stride,
             "positions": _folded(pool),

@@ -175,7 +175,7 @@ class KernelView:
 def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
     h = plan.heads
     conjuncts = _conjuncts(kernel)
-    terms = tuple(Part(i, 0, 0, 0) for i, o in enumerate(o for o in kernel.operands if o.role == "term"))
+    terms = tuple(Part(int(o.name[4:] or 0), 0, 0, 0) for o in kernel.operands if o.role == "term")
     return KernelView(
         name=kernel.name,
         body=kernel.body,

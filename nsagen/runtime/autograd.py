@@ -12,13 +12,14 @@ from nsagen.runtime.ops import differentiate
 def connect(op: CustomOpDef, grad_op: CustomOpDef, tensors: int, keep_output: bool) -> None:
     """Give `op` the gradient `grad_op`.
 
-    op(*tensors, cu_seqlens, scale) -> (out, *saved); only `out` is differentiable.
+    op(*tensors, cu_seqlens, scale) -> (out, *saved), or out alone; only `out` is differentiable.
     grad_op(d_out, *tensors, [out,] *saved, cu_seqlens, scale) -> the gradients of the first of `tensors`; the others
     (block lists) have none. With `out` iff keep_output.
     """
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        kept = output if keep_output else output[1:]
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        kept = outputs if keep_output else outputs[1:]
         ctx.save_for_backward(*inputs[:tensors], *kept, inputs[tensors])
         ctx.scale = inputs[tensors + 1]
 

@@ -1,8 +1,9 @@
 """How long a launch takes on an H200: a forecast beside costs.py's bound, fitted to what was measured there.
 
 A tile kernel runs its padded score elements at the rate of its body, pays for each program's start and end, and for
-its tail. A query that walks its own list is bound by L2. The rest is bound by memory. Fitted to nsa_128 and nsa_paper at 8k and
-64k tokens in bfloat16 (runtime/shipped, benchmarks/results); tests/unit/test_forecast.py holds it to 25 % of them.
+its tail. A query that walks its own list is bound by L2. The rest is bound by memory. Fitted to nsa_128 and nsa_paper
+at 8k and 64k tokens in bfloat16 (runtime/shipped); tests/unit/test_forecast.py holds it to 25 % of these times and of
+those in benchmarks/results, from 4k to 128k.
 """
 
 from __future__ import annotations
