@@ -34,9 +34,9 @@ def inputs(module: Any, length: int, rows: int, dtype: torch.dtype) -> tuple[tor
 
 
 def operation(
-    module: Any, length: int, dtype: torch.dtype = torch.bfloat16
+    module: Any, length: int, dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> tuple[Callable[[], torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-    """The whole op on seeded inputs, the named tensors that gradients are taken of, and its output's gradient."""
+    """The whole op on seeded inputs (`options` go to `attention`), the named tensors that gradients are taken of, and its output's gradient."""
     q, k, v, d_out = inputs(module, length, length, dtype)
     branches = list(module.SPEC["branches"])
     named = {"q": q}
@@ -52,4 +52,4 @@ def operation(
     named |= dict(phi.named_parameters()) if phi is not None else {}
     for x in named.values():
         x.requires_grad_()
-    return lambda: module.attention(q, k, v, gates, phi), named, d_out
+    return lambda: module.attention(q, k, v, gates, phi, **options), named, d_out

@@ -2,7 +2,9 @@
 
     nsagen build nsa_128 && python benchmarks/whole.py --module generated/nsa_128.py --lengths 8192,65536
 
-Says also whether a second backward gives the same bits.
+Says also whether a second backward gives the same bits. A million tokens on one GPU of 141 GB:
+
+    python benchmarks/whole.py --module generated/nsa_128.py --lengths 1048576 --recompute
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
 MOST_DENSE = 65536  # tokens; beyond, dense attention takes seconds
+LONG = 262144  # tokens; beyond, two sets of gradients do not fit, and one call takes seconds
 
 
 def timed(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], d_out: torch.Tensor) -> dict[str, Any]:
@@ -44,12 +47,41 @@ def timed(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], d_out
     }
 
 
-def ours(module: Any, length: int) -> dict[str, Any]:
-    forward, named, d_out = operation(module, length)
-    return timed(forward, list(named.values()), d_out)
+def timed_once(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], d_out: torch.Tensor) -> dict[str, Any]:
+    """The second of two calls each way; gradients compared by the sum of their bits."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    sums: list[list[int]] = []
+    finite = True
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        marks[0].record()
+        out = forward()
+        marks[1].record()
+        gradients = torch.autograd.grad(out, leaves, d_out)
+        marks[2].record()
+        torch.cuda.synchronize()
+        del out
+        bits = [g.view(torch.int16 if g.element_size() == 2 else torch.int32) for g in gradients]
+        sums.append([int(x.sum(dtype=torch.int64)) for x in bits])
+        finite = finite and all(bool(g.sum(dtype=torch.float32).isfinite()) for g in gradients)
+        del gradients, bits
+    return {
+        "forward_ms": round(marks[0].elapsed_time(marks[1]), 1),
+        "backward_ms": round(marks[1].elapsed_time(marks[2]), 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "repeatable": sums[0] == sums[1],
+        "finite": finite,
+    }
 
 
-def dense(module: Any, length: int) -> dict[str, Any]:
+def ours(module: Any, length: int, recompute: bool) -> dict[str, Any]:
+    options = {"recompute": True} if recompute else {}
+    forward, named, d_out = operation(module, length, **options)
+    measure = timed_once if length > LONG else timed
+    return measure(forward, list(named.values()), d_out) | options
+
+
+def dense(module: Any, length: int, recompute: bool) -> dict[str, Any]:
     q, k, v, d_out = (x.transpose(1, 2) for x in inputs(module, length, length, torch.bfloat16))
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
@@ -64,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--module", required=True)
     parser.add_argument("--lengths", default="8192,65536")
+    parser.add_argument("--recompute", action="store_true", help="keep no branch's output for the backward")
     parser.add_argument("--json")
     args = parser.parse_args()
     module: Any = load(args.module)
@@ -73,7 +106,7 @@ def main() -> None:
             if run is dense and length > MOST_DENSE:
                 continue
             torch.cuda.empty_cache()
-            row = {"impl": name, "spec": module.SPEC["name"], "length": length, **run(module, length)}
+            row = {"impl": name, "spec": module.SPEC["name"], "length": length, **run(module, length, args.recompute)}
             results.append(row)
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if args.json:
