@@ -36,7 +36,10 @@ def inputs(module: Any, length: int, rows: int, dtype: torch.dtype) -> tuple[tor
 def operation(
     module: Any, length: int, dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> tuple[Callable[[], torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-    """The whole op on seeded inputs (`options` go to `attention`), the named tensors that gradients are taken of, and its output's gradient."""
+    """The whole op on seeded inputs, the named tensors that gradients are taken of, and its output's gradient.
+
+    options go to the module's `attention`.
+    """
     q, k, v, d_out = inputs(module, length, length, dtype)
     branches = list(module.SPEC["branches"])
     named = {"q": q}
