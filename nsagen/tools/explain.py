@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from nsagen.compiler import Compiled, Stage
 from nsagen.errors import NsagenError
 from nsagen.ir.graph import Attend, Pool, Source
-from nsagen.ir.plan import Kernel, Plan, Segment, TileConfig, TileTable, Walk
+from nsagen.ir.plan import Kernel, Segment, TileConfig, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
-from nsagen.tools import measured
-from nsagen.tools.console import table, unified
-from nsagen.tools.costs import H200, Work, dense_flops, flops_of_pair, formula, main_ops, work_of_op
-
-LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-SHARES_AT = 65536
+from nsagen.tools import explain_costs, measured
+from nsagen.tools.console import unified
+from nsagen.tools.costs import formula
 
 
 def stage_of(compiled: Compiled, name: str) -> Stage:
@@ -51,7 +48,7 @@ def summary(compiled: Compiled) -> str:
     ]
     for kernel in plan.kernels:
         lines += ["", *_kernel(kernel)]
-    return "\n".join([*lines, "", *_costs(plan), *measured.lines(plan)])
+    return "\n".join([*lines, "", *explain_costs.lines(plan), *measured.lines(plan)])
 
 
 def _domains(compiled: Compiled) -> Iterator[str]:
@@ -130,46 +127,3 @@ def _tile(c: TileConfig) -> str:
 def _kind(c: TileConfig) -> str:
     """The reason without its numbers."""
     return " ".join(w for w in (c.dropped or "").split() if w.isalpha())
-
-
-def _costs(plan: Plan) -> Iterator[str]:
-    name = f"{H200.name}, bf16, {H200.flops / 1e12:.0f} TFLOP/s, {H200.bandwidth / 1e12} TB/s"
-    yield f"AT LEAST ({name}; batch 1; φ not counted; useful pairs only, so a bound and no forecast)"
-    yield from (f"  {line}" for line in _formulas(plan))
-    head = ["tokens"]
-    for op in main_ops(plan):
-        head += [f"{_side(op.doc)} TFLOP", "GB", "ms", "dense ms"]
-    yield ""
-    yield table(head, [_row(plan, tokens) for tokens in LENGTHS])
-    yield ""
-    yield table(("launch", f"TFLOP at {SHARES_AT >> 10}k", "GB", "ms", "bound by"), _shares(plan))
-
-
-def _formulas(plan: Plan) -> Iterator[str]:
-    for kernel in (k for k in plan.kernels if k.walks):
-        seen = " + ".join(f"Σ_t ({formula(w.piece, w.axis, w.listed)})" for w in kernel.walks)
-        yield f"{kernel.name}: {flops_of_pair(kernel, plan.heads)} FLOP × {plan.heads.query} heads × {seen}"
-
-
-def _side(doc: str) -> str:
-    return "bwd" if doc.endswith("_grad") else "fwd"
-
-
-def _row(plan: Plan, tokens: int) -> list[str]:
-    row = [f"{tokens >> 10}k"]
-    for op in main_ops(plan):
-        dense = dense_flops(plan.heads, tokens, op.doc.endswith("_grad")) / H200.flops
-        row += [*_numbers(work_of_op(op, plan, tokens)), f"{1e3 * dense:.3f}"]
-    return row
-
-
-def _numbers(works: list[Work]) -> list[str]:
-    flops, moved = sum(w.flops for w in works), sum(w.bytes for w in works)
-    seconds = sum(w.seconds(H200) for w in works)
-    return [f"{flops / 1e12:.3f}", f"{moved / 1e9:.3f}", f"{1e3 * seconds:.3f}"]
-
-
-def _shares(plan: Plan) -> Iterator[list[str]]:
-    for op in main_ops(plan):
-        for work in work_of_op(op, plan, SHARES_AT):
-            yield [work.kernel, *_numbers([work]), work.bound(H200)]

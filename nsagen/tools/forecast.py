@@ -14,7 +14,7 @@ from nsagen.ir.graph import TOKENS
 from nsagen.ir.plan import BN, BT, S0, T0, Kernel, Launch, N, Op, Plan, Walk
 from nsagen.passes.loop_order import L2
 from nsagen.sym import evaluate
-from nsagen.tools.costs import flops_of_pair, pairs, work_of
+from nsagen.tools.costs import flops_of_pair, pairs, taken, work_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ SAMPLES = 64  # tiles whose loops are counted
 Tile = tuple[int, int]  # BM, BN
 
 
+def first_choices(plan: Plan, arch: str = "sm_90", bits: int = 16) -> dict[str, Tile]:
+    """The tile of every kernel that the model ranks first."""
+    tables = {k.name: next((t for t in k.tiles if (t.arch, t.bits) == (arch, bits)), None) for k in plan.kernels}
+    return {name: (t.configs[0].bm, t.configs[0].bn) for name, t in tables.items() if t}
+
+
 def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
     """Of one launch, batch 1, with its kernel's tile."""
     kernel, work = plan.kernel(launch.kernel), work_of(launch, plan, tokens)
@@ -59,17 +65,13 @@ def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
 
 def of_op(op: Op, plan: Plan, tokens: int, tiles: dict[str, Tile]) -> float:
     """Of an op's launches at that length, with the host's work on block lists between them."""
-    launches = [x for x in op.launches if all(_holds(g.op, int(g.value), tokens) for g in x.when)]
+    launches = taken(op, tokens)
     total = sum(seconds(x, plan, tokens, tiles[x.kernel]) for x in launches)
     items = [x for x in launches if "items" in dict(x.binds) and plan.kernel(x.kernel).walks]
     if not items:
         return total
     listed = next(w.listed for w in plan.kernel(items[0].kernel).walks if w.listed)
     return total + len(items) * (INVERSE[0] + INVERSE[1] * tokens * plan.heads.kv * listed.count)
-
-
-def _holds(op: str, value: int, tokens: int) -> bool:
-    return tokens >= value if op == "from" else tokens < value
 
 
 def _seen(kernel: Kernel, tokens: int) -> int:

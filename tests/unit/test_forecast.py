@@ -13,7 +13,7 @@ from nsagen import api
 from nsagen.compiler import Compiled
 from nsagen.render.module import kernel_keys
 from nsagen.runtime import tuned
-from nsagen.tools import forecast
+from nsagen.tools import costs, forecast
 from nsagen.tools.costs import main_ops
 
 ROOT = Path(__file__).parents[2]
@@ -88,3 +88,20 @@ def test_the_whole_and_its_parts(name: str, direction: str, tokens: int) -> None
     assert ms is not None
     ratio = 1e3 * forecast.of_op(op, plan, tokens, tiles("nsa_128")) / ms
     assert abs(ratio - 1) < WITHIN, (ms, ratio)
+
+
+def test_of_two_variants_the_one_that_runs_counts() -> None:
+    """A group of 4 goes key block by key block from 2,048 queries on."""
+    plan = compiled("gqa_llama").plan
+    forward, _ = main_ops(plan)
+    few, many = ({x.kernel for x in costs.taken(forward, n)} for n in (1024, 65536))
+    assert few - many == {"selected_fwd"}
+    assert many - few == {"selected_list", "selected_merge"}
+
+
+def test_what_is_kept_for_the_backward() -> None:
+    """Of nsa_128: three outputs and a rest of 16 KiB, three lse of 256 B, 4 × 16 blocks; or the blocks alone."""
+    plan = compiled("nsa_128").plan
+    ops = {op.name: op for op in plan.ops}
+    assert costs.saved_bytes(ops["attention"], ops["attention_grad"], plan) == 4 * 16384 + 3 * 256 + 256
+    assert costs.saved_bytes(ops["attention_lean"], ops["attention_lean_grad"], plan) == 256
