@@ -21,6 +21,7 @@ N = count("N")  # keys on the walk's axis
 Body = Literal[
     "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
     "score_lse", "select_scores", "select_blocks", "sum_items", "sum_splits",
+    "split_attend", "split_select", "split_merge",
 ]  # fmt: skip
 Direction = Literal["forward", "reverse"]
 
@@ -105,7 +106,7 @@ class Operand:
     name: str
     role: Literal[
         "q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term",
-        "blocks", "scores", "items", "parts", "rest", "shift",
+        "blocks", "scores", "items", "parts", "rest", "shift", "part_lse", "sums",
     ]  # fmt: skip
     rows: Literal["query", "key"]
     mode: Literal["load", "store", "accumulate"]
@@ -197,7 +198,7 @@ class Op:
     """A custom op: allocates its outputs, runs its launches in order."""
 
     name: str
-    doc: Literal["part", "part_grad", "whole", "whole_grad", "serve"]
+    doc: Literal["part", "part_grad", "whole", "whole_grad", "serve", "decode"]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     launches: tuple[Launch, ...]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from nsagen.errors import Refused
 from nsagen.ir.graph import TOKEN_AXIS, Attend, Combine, CombineGrad, Graph, LogSumExp, Select, Source, ended_blocks
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
+from nsagen.passes.decode import decode_kernels
 from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
 
 PACK = Choice(
@@ -68,6 +69,7 @@ class ChooseStrategy:
             elif isinstance(node, (Combine, CombineGrad)):
                 kernels += _combination(node)
         kernels += [_cached(k) for k in kernels if k.name in {x.kernel for x in serving_sources(graph)}]
+        kernels += decode_kernels(graph)
         return Plan(graph.name, graph.heads, buffers(graph), operators(graph), tuple(_unique(kernels)))
 
 

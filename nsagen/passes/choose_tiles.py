@@ -68,6 +68,9 @@ def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
     """Rows hold a whole group. A listed block is walked alone: no tile is wider, and its few rows feed few warps."""
     listed = next((w.listed for w in kernel.walks if w.listed), None)
     rows = [m for m in (16, 32, 64, 128) if m >= heads.group]
+    if kernel.body == "split_attend":  # the launch takes as many rows as the step has
+        widest = max([16, *(n for n in (16, 32, 64) if n < 2 * listed.size)] if listed else [64])
+        return [(rows[0], n, 4, stages) for n in (16, 32, 64) if n <= widest for stages in (1, 2, 3)]
     columns = [n for n in (16, 32, 64, 128) if listed is None or n < 2 * listed.size or n == 16]
     warps = (4, 8)
     if listed and kernel.body in ("attend_fwd", "attend_dq"):

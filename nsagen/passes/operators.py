@@ -21,6 +21,7 @@ from nsagen.ir.graph import (
     writes,
 )
 from nsagen.ir.plan import Buffer, Launch, Op
+from nsagen.passes.decode import decode_buffers, decode_op
 from nsagen.sym import Expr, const, count
 
 BATCH = count("B")
@@ -41,7 +42,8 @@ def operators(graph: Graph) -> tuple[Op, ...]:
     combine_grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
     if combine:
         ops += [_whole(graph, attends, combine), _whole_grad(graph, attends, grads, combine, combine_grad)]
-    return (*ops, _serving(graph, attends, combine))
+    serving = _serving(graph, attends, combine)
+    return (*ops, serving, decode_op(graph, serving.inputs))
 
 
 def suffixes(sources: tuple[Source, ...]) -> tuple[str, ...]:
@@ -227,7 +229,7 @@ def buffers(graph: Graph) -> tuple[Buffer, ...]:
 
     sizes = _sizes(graph)
     values = [Buffer(v.name, v.axes, tuple(sizes[a] for a in v.axes), v.dtype, kind(v)) for v in graph.values]
-    return (*values, *_workspaces(graph, sizes))
+    return (*values, *_workspaces(graph, sizes), *decode_buffers(graph))
 
 
 def _sizes(graph: Graph) -> dict[str, Expr]:
