@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  bdcda6a7ee5e
+content  e25ad6df2680
 runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -60,7 +60,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_bdcda6a7ee5e"
+_SPACE = "nsagen_nsa_128_e25ad6df2680"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -363,44 +363,34 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "5981a58c9870", {
+    "decode_scores": Tiles("decode_scores", "e111b006d74d", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
-        ),
     }),
-    "decode_attend": Tiles("decode_attend", "58b24c45a7f4", {
+    "decode_attend": Tiles("decode_attend", "f0bc528a2155", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
     }),
 }
@@ -2075,8 +2065,9 @@ def decode_scores_source(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 16
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 16
     head = row % 16
@@ -2234,8 +2225,9 @@ def decode_attend_source0(
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = 1
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = queries  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // BM
     head = row % BM
@@ -2285,8 +2277,9 @@ def decode_attend_source1(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 16
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 16
     head = row % 16
@@ -3076,7 +3069,7 @@ def _decode_scores(q, k, v, past, scale):
     """The parts of compressed: of each run of keys the output and lse, log2 units; and the log-sums of blocks."""
     c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 16)
+    bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
     longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
     runs = split.runs(4 * batch * tiles, longest, c.bn)
@@ -3097,7 +3090,7 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     """The parts of selected, window: of each run of keys the output and lse, log2 units."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 16)
+    bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
     runs0 = split.runs(4 * batch * queries, 16, 1)
     programs += queries * runs0.count

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  d1627011cc73
+content  32f3ddd05558
 runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -46,7 +46,7 @@ _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_d1627011cc73"
+_SPACE = "nsagen_nsa_compressed_window_32f3ddd05558"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -243,24 +243,19 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "e760f32a0c30", {
+    "decode_attend": Tiles("decode_attend", "fe20a0f07def", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
     }),
 }
@@ -1219,8 +1214,9 @@ def decode_attend_source0(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 16
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 16
     head = row % 16
@@ -1268,8 +1264,9 @@ def decode_attend_source1(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 16
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 16
     head = row % 16
@@ -1850,7 +1847,7 @@ def _decode_attend(q, k0, v0, k1, v1, past, scale):
     """The parts of compressed, window: of each run of keys the output and lse, log2 units."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 16)
+    bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
     longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
     runs0 = split.runs(4 * batch * tiles, longest, c.bn)

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b31ca88adaee
+content  dde92d05c5cf
 runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -60,7 +60,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_paper_b31ca88adaee"
+_SPACE = "nsagen_nsa_paper_dde92d05c5cf"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -366,44 +366,34 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "addcc984f759", {
+    "decode_scores": Tiles("decode_scores", "34ccf683ad12", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
             Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 53248), Config(16, 32, 4, 2, 94208), Config(16, 32, 4, 3, 135168), Config(16, 16, 4, 1, 32768),
-            Config(16, 16, 4, 2, 53248), Config(16, 16, 4, 3, 73728),
+            Config(16, 16, 4, 1, 32768), Config(16, 16, 4, 2, 53248), Config(16, 16, 4, 3, 73728),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 2, 88064), Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
             Config(16, 16, 4, 1, 16384),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 53248), Config(16, 32, 4, 2, 94208), Config(16, 32, 4, 3, 135168), Config(16, 16, 4, 1, 32768),
-            Config(16, 16, 4, 2, 53248), Config(16, 16, 4, 3, 73728),
-        ),
     }),
-    "decode_attend": Tiles("decode_attend", "9701ebfcfc5a", {
+    "decode_attend": Tiles("decode_attend", "58009c1e48fb", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624),
             Config(16, 64, 4, 2, 88064), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 1, 47104), Config(16, 32, 4, 1, 26624),
             Config(16, 16, 4, 1, 16384),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 53248), Config(16, 32, 4, 2, 94208), Config(16, 32, 4, 3, 135168), Config(16, 16, 4, 1, 32768),
-            Config(16, 16, 4, 2, 53248), Config(16, 16, 4, 3, 73728),
+            Config(16, 16, 4, 1, 32768), Config(16, 16, 4, 2, 53248), Config(16, 16, 4, 3, 73728),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 2, 88064), Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 16, 4, 3, 36864),
             Config(16, 16, 4, 2, 26624), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 1, 47104), Config(16, 32, 4, 1, 26624),
             Config(16, 16, 4, 1, 16384),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 53248), Config(16, 32, 4, 2, 94208), Config(16, 32, 4, 3, 135168), Config(16, 16, 4, 1, 32768),
-            Config(16, 16, 4, 2, 53248), Config(16, 16, 4, 3, 73728),
         ),
     }),
 }
@@ -2185,8 +2175,9 @@ def decode_scores_source(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 16
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 16
     head = row % 16
@@ -2349,8 +2340,9 @@ def decode_attend_source0(
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = 1
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = queries  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // BM
     head = row % BM
@@ -2402,8 +2394,9 @@ def decode_attend_source1(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 16
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 16
     head = row % 16
@@ -3219,7 +3212,7 @@ def _decode_scores(q, k, v, past, scale):
     """The parts of compressed: of each run of keys the output and lse, log2 units; and the log-sums of blocks."""
     c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 16)
+    bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
     longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
     runs = split.runs(4 * batch * tiles, longest, c.bn)
@@ -3240,7 +3233,7 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     """The parts of selected, window: of each run of keys the output and lse, log2 units."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 16)
+    bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
     runs0 = split.runs(4 * batch * queries, 16, 1)
     programs += queries * runs0.count

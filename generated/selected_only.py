@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  0218581e3ffa
+content  dcd36cad6219
 runtime  5
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -38,7 +38,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_0218581e3ffa"
+_SPACE = "nsagen_selected_only_dcd36cad6219"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -133,24 +133,19 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "df405100169a", {
+    "decode_attend": Tiles("decode_attend", "4d9d4b5ffe89", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
     }),
 }
@@ -629,8 +624,9 @@ def decode_attend_source(
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = 1
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = queries  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // BM
     head = row % BM
@@ -984,7 +980,7 @@ def _decode_attend(q, k, v, blocks, past, scale):
     """The parts of selected: of each run of keys the output and lse, log2 units."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 16)
+    bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
     runs = split.runs(4 * batch * queries, 16, 1)
     programs += queries * runs.count

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  5a1c20c0f4ea
+content  af0a45661e2e
 runtime  5
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -60,7 +60,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_5a1c20c0f4ea"
+_SPACE = "nsagen_tiny_af0a45661e2e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -248,18 +248,17 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "ec0e6710a717", {
+    "decode_scores": Tiles("decode_scores", "1eead8461e05", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
             Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 8192), Config(16, 32, 4, 2, 14336), Config(16, 32, 4, 3, 20480), Config(16, 16, 4, 1, 5120),
-            Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
+            Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "43c980c1ff8e", {
+    "decode_attend": Tiles("decode_attend", "bdd0b3310714", {
         ("sm_80", 16): (
             Config(16, 16, 4, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
         ),
@@ -2011,8 +2010,9 @@ def decode_scores_source(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 3
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 3
     head = row % 3
@@ -2174,8 +2174,9 @@ def decode_attend_source0(
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = 1
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = queries  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // BM
     head = row % BM
@@ -2225,8 +2226,9 @@ def decode_attend_source1(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 3
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 3
     head = row % 3
@@ -3052,7 +3054,7 @@ def _decode_scores(q, k, v, past, scale):
     """The parts of compressed: of each run of keys the output and lse, log2 units; and the log-sums of blocks."""
     c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 3)
+    bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0
     longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 4), c.bn)
     runs = split.runs(2 * batch * tiles, longest, c.bn)
@@ -3073,7 +3075,7 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     """The parts of selected, window: of each run of keys the output and lse, log2 units."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 3)
+    bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0
     runs0 = split.runs(2 * batch * queries, 4, 1)
     programs += queries * runs0.count

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  8e28019e0a16
+content  63d633c5c073
 runtime  5
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -37,7 +37,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_8e28019e0a16"
+_SPACE = "nsagen_window_only_63d633c5c073"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -132,24 +132,19 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "c2500aecfdd7", {
+    "decode_attend": Tiles("decode_attend", "a7e5b51a1839", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
         ("sm_90", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
-        ),
-        ("sm_90", 32): (
-            Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728), Config(16, 32, 4, 3, 106496), Config(16, 16, 4, 1, 24576),
-            Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
     }),
 }
@@ -633,8 +628,9 @@ def decode_attend_source(
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
     BT: tl.constexpr = BM // 16
-    split = at % splits
-    first_query = at // splits * BT
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
     row = tl.arange(0, BM)
     i = first_query + row // 16
     head = row % 16
@@ -974,7 +970,7 @@ def _decode_attend(q, k, v, past, scale):
     """The parts of window: of each run of keys the output and lse, log2 units."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
-    bm = split.rows(queries, 16)
+    bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
     longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
     runs = split.runs(4 * batch * tiles, longest, c.bn)

@@ -76,7 +76,7 @@ class KVCache:
         pages = -(-max_len // page_size) if page_size else 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.table: Tensor | None = None
-        rows = batch * max_len
+        rows = batch * self.max_len
         if page_size:
             count = batch * pages if num_pages is None else num_pages
             order = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)

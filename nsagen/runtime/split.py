@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from nsagen.runtime.launch import power_of_two
 
 PROGRAMS = 1024  # of a launch: a few for every place on the GPU, so that its end is even
 MOST_RUNS = 32  # more parts of a row would cost as much as its keys
-MOST_ROWS = 64  # of a tile of several queries
+MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
 
 class Runs(NamedTuple):
@@ -37,9 +39,9 @@ def longest(ranges: list[tuple[int, int]], step: int) -> int:
     return max(hi - lo // step * step for lo, hi in ranges)
 
 
-def rows(queries: int, group: int) -> int:
-    """Rows of a tile: the step's queries times the heads of a group, as far as they fit."""
-    return min(power_of_two(queries * group), max(MOST_ROWS, power_of_two(group)))
+def rows(q: Tensor, group: int) -> int:
+    """Rows of a tile: the step's queries (q [B, m, Hq, Dqk]) times the heads of a group, as far as they fit."""
+    return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
 
 
 def selection_warps(candidates: int) -> int:

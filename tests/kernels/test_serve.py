@@ -39,6 +39,9 @@ SPECS = {
         "serve_shared", "gated_sum", compressed=COMPRESSED | {"pool": "mean"}, selected=SELECTED, window=WINDOW
     ),
     "pooled": spec("serve_pooled", "single", selected=SELECTED | {"from": "pooled"}),
+    "thirds": spec(  # three keys a block: their scores are kept one by one
+        "serve_thirds", "gated_sum", compressed=COMPRESSED | {"pool": "linear"}, selected=SELECTED | {"block": 12}
+    ),
     "union": spec("serve_union", "one_softmax", compressed=COMPRESSED | {"pool": "weighted"}, selected=SELECTED),
 }
 
@@ -99,7 +102,7 @@ def test_chunks_then_steps(name: str, page: int | None, device: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_without_kernels(name: str, device: str) -> None:
-    of = Served(name, 33, device, 8, torch.float64)
+    of = Served(name, 33, device, 24, torch.float64)
     of.step(0, 13)
     of.step(13, 25)
     of.step(25, 33, decode=True)
@@ -166,7 +169,7 @@ def cut_batch(x: Tensor | None) -> Tensor | None:
     return None if x is None else x[:1]
 
 
-@pytest.mark.parametrize(("name", "page"), [("whole", 8), ("pooled", None), ("union", None)])
+@pytest.mark.parametrize(("name", "page"), [("whole", 8), ("pooled", None), ("union", None), ("thirds", None)])
 def test_keys_shared_out_in_runs(name: str, page: int | None, device: str) -> None:
     """More keys than a tile, so that programs share them; tokens of a step that are no power of two."""
     of = Served(name, 150, device, page, room=200)
