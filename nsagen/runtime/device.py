@@ -51,6 +51,19 @@ def cached_row(table_ptr, s, inside, PAGE: tl.constexpr):
 
 
 @triton.jit
+def tile_rows(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr):
+    """cached_row of the keys s0 … s0 + BN − 1 below n; one look-up where they lie in a page: s0 is whole tiles."""
+    s = s0 + tl.arange(0, BN)
+    if table_ptr is None:
+        return s.to(tl.int64)
+    elif PAGE % BN == 0:
+        page = tl.load(table_ptr + s0 // PAGE, mask=s0 < n, other=0)
+        return page.to(tl.int64) * PAGE + s % PAGE
+    else:
+        return cached_row(table_ptr, s, s < n, PAGE)
+
+
+@triton.jit
 def load(ptr, mask, GUARD: tl.constexpr):
     """tl.load, with the mask (else 0) only if GUARD: a tile proved to lie inside needs none."""
     if GUARD:
