@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  520dd6fa7933
-runtime  5
+content  341a53004588
+runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -34,6 +34,10 @@ select_scores_cached     second_pass, because with lse known, the heads of a gro
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
+decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
+decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run
 """
 
 from typing import Optional
@@ -43,10 +47,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(5, "gqa_llama")
+version.require(6, "gqa_llama")
 
 SPEC = {'name': 'gqa_llama',
  'heads': {'query': 32, 'kv': 8, 'qk_dim': 128, 'v_dim': 128},
@@ -62,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_520dd6fa7933"
+_SPACE = "nsagen_gqa_llama_341a53004588"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -397,6 +401,40 @@ _CONFIGS = {
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
+        ),
+    }),
+}
+
+# The same for the kernels of a decoding step.
+_DECODE_CONFIGS = {
+    "decode_scores": Tiles("decode_scores", "5dd5bc2fde89", {
+        ("sm_80", 16): (
+            Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
+            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
+            Config(16, 16, 4, 1, 12288),
+        ),
+        ("sm_80", 32): (
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
+            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
+            Config(16, 16, 4, 1, 12288),
+        ),
+    }),
+    "decode_attend": Tiles("decode_attend", "2136abc9dcad", {
+        ("sm_80", 16): (
+            Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
+            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
+            Config(16, 16, 4, 1, 12288),
+        ),
+        ("sm_80", 32): (
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 4, 2, 69632), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
+            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
+            Config(16, 16, 4, 1, 12288),
         ),
     }),
 }
@@ -2168,6 +2206,467 @@ def window_cached(
     tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
 
 
+@triton.jit
+def decode_scores_step(
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, sums_ptr, groups, live,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    seen = inside[None, :]
+    s = s[None, :]
+    if C0:
+        seen = seen & (16 * s <= t - 31)
+    x = tl.where(seen, x * scale, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1))
+    p = tl.exp2(x - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    group = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in their own block
+    weight = tl.where(s % 4 == 0, 2.0, weight)
+    weight = tl.where(s % 4 == 1, 2.0, weight)
+    weight = tl.where(s % 4 == 2, 2.0, weight)
+    weight = tl.where(s % 4 == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
+    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
+    tl.store(sums_ptr[:, None] + group, part, mask=live[:, None] & (group < groups))
+    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in the next block
+    weight = tl.where(s % 4 == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
+    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
+    tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
+    d = tl.arange(0, 128)[None, :]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit
+def decode_scores_source(
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
+    BT: tl.constexpr = BM // 4
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
+    row = tl.arange(0, BM)
+    i = first_query + row // 4
+    head = row % 4
+    live = (i < queries) & (row < BT * 4)
+    stat = (b * queries + i) * 32 + h * 4 + head
+    q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 4 + head).to(tl.int64) * q_sh
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    t0 = past + first_query
+    t = (past + i)[:, None]
+    T = tl.minimum(past + queries, capacity)  # tokens of the sequence
+    n = max(0, T - 16) // 16  # keys, whole blocks only
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += b * k_sb
+        v_base += b * v_sb
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    sums_row = sums_ptr + stat * (2 * groups)
+    # ended: 16 * s <= t - 31
+    some_lo = 0
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    lo = c0 + split * run
+    hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
+    for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
+        m, z, acc0 = decode_scores_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, sums_row, groups, live,
+            BN, PRECISION, PAGE // 16, C0=True,
+        )
+    some = z > 0  # else this run holds nothing for the row
+    z = tl.where(some, z, 1.0)
+    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
+    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+    d = tl.arange(0, 128)[None, :]
+    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
+def decode_scores(
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 4 queries × the 4 heads of one KV head.
+
+    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    """
+    pid = tl.program_id(0)
+    h = pid % 8  # KV head
+    b = (pid // 8).to(tl.int64)
+    past = tl.load(past_ptr + b)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    at = tl.program_id(1)
+    programs = tl.cdiv(queries, BM // 4) * splits
+    if (at >= 0) & (at < programs):
+        decode_scores_source(
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at,
+            splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
+            k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
+        )
+    at -= programs
+
+
+@triton.jit(do_not_specialize=["queries", "splits", "groups", "part_rows"])
+def decode_select(
+    sums_ptr, lses_ptr, blocks_ptr, past_ptr, queries, splits, groups, part_rows, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+):
+    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
+
+    Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
+    the query; ties go to the lower block.
+    """
+    pid = tl.program_id(0)
+    h = pid % 8
+    row = (pid // 8).to(tl.int64)  # b·queries + query
+    t = tl.load(past_ptr + row // queries) + (row % queries).to(tl.int32)
+    at = (row * 8 + h) * 16
+    ended = max(0, t + 1 - 32 + 16) // 16  # keys
+    own = t // 64
+    j = tl.arange(0, CANDIDATES)
+    part = tl.arange(0, SPLITS)
+    score = tl.zeros([CANDIDATES], dtype=tl.float32)
+    for first in tl.static_range(0, 4, 4):
+        head = first + tl.arange(0, 4)
+        stat = row * 32 + h * 4 + head
+        there = (head < 4)[:, None]
+        lses = tl.load(lses_ptr + part[None, :] * part_rows + stat[:, None], mask=there & (part < splits)[None, :], other=float("-inf"))
+        top = tl.max(lses, 1)
+        some = top > float("-inf")  # else no key has ended, and no sum is read
+        z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
+        lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
+        sums = sums_ptr + stat[:, None] * (2 * groups)
+        i = (j)[None, :]
+        x = tl.load(sums + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
+        score += tl.sum(tl.exp2(x - lse), 0)
+        i = (j - 1)[None, :]
+        x = tl.load(sums + groups + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
+        score += tl.sum(tl.exp2(x - lse), 0)
+    forced = (j < 1) | (j > own - 2)
+    score = tl.where(forced, float("inf"), score)
+    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
+    least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
+    for bit in range(31):
+        trial = least | (1 << (30 - bit))
+        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
+    above = bits > least
+    equal = bits == least
+    room = 16 - tl.sum(above.to(tl.int32))
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(blocks_ptr + at + place, j, mask=chosen)
+    slot = tl.arange(0, 16)
+    tl.store(blocks_ptr + at + slot, tl.full([16], -1, dtype=tl.int32), mask=(slot >= tl.sum(chosen.to(tl.int32))) & (slot < 16))
+
+
+@triton.jit
+def decode_attend_step(
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    seen = inside[None, :]
+    s = s[None, :]
+    if C0:
+        seen = seen & (s <= t)
+    if C1:
+        seen = seen & (s > t - 512)
+    x = tl.where(seen, x * scale, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1))
+    p = tl.exp2(x - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    d = tl.arange(0, 128)[None, :]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit
+def decode_attend_source0(
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
+    BT: tl.constexpr = 1
+    tiles = queries  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
+    row = tl.arange(0, BM)
+    i = first_query + row // BM
+    head = row % BM
+    live = (i < queries) & (head < 4)
+    stat = (b * queries + i) * 32 + h * 4 + head
+    q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 4 + head).to(tl.int64) * q_sh
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    t0 = past + first_query
+    t = (past + i)[:, None]
+    T = tl.minimum(past + queries, capacity)  # tokens of the sequence
+    first = b * queries + first_query
+    n = T  # keys
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += b * k_sb
+        v_base += b * v_sb
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    # causal: s <= t, in the listed blocks
+    listed = (first * 8 + h) * 16
+    entry = tl.arange(0, 16)
+    named = tl.load(blocks0_ptr + listed + entry, mask=entry < 16, other=-1)
+    blocks = tl.sum((named >= 0).to(tl.int32))
+    per: tl.constexpr = (64 + BN - 1) // BN  # tiles of a block
+    for step in range(split * run * per, tl.minimum(blocks, (split + 1) * run) * per):  # edge: s <= t, s < T
+        block = tl.load(blocks0_ptr + listed + step // per)
+        s0 = block * 64 + step % per * BN
+        m, z, acc0 = decode_attend_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr,
+            BN, PRECISION, PAGE // 1, C0=True, C1=False,
+        )
+    some = z > 0  # else this run holds nothing for the row
+    z = tl.where(some, z, 1.0)
+    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
+    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+    d = tl.arange(0, 128)[None, :]
+    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
+
+
+@triton.jit
+def decode_attend_source1(
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
+    BT: tl.constexpr = BM // 4
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
+    row = tl.arange(0, BM)
+    i = first_query + row // 4
+    head = row % 4
+    live = (i < queries) & (row < BT * 4)
+    stat = (b * queries + i) * 32 + h * 4 + head
+    q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 4 + head).to(tl.int64) * q_sh
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    t0 = past + first_query
+    t = (past + i)[:, None]
+    T = tl.minimum(past + queries, capacity)  # tokens of the sequence
+    n = T  # keys
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += b * k_sb
+        v_base += b * v_sb
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    lo = c0 + split * run
+    hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
+    for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
+        m, z, acc0 = decode_attend_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
+            BN, PRECISION, PAGE // 1, C0=True, C1=True,
+        )
+    some = z > 0  # else this run holds nothing for the row
+    z = tl.where(some, z, 1.0)
+    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
+    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+    d = tl.arange(0, 128)[None, :]
+    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
+def decode_attend(
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 4 heads of one KV head.
+
+    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    """
+    pid = tl.program_id(0)
+    h = pid % 8  # KV head
+    b = (pid // 8).to(tl.int64)
+    past = tl.load(past_ptr + b)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    at = tl.program_id(1)
+    programs = queries * splits0
+    if (at >= 0) & (at < programs):
+        decode_attend_source0(
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, past, queries, capacity, at,
+            splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
+            k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
+        )
+    at -= programs
+    programs = tl.cdiv(queries, BM // 4) * splits1
+    if (at >= 0) & (at < programs):
+        decode_attend_source1(
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, past, queries, capacity, at,
+            splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
+            k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
+        )
+    at -= programs
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "splits1", "splits2"])
+def decode_merge(
+    parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, parts2_ptr, lses2_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, queries, capacity, part_rows, splits0, splits1, splits2, SPLITS0: tl.constexpr, SPLITS1: tl.constexpr, SPLITS2: tl.constexpr,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query and head.
+
+    The last launch of a step: nothing reads the lengths any more, so they advance here.
+    """
+    row = tl.program_id(0).to(tl.int64)  # (b·queries + query)·32 + head
+    b = row // (queries * 32)
+    if row % (queries * 32) == 0:
+        tl.store(lengths_ptr + b, tl.minimum(tl.load(past_ptr + b) + queries, capacity))
+    out0 = tl.zeros([128], dtype=tl.float32)
+    part0 = tl.arange(0, SPLITS0)
+    lse0 = tl.load(lses0_ptr + part0 * part_rows + row, mask=part0 < splits0, other=float("-inf"))
+    top = tl.max(lse0, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
+    weight0 = tl.exp2(lse0 - top)
+    z = tl.sum(weight0, 0)
+    scale = tl.load(gates_ptr + row * 3 + 0).to(tl.float32) / tl.where(z > 0, z, 1.0)
+    d = tl.arange(0, 128)[None, :]
+    some = (weight0 > 0)[:, None]
+    x = tl.load(parts0_ptr + (part0[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
+    out0 += scale * tl.sum(weight0[:, None] * x, 0)
+    part1 = tl.arange(0, SPLITS1)
+    lse1 = tl.load(lses1_ptr + part1 * part_rows + row, mask=part1 < splits1, other=float("-inf"))
+    top = tl.max(lse1, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
+    weight1 = tl.exp2(lse1 - top)
+    z = tl.sum(weight1, 0)
+    scale = tl.load(gates_ptr + row * 3 + 1).to(tl.float32) / tl.where(z > 0, z, 1.0)
+    d = tl.arange(0, 128)[None, :]
+    some = (weight1 > 0)[:, None]
+    x = tl.load(parts1_ptr + (part1[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
+    out0 += scale * tl.sum(weight1[:, None] * x, 0)
+    part2 = tl.arange(0, SPLITS2)
+    lse2 = tl.load(lses2_ptr + part2 * part_rows + row, mask=part2 < splits2, other=float("-inf"))
+    top = tl.max(lse2, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
+    weight2 = tl.exp2(lse2 - top)
+    z = tl.sum(weight2, 0)
+    scale = tl.load(gates_ptr + row * 3 + 2).to(tl.float32) / tl.where(z > 0, z, 1.0)
+    d = tl.arange(0, 128)[None, :]
+    some = (weight2 > 0)[:, None]
+    x = tl.load(parts2_ptr + (part2[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
+    out0 += scale * tl.sum(weight2[:, None] * x, 0)
+    d = tl.arange(0, 128)
+    tl.store(out_ptr + row * 128 + d, out0.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "spare"])
+def cache_append(
+    new_k_ptr, k_ptr, new_v_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+):
+    """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
+
+    Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
+    cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
+    """
+    pid = tl.program_id(0)
+    h = pid % 8
+    b = (pid // 8).to(tl.int64)
+    job = tl.program_id(1)
+    past = tl.load(lengths_ptr + b)
+    total = tl.minimum(past + queries, capacity)
+    if (h == 0) & (job == 0):
+        tl.store(past_ptr + b, past)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
+    k = k_ptr + h * k_sh
+    if table_ptr is None:
+        k += b * k_sb
+    if job == 0:
+        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+    new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
+    v = v_ptr + h * v_sh
+    if table_ptr is None:
+        v += b * v_sb
+    if job == 1:
+        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+    if job == 2:
+        first = max(0, past - 16) // 16  # the first block that had not ended
+        for i in tl.static_range(0, (TOKENS + 15) // 16):
+            start = (first + i) * 16
+            ended = start + 32 <= total
+            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            if staged_k_cmp_ptr is not None:
+                slot = b * ((TOKENS + 15) // 16) + i
+                staged = staged_k_cmp_ptr + (slot * 256 + h) * 128
+                device.copy_block(new_k, new_k_st, k, k_st, staged, 1024, table_ptr, start, past, total, 32, 128, 128, PAGE)
+                if h == 0:
+                    if table_ptr is None:
+                        out_row += b * (capacity // 16)
+                    tl.store(rows_ptr + slot, tl.where(ended & (out_row >= 0), out_row, spare).to(tl.int32))
+                    tl.store(starts_ptr + slot, start)
+            else:
+                if ended & (out_row >= 0):
+                    out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    if table_ptr is None:
+                        out += b * k_cmp_sb
+                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, start, past, 32, 128, 128, PAGE)
+    if job == 3:
+        first = max(0, past - 16) // 16  # the first block that had not ended
+        for i in tl.static_range(0, (TOKENS + 15) // 16):
+            start = (first + i) * 16
+            ended = start + 32 <= total
+            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            if staged_v_cmp_ptr is not None:
+                slot = b * ((TOKENS + 15) // 16) + i
+                staged = staged_v_cmp_ptr + (slot * 256 + h) * 128
+                device.copy_block(new_v, new_v_st, v, v_st, staged, 1024, table_ptr, start, past, total, 32, 128, 128, PAGE)
+            else:
+                if ended & (out_row >= 0):
+                    out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    if table_ptr is None:
+                        out += b * v_cmp_sb
+                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, start, past, 32, 128, 128, PAGE)
+
+
 # The same domains for the path without kernels.
 
 
@@ -2844,10 +3343,102 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     return _serve(q, cache["k_cmp"], cache["v_cmp"], cache["k"], cache["v"], gates, past, cu_seqlens, scale)
 
 
+@torch.no_grad()
 def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None):
     """One step of every sequence: up to 8 new tokens each, causal among them -> out [B, m, 32, 128]. No gradient.
 
     q [B, m, 32, 128], the rest as in `prefill`. Nothing waits for the device.
     """
     checks.few(_LAYOUT, q, 8)
-    return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)
+    if not launch.use_kernels(q) or not hasattr(phi, "of_blocks"):
+        return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)
+    q, k, v, gates, _, scale, _ = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, None)
+    checks.cache(_LAYOUT, cache, KVCache)
+    return _step(q, k, v, gates, phi, cache, blocks, scale)
+
+
+def _append(k, v, phi, cache):
+    """Add a step's tokens, and the blocks that end with them -> what came before."""
+    queries = k["compressed"].shape[1]
+    past = cache.step(k["compressed"])
+    staged = cache.staged(phi, queries)
+    tokens = 1 << (queries - 1).bit_length()
+    cache_append[(8 * cache.batch, 4)](
+        k["compressed"], cache["k"], v["compressed"], cache["v"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
+        past.table, past.table_stride, queries, past.capacity, staged.spare,
+        *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
+        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
+    )
+    cache.close(phi, staged)
+    return past
+
+
+def _decode_scores(q, k, v, past, scale):
+    """The parts of compressed: of each run of keys the output and lse, log2 units; and the log-sums of blocks."""
+    c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
+    batch, queries = q.shape[:2]
+    bm = split.rows(q, 4)
+    tiles, rows, programs = -(-queries // (bm // 4)), (batch, queries, 32), 0
+    longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
+    runs = split.runs(8 * batch * tiles, longest, c.bn)
+    programs += tiles * runs.count
+    parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
+    lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
+    groups = -(-max(1, past.capacity // 16) // 4)
+    sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
+    decode_scores[(8 * batch, programs)](
+        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        batch * queries * 32, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        launch.precision(q), past.page, **c.options,
+    )
+    return parts, lses, sums
+
+
+def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
+    """The parts of selected, window: of each run of keys the output and lse, log2 units."""
+    c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
+    batch, queries = q.shape[:2]
+    bm = split.rows(q, 4)
+    tiles, rows, programs = -(-queries // (bm // 4)), (batch, queries, 32), 0
+    runs0 = split.runs(8 * batch * queries, 16, 1)
+    programs += queries * runs0.count
+    parts0 = launch.empty(q, (runs0.count, *rows, 128), None, torch.float32)
+    lses0 = launch.empty(q, (runs0.count, *rows), None, torch.float32)
+    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
+    runs1 = split.runs(8 * batch * tiles, longest, c.bn)
+    programs += tiles * runs1.count
+    parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
+    lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
+    decode_attend[(8 * batch, programs)](
+        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        batch * queries * 32, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        launch.precision(q), past.page, **c.options,
+    )
+    return parts0, lses0, parts1, lses1
+
+
+def _decode_select(q, sums, lses, past):
+    """Block lists int32 [B, m, 8, 16]."""
+    batch, queries = q.shape[:2]
+    blocks = q.new_empty((batch, queries, 8, 16), dtype=torch.int32)
+    candidates = launch.power_of_two(-(-past.capacity // 64))
+    splits = lses.shape[0]
+    decode_select[(batch * queries * 8,)](
+        sums, lses, blocks, past.lengths, queries, splits, sums.shape[-1], batch * queries * 32, candidates, 1 << (splits - 1).bit_length(),
+        num_warps=split.selection_warps(candidates),
+    )
+    return blocks
+
+
+def _step(q, k, v, gates, phi, cache, blocks, scale):
+    """A decoding step in 5 launches -> out [B, m, 32, 128]; the last one advances the cache's lengths."""
+    past = _append(k, v, phi, cache)
+    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
+    blocks = _decode_select(q, split_sums, split_lse_compressed, past)
+    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache["k"], cache["v"], blocks, cache["k"], cache["v"], past, scale)
+    out = launch.empty(q, (*q.shape[:3], 128), None)
+    decode_merge[(out.shape[0] * out.shape[1] * 32,)](
+        split_out_compressed, split_lse_compressed, split_out_selected, split_lse_selected, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 32,
+        split_lse_compressed.shape[0], split_lse_selected.shape[0], split_lse_window.shape[0], 1 << (split_lse_compressed.shape[0] - 1).bit_length(), 1 << (split_lse_selected.shape[0] - 1).bit_length(), 1 << (split_lse_window.shape[0] - 1).bit_length(), num_warps=2,
+    )
+    return out

@@ -4,13 +4,15 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  2d9103d6b6b4
-runtime  5
+content  1366240d0e66
+runtime  6
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops
+decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run
 """
 
 from typing import Optional
@@ -20,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, torch_path, torch_select, version
+from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(5, "window_only")
+version.require(6, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -36,7 +38,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_2d9103d6b6b4"
+_SPACE = "nsagen_window_only_1366240d0e66"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -125,6 +127,25 @@ _CONFIGS = {
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
+        ),
+    }),
+}
+
+# The same for the kernels of a decoding step.
+_DECODE_CONFIGS = {
+    "decode_attend": Tiles("decode_attend", "762c2eee9b67", {
+        ("sm_80", 16): (
+            Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
+            Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
+            Config(16, 16, 4, 1, 12288),
+        ),
+        ("sm_80", 32): (
+            Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
+            Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
+            Config(16, 16, 4, 1, 12288),
         ),
     }),
 }
@@ -571,6 +592,176 @@ def window_cached(
     tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
 
 
+@triton.jit
+def decode_attend_step(
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+):
+    """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
+    s = s0 + tl.arange(0, BN)
+    inside = s < n
+    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
+    d = tl.arange(0, 128)[:, None]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    seen = inside[None, :]
+    s = s[None, :]
+    if C0:
+        seen = seen & (s <= t)
+    if C1:
+        seen = seen & (s > t - 512)
+    x = tl.where(seen, x * scale, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, 1))
+    p = tl.exp2(x - m_new[:, None])
+    fade = tl.exp2(m - m_new)
+    z = z * fade + tl.sum(p, 1)
+    d = tl.arange(0, 128)[None, :]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    return m_new, z, acc0
+
+
+@triton.jit
+def decode_attend_source(
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
+    BT: tl.constexpr = BM // 16
+    tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
+    split = at // tiles
+    first_query = at % tiles * BT
+    row = tl.arange(0, BM)
+    i = first_query + row // 16
+    head = row % 16
+    live = (i < queries) & (row < BT * 16)
+    stat = (b * queries + i) * 64 + h * 16 + head
+    q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 16 + head).to(tl.int64) * q_sh
+    d = tl.arange(0, 128)[None, :]
+    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    t0 = past + first_query
+    t = (past + i)[:, None]
+    T = tl.minimum(past + queries, capacity)  # tokens of the sequence
+    n = T  # keys
+    k_base = k_ptr + h.to(tl.int64) * k_sh
+    v_base = v_ptr + h.to(tl.int64) * v_sh
+    if table_ptr is None:
+        k_base += b * k_sb
+        v_base += b * v_sb
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    lo = c0 + split * run
+    hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
+    for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
+        m, z, acc0 = decode_attend_step(
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
+            BN, PRECISION, PAGE // 1, C0=True, C1=True,
+        )
+    some = z > 0  # else this run holds nothing for the row
+    z = tl.where(some, z, 1.0)
+    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
+    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+    d = tl.arange(0, 128)[None, :]
+    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
+def decode_attend(
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits, run, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+):
+    """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
+
+    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    """
+    pid = tl.program_id(0)
+    h = pid % 4  # KV head
+    b = (pid // 4).to(tl.int64)
+    past = tl.load(past_ptr + b)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    at = tl.program_id(1)
+    programs = tl.cdiv(queries, BM // 16) * splits
+    if (at >= 0) & (at < programs):
+        decode_attend_source(
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at,
+            splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
+            k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
+        )
+    at -= programs
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0"])
+def decode_merge(
+    parts0_ptr, lses0_ptr, out_ptr, past_ptr, lengths_ptr, queries, capacity, part_rows, splits0, SPLITS0: tl.constexpr,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query and head.
+
+    The last launch of a step: nothing reads the lengths any more, so they advance here.
+    """
+    row = tl.program_id(0).to(tl.int64)  # (b·queries + query)·64 + head
+    b = row // (queries * 64)
+    if row % (queries * 64) == 0:
+        tl.store(lengths_ptr + b, tl.minimum(tl.load(past_ptr + b) + queries, capacity))
+    out0 = tl.zeros([128], dtype=tl.float32)
+    part0 = tl.arange(0, SPLITS0)
+    lse0 = tl.load(lses0_ptr + part0 * part_rows + row, mask=part0 < splits0, other=float("-inf"))
+    top = tl.max(lse0, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
+    weight0 = tl.exp2(lse0 - top)
+    z = tl.sum(weight0, 0)
+    scale = 1.0 / tl.where(z > 0, z, 1.0)
+    d = tl.arange(0, 128)[None, :]
+    some = (weight0 > 0)[:, None]
+    x = tl.load(parts0_ptr + (part0[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
+    out0 += scale * tl.sum(weight0[:, None] * x, 0)
+    d = tl.arange(0, 128)
+    tl.store(out_ptr + row * 128 + d, out0.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "spare"])
+def cache_append(
+    new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr,
+):
+    """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
+
+    Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
+    cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
+    """
+    pid = tl.program_id(0)
+    h = pid % 4
+    b = (pid // 4).to(tl.int64)
+    job = tl.program_id(1)
+    past = tl.load(lengths_ptr + b)
+    total = tl.minimum(past + queries, capacity)
+    if (h == 0) & (job == 0):
+        tl.store(past_ptr + b, past)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
+    k = k_ptr + h * k_sh
+    if table_ptr is None:
+        k += b * k_sb
+    if job == 0:
+        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+    new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
+    v = v_ptr + h * v_sh
+    if table_ptr is None:
+        v += b * v_sb
+    if job == 1:
+        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+
+
 # The same domains for the path without kernels.
 
 
@@ -751,10 +942,60 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     return _serve(q, cache["k"], cache["v"], past, cu_seqlens, scale)
 
 
+@torch.no_grad()
 def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None):
     """One step of every sequence: up to 8 new tokens each, causal among them -> out [B, m, 64, 128]. No gradient.
 
     q [B, m, 64, 128], the rest as in `prefill`. Nothing waits for the device.
     """
     checks.few(_LAYOUT, q, 8)
-    return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)
+    if not launch.use_kernels(q) or False:
+        return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)
+    q, k, v, gates, _, scale, _ = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, None)
+    checks.cache(_LAYOUT, cache, KVCache)
+    return _step(q, k, v, gates, phi, cache, blocks, scale)
+
+
+def _append(k, v, phi, cache):
+    """Add a step's tokens, and the blocks that end with them -> what came before."""
+    queries = k["window"].shape[1]
+    past = cache.step(k["window"])
+    tokens = 1 << (queries - 1).bit_length()
+    cache_append[(4 * cache.batch, 2)](
+        k["window"], cache["k"], v["window"], cache["v"], cache.lengths, past.lengths,
+        past.table, past.table_stride, queries, past.capacity, 0,
+        *launch.strides(k["window"]), *launch.strides(cache["k"]), *launch.strides(v["window"]), *launch.strides(cache["v"]),
+        tokens, past.page,
+    )
+    return past
+
+
+def _decode_attend(q, k, v, past, scale):
+    """The parts of window: of each run of keys the output and lse, log2 units."""
+    c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
+    batch, queries = q.shape[:2]
+    bm = split.rows(q, 16)
+    tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
+    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
+    runs = split.runs(4 * batch * tiles, longest, c.bn)
+    programs += tiles * runs.count
+    parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
+    lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
+    decode_attend[(4 * batch, programs)](
+        q, k, v, parts, lses, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        launch.precision(q), past.page, **c.options,
+    )
+    return parts, lses
+
+
+def _step(q, k, v, gates, phi, cache, blocks, scale):
+    """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
+    past = _append(k, v, phi, cache)
+    split_out_window, split_lse_window = _decode_attend(q, cache["k"], cache["v"], past, scale)
+    out = launch.empty(q, (*q.shape[:3], 128), None)
+    decode_merge[(out.shape[0] * out.shape[1] * 64,)](
+        split_out_window, split_lse_window, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 64,
+        split_lse_window.shape[0], 1 << (split_lse_window.shape[0] - 1).bit_length(), num_warps=2,
+    )
+    return out

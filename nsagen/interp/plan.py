@@ -17,6 +17,7 @@ from nsagen.interp.numbers import evaluate
 from nsagen.interp.program import Program, Run, poisoned, programs
 from nsagen.interp.program import Sequence as Packed
 from nsagen.interp.select import score_lse, select_blocks, select_scores
+from nsagen.interp.split import split_attend, split_merge, split_select
 from nsagen.ir.plan import Body, Buffer, Guard, Kernel, Launch, Op, Plan
 
 Tile = tuple[int, int]  # BM, BN
@@ -48,6 +49,9 @@ BODIES: dict[Body, Callable[[Run], None]] = {
     "score_lse": _each(score_lse),
     "select_scores": select_scores,
     "select_blocks": select_blocks,
+    "split_attend": split_attend,
+    "split_select": split_select,
+    "split_merge": split_merge,
 }
 
 

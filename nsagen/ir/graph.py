@@ -11,6 +11,7 @@ from typing import Literal
 
 from nsagen.sym import KEY, QUERY, Conjunct, Expr, count, floordiv, le, maximum
 
+MOST_GROUPED = 16  # keys
 TOKENS = count("T")  # length of the sequence at hand
 START = count("start")  # its first row in the packed layout
 
@@ -146,6 +147,21 @@ class Select:
     local: int
     weights: tuple[int, ...] = ()  # w_ij for i = first + j·size/d …; set by derive_weights
     first: int = 0
+
+    @property
+    def grouped(self) -> int:
+        """Keys whose scores may be kept as sums: those of a block; 1 where their count is no small power of two."""
+        keys = self.size // self.axis.stride
+        return keys if self.weights and keys & (keys - 1) == 0 and keys <= MOST_GROUPED else 1
+
+    @property
+    def group_weights(self) -> tuple[tuple[int, ...], ...]:
+        """What a group's keys weigh in their own block and, if they overlap it, in the next one."""
+        if self.grouped == 1:
+            return ((1,),)
+        own = self.weights[-self.first :]
+        reach = len(own) + self.first  # from that key on they overlap the next block
+        return (own, (*(0 for _ in range(reach)), *self.weights[: -self.first])) if self.first else (own,)
 
 
 @dataclass(frozen=True)

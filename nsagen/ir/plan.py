@@ -22,6 +22,7 @@ Body = Literal[
     "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
     "score_lse", "select_scores", "select_blocks", "sum_items", "sum_splits",
     "attend_list_fwd", "merge_lists", "sum_lists",
+    "split_attend", "split_select", "split_merge",
 ]  # fmt: skip
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
 Direction = Literal["forward", "reverse"]
@@ -108,6 +109,7 @@ class Operand:
     role: Literal[
         "q", "k", "v", "out", "lse", "delta", "gates", "d_out", "dq", "dk", "dv", "d_gates", "term",
         "blocks", "scores", "items", "parts", "rest", "shift", "out_parts", "lse_parts", "dq_parts",
+        "part_lse", "sums",
     ]  # fmt: skip
     rows: Literal["query", "key"]
     mode: Literal["load", "store", "accumulate"]
@@ -199,7 +201,7 @@ class Op:
     """A custom op: allocates its outputs, runs its launches in order."""
 
     name: str
-    doc: Literal["part", "part_grad", "whole", "whole_grad", "lean", "lean_grad", "serve"]
+    doc: Literal["part", "part_grad", "whole", "whole_grad", "lean", "lean_grad", "serve", "decode"]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     launches: tuple[Launch, ...]

@@ -10,6 +10,7 @@ from nsagen.sym import Expr, symbols_of
 # From which pass on a field of the plan must be there.
 ORDER = ("choose_strategy", "derive_bounds", "split_loops", "choose_tiles", "place_accesses")
 SCALARS = {"T", "N", "BM", "BT", "BN", "t0", "s0", "start", "B"}
+FORWARD_STORES = {"out", "lse", "scores", "blocks", "parts", "part_lse", "sums"}
 RANGE_ENDS = {"some_lo", "some_hi", "all_lo", "all_hi"}
 
 
@@ -166,12 +167,12 @@ def _kernel(kernel: Kernel, reached: int) -> None:
     _need(bool(kernel.choices) and all(c.what and c.because for c in kernel.choices), line, "a choice has no reason")
     _need(kernel.grid.axis is not None or not kernel.walks, line, "a kernel over flat rows walks nothing")
     stores = {o.role for o in kernel.operands if o.mode != "load"}
-    _need(not kernel.cached or stores <= {"out", "lse", "scores", "blocks"}, line, "only a forward runs over a cache")
-    parts = any(o.role == "parts" and o.mode == "store" for o in kernel.operands)
+    _need(not kernel.cached or stores <= FORWARD_STORES, line, "only a forward runs over a cache")
+    parts = any(o.role in ("parts", "part_lse") and o.mode == "store" for o in kernel.operands)
     _need(parts or not kernel.grid.split, line, "programs that share a tile's loop store parts of its result")
     _need(not kernel.body.startswith("attend") or bool(kernel.branch), line, "attention kernels belong to a branch")
     _need(
-        (kernel.select is None) == (not kernel.body.startswith("select")),
+        kernel.body == "split_attend" or (kernel.select is None) == ("select" not in kernel.body),
         line,
         "selection kernels say what they select",
     )

@@ -18,6 +18,7 @@ from nsagen.ir.graph import (
     ended_blocks,
 )
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
+from nsagen.passes.decode import decode_kernels
 from nsagen.passes.loop_order import by_blocks
 from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
 
@@ -82,6 +83,7 @@ class ChooseStrategy:
             elif isinstance(node, (Combine, CombineGrad)):
                 kernels += _combination(node)
         kernels += [_cached(k) for k in kernels if k.name in {x.kernel for x in serving_sources(graph)}]
+        kernels += decode_kernels(graph)
         return Plan(graph.name, graph.heads, buffers(graph), operators(graph), tuple(_unique(kernels)))
 
 

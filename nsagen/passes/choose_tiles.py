@@ -49,7 +49,8 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
     if not kernel.walks:
         return (_flat(kernel, bits),)
-    candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in _shapes(kernel, heads)]
+    shapes = _shared_shapes(kernel, heads, bits) if kernel.body == "split_attend" else _shapes(kernel, heads)
+    candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in shapes]
     return tuple(sorted(candidates, key=lambda c: (c.dropped is not None, c.cost, c.smem)))
 
 
@@ -77,6 +78,15 @@ def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
         for bm, bn, warp, stages in product(rows, columns, warps, (1, 2, 3))
         if bm * bn >= 16 * 16 * warp // 2 or bn == columns[0]  # a warp without work gains nothing
     ]
+
+
+def _shared_shapes(kernel: Kernel, heads: Heads, bits: int) -> list[tuple[int, int, int, int]]:
+    """Rows of one query, or what the launch takes for more. Without tensor cores 16 keys are what does not spill."""
+    rows = next(m for m in (16, 32, 64) if m >= heads.group)
+    sizes = [w.listed.size for w in kernel.walks if w.listed]
+    columns = [n for n in (16, 32, 64) if n == 16 or (bits == 16 and all(n < 2 * size for size in sizes))]
+    warps = 8 if rows > 512 // bits else 4  # the accumulators of so many rows spill on four
+    return [(rows, n, warps, stages) for n, stages in product(columns, (1, 2, 3))]
 
 
 def _judge(

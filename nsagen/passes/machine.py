@@ -66,7 +66,7 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     if kernel.body in ("score_lse", "select_scores"):
         smem = size * (bm * qk + stages * bn * qk)
         words = bm * bn * 2
-    elif kernel.body == "attend_fwd":
+    elif kernel.body in ("attend_fwd", "split_attend"):
         smem = size * (bm * qk + stages * bn * (qk + v))
         words = bm * (v + bn * (1 + bits / 32))
     elif kernel.body == "attend_list_fwd":
@@ -80,7 +80,8 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
         walked = bm
         smem = size * (bn * (qk + v) + stages * bm * (qk + v) + bm * bn)
         words = bn * (qk + v + 2 * bm)
-    if bits == 16 and kernel.body in ("attend_fwd", "attend_dq") and bm < 64:  # mma.sync: operands in registers
+    by_query = kernel.body in ("attend_fwd", "split_attend", "attend_dq")
+    if bits == 16 and by_query and bm < 64:  # mma.sync: operands in registers
         words += bm * (qk + (v if kernel.body == "attend_dq" else 0)) // 2 + bn * qk // 4
     pointers = 2 * walked * (qk + v) / (16 // size)  # one 64-bit address a 16-byte load
     if any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):

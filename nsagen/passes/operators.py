@@ -22,6 +22,7 @@ from nsagen.ir.graph import (
     writes,
 )
 from nsagen.ir.plan import Buffer, Guard, Launch, Op
+from nsagen.passes.decode import decode_buffers, decode_op
 from nsagen.passes.loop_order import by_blocks
 from nsagen.sym import Expr, const, count
 
@@ -45,7 +46,8 @@ def operators(graph: Graph) -> tuple[Op, ...]:
     if combine:
         ops += [_whole(graph, attends, combine), _whole_grad(graph, attends, grads, combine, combine_grad)]
         ops += [_lean(graph, attends, combine), _lean_grad(graph, attends, grads, combine, combine_grad)]
-    return (*ops, _serving(graph, attends, combine))
+    serving = _serving(graph, attends, combine)
+    return (*ops, serving, decode_op(graph, serving.inputs))
 
 
 def suffixes(sources: tuple[Source, ...]) -> tuple[str, ...]:
@@ -298,7 +300,7 @@ def buffers(graph: Graph) -> tuple[Buffer, ...]:
 
     sizes = _sizes(graph)
     values = [Buffer(v.name, v.axes, tuple(sizes[a] for a in v.axes), v.dtype, kind(v)) for v in graph.values]
-    return (*values, *_workspaces(graph, sizes))
+    return (*values, *_workspaces(graph, sizes), *decode_buffers(graph))
 
 
 def _sizes(graph: Graph) -> dict[str, Expr]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from nsagen.errors import IRError
 from nsagen.ir.graph import TOKENS
-from nsagen.ir.plan import ALL_HI, ALL_LO, BN, BT, SOME_HI, SOME_LO, T0, Cut, Mask, Plan, Segment, Walk
+from nsagen.ir.plan import ALL_HI, ALL_LO, BN, BT, SOME_HI, SOME_LO, T0, Cut, Kernel, Mask, Plan, Segment, Walk
 from nsagen.passes.derive_bounds import walk_tile
 from nsagen.sym import (
     Conjunct,
@@ -44,21 +44,26 @@ class SplitLoops:
     Needs `some` of every walk. Holds: the segments cover `some`, and mid lies inside `all`.
     c0 = down(some.lo)  c1 = clamp(up(all.lo), c0, up(some.hi))  c2 = max(c1, down(all.hi))  c3 = up(some.hi)
     A walk whose `all` was refused is one segment `edge` with all its masks; so is a reverse walk, where the mask of a
-    tile costs less than the registers and the drained pipelines of three loops (docs/performance.md).
+    tile costs less than the registers and the drained pipelines of three loops (docs/performance.md). So is a walk that
+    programs share in runs of keys.
     """
 
     name = "split_loops"
 
     def run(self, plan: Plan) -> Plan:
-        kernels = tuple(replace(k, walks=tuple(map(_split, k.walks))) for k in plan.kernels)
-        return replace(plan, kernels=kernels)
+        return replace(plan, kernels=tuple(map(_split_kernel, plan.kernels)))
 
 
-def _split(walk: Walk) -> Walk:
+def _split_kernel(kernel: Kernel) -> Kernel:
+    shared = kernel.body == "split_attend"
+    return replace(kernel, walks=tuple(_split(w, shared) for w in kernel.walks))
+
+
+def _split(walk: Walk, shared: bool = False) -> Walk:
     if walk.some is None:
         raise IRError(f"walk {walk.piece.name}: split_loops needs the bounds of derive_bounds")
     _, _, _, step = walk_tile(walk)
-    if walk.all is None or walk.direction == "reverse":
+    if walk.all is None or walk.direction == "reverse" or shared:
         cuts = (Cut("c0", down(SOME_LO, step)), Cut("c3", up(SOME_HI, step)))
         return replace(walk, cuts=cuts, segments=(Segment("edge", C0, C3, _masks(walk, {})),))
     return replace(walk, cuts=_cuts(walk.all.lo, step), segments=_three(walk, walk.all))

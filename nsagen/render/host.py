@@ -200,7 +200,7 @@ def _flat(x: Expr) -> Expr:
 def op_views(graph: Graph, plan: Plan) -> tuple[OpView, ...]:
     """The custom ops; serving is plain functions."""
     names = {op.name for op in plan.ops}
-    return tuple(_op(op, graph, plan, names) for op in plan.ops if op.doc != "serve")
+    return tuple(_op(op, graph, plan, names) for op in plan.ops if op.doc not in ("serve", "decode"))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import Kernel, Plan, TileTable
+from nsagen.render.decode import DecodeView, decode_view
 from nsagen.render.host import (
     ahead_view,
     branch_views,
@@ -25,6 +26,7 @@ from nsagen.render.host import (
     whole_call,
 )
 from nsagen.render.keys import kernel_key
+from nsagen.render.split_view import split_view
 from nsagen.render.standalone import link
 from nsagen.render.view import Named, kernel_view
 
@@ -111,6 +113,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "select": select,
         "ahead": ahead_view(graph),
         "serving": serving_view(graph, plan),
+        **_step_context(decode_view(graph, plan, tuple(spec["branches"])), plan),
         "most_new": MOST_NEW,
         "select_rows": 1 << (plan.heads.group - 1).bit_length(),
         "caller_blocks": "blocks" in graph.inputs,
@@ -128,6 +131,15 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "hq": plan.heads.query, "hkv": plan.heads.kv, "group": plan.heads.group,
         "qk_dim": plan.heads.qk_dim, "v_dim": plan.heads.v_dim,
     }  # fmt: skip
+
+
+def _step_context(view: DecodeView, plan: Plan) -> dict[str, Any]:
+    """A decoding step's launches, and the tiles of those that have some."""
+    append = {"stores": view.stores, "pools": view.pools, "phi_pools": view.phi_pools, "hkv": plan.heads.kv}
+    source = environment().get_template("cache_append.py.j2").render(append).strip("\n")
+    kernels = [k for k in plan.kernels if k.body == "split_attend"]
+    tiles = [KernelText(k.name, kernel_key(_source(k, plan)), "", _distinct(k.tiles), None) for k in kernels]
+    return {"decode": view, "append_source": source, "decode_tiles": tiles}
 
 
 def kernel_keys(plan: Plan) -> dict[str, str]:
@@ -150,7 +162,8 @@ def _lengths(kernel: Kernel, plan: Plan) -> tuple[int, int | None] | None:
 
 
 def _source(kernel: Kernel, plan: Plan) -> str:
-    return environment().get_template(f"{kernel.body}.py.j2").render(x=kernel_view(kernel, plan)).strip("\n")
+    views = {"x": kernel_view(kernel, plan), "own": split_view(kernel, plan)}
+    return environment().get_template(f"{kernel.body}.py.j2").render(views).strip("\n")
 
 
 def _distinct(tables: tuple[TileTable, ...]) -> tuple[TileTable, ...]:

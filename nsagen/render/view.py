@@ -351,12 +351,15 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
         "sum_splits": "dk and dv of every key row: the parts of the programs that shared its tile, added in order",
         "select_scores": "importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads",
         "select_blocks": "the best blocks of a query and KV head, ascending, −1 for none",
+        "split_attend": "parts of a decoding step's attention, float32, each of a run of a source's keys",
+        "split_select": "the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none",
+        "split_merge": "out: the parts of every term, merged in their order, times its gate if there are gates",
         "combine_fwd": "out = Σ_c gate_c·term_c",
         "combine_bwd": "row sums of d_out·term: deltas, and the gates' gradients if there are gates",
     }[kernel.body]
     if not kernel.walks:
         flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
-        one = flat | {"sum_items": "a key block"}
+        one = flat | {"sum_items": "a key block", "split_merge": "a query and head"}
         one |= dict.fromkeys(("merge_lists", "sum_lists"), "a query and the heads of one KV head")
         return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
     tile = f"BM // {_rows(kernel, heads)} queries"

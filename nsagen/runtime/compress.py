@@ -89,6 +89,18 @@ class Compressor(nn.Module):
             k_cmp = self.rope(k_cmp, rows.positions).to(k.dtype)
         return rows.cleared(k_cmp), rows.cleared(v_cmp)
 
+    def of_blocks(self, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """k [N, l, Hkv, Dqk], v [N, l, Hkv, Dv]: a block a row, from token starts (int64 [N]) on -> two [N, Hkv, D]."""
+        self._check(k, v, None)
+        rows = _Rows(1, starts)
+        k_cmp, v_cmp = (self._pooled(pool, x, rows)[:, 0] for pool, x in ((self.k, k), (self.v, v)))
+        return k_cmp if self.rope is None else self.rope(k_cmp.unsqueeze(0), starts)[0].to(k.dtype), v_cmp
+
+    @property
+    def plain_mean(self) -> bool:
+        """Whether φ is the mean and nothing else, which a kernel may take in its place."""
+        return type(self) is MeanCompressor and self.rope is None
+
     def _pooled(self, pool: Pool, x: Tensor, rows: _Rows) -> Tensor:
         return pool(self._chunks(x, rows), rows.size).to(x.dtype)
 

@@ -51,6 +51,19 @@ def cached_row(table_ptr, s, inside, PAGE: tl.constexpr):
 
 
 @triton.jit
+def tile_rows(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr):
+    """cached_row of the keys s0 … s0 + BN − 1 below n; one look-up where they lie in a page: s0 is whole tiles."""
+    s = s0 + tl.arange(0, BN)
+    if table_ptr is None:
+        return s.to(tl.int64)
+    elif PAGE % BN == 0:
+        page = tl.load(table_ptr + s0 // PAGE, mask=s0 < n, other=0)
+        return page.to(tl.int64) * PAGE + s % PAGE
+    else:
+        return cached_row(table_ptr, s, s < n, PAGE)
+
+
+@triton.jit
 def load(ptr, mask, GUARD: tl.constexpr):
     """tl.load, with the mask (else 0) only if GUARD: a tile proved to lie inside needs none."""
     if GUARD:
@@ -65,3 +78,60 @@ def add_to(ptr, value, mask, ACCUMULATE: tl.constexpr):
     if ACCUMULATE:
         value += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def append_rows(
+    new, new_st, store, store_st, table_ptr, past, total, DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Tokens past … total − 1 of a sequence and KV head, row i of `new` the i-th, to their rows of the store."""
+    i = tl.arange(0, TOKENS)
+    d = tl.arange(0, WIDTH)[None, :]
+    row = cached_row(table_ptr, past + i, past + i < total, PAGE)
+    mask = ((past + i < total) & (row >= 0))[:, None] & (d < DIM)
+    x = tl.load(new + i[:, None] * new_st + d, mask=mask, other=0.0)
+    tl.store(store + row[:, None] * store_st + d, x, mask=mask)
+
+
+@triton.jit
+def known_rows(
+    new, new_st, store, store_st, table_ptr, s, inside, past, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr
+):
+    """Tokens s of a sequence and KV head, [rows, WIDTH]: old ones from the store, from token `past` on from `new`."""
+    d = tl.arange(0, WIDTH)[None, :]
+    row = cached_row(table_ptr, s, inside & (s < past), PAGE)
+    old = (inside & (s < past) & (row >= 0))[:, None] & (d < DIM)
+    x = tl.load(store + row[:, None] * store_st + d, mask=old, other=0.0)
+    late = (inside & (s >= past))[:, None] & (d < DIM)
+    return tl.where(late, tl.load(new + (s - past)[:, None] * new_st + d, mask=late, other=0.0), x)
+
+
+@triton.jit
+def mean_of_block(
+    new, new_st, store, store_st, out, table_ptr, start, past, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]."""
+    sums = tl.zeros([WIDTH], dtype=tl.float32)
+    for first in range(0, BLOCK, 16):
+        s = start + first + tl.arange(0, 16)
+        inside = s < start + BLOCK
+        x = known_rows(new, new_st, store, store_st, table_ptr, s, inside, past, DIM, WIDTH, PAGE)
+        sums += tl.sum(x.to(tl.float32), 0)
+    d = tl.arange(0, WIDTH)
+    tl.store(out + d, (sums / BLOCK).to(out.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def copy_block(
+    new, new_st, store, store_st, out, out_st, table_ptr, start, past, total, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Tokens start … start + BLOCK − 1 to out [BLOCK, DIM]; zeros for those past the end."""
+    d = tl.arange(0, WIDTH)[None, :]
+    for first in range(0, BLOCK, 16):
+        i = first + tl.arange(0, 16)
+        inside = (i < BLOCK) & (start + i < total)
+        x = known_rows(new, new_st, store, store_st, table_ptr, start + i, inside, past, DIM, WIDTH, PAGE)
+        tl.store(out + i[:, None] * out_st + d, x, mask=(i < BLOCK)[:, None] & (d < DIM))

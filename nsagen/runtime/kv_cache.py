@@ -32,6 +32,16 @@ class Past(NamedTuple):
         return 0 if self.table is None else self.table.stride(0)
 
 
+class Staged(NamedTuple):
+    """Where a step puts the blocks that φ is to pool; None where a kernel takes their mean. N ≥ those that can end."""
+
+    k: Tensor | None  # [N, l, Hkv, Dqk]
+    v: Tensor | None
+    rows: Tensor | None  # int32 [N]: the block's row in the flat storage, the spare one if it has not ended
+    starts: Tensor | None  # int32 [N]: its first token
+    spare: int = 0
+
+
 class _New(NamedTuple):
     """The tokens of a call: row i of the packed [B·m] or [T] belongs to `sequence[i]`, at `position[i]` of it."""
 
@@ -66,11 +76,12 @@ class KVCache:
         pages = -(-max_len // page_size) if page_size else 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.table: Tensor | None = None
-        rows = batch * max_len
+        rows = batch * self.max_len
         if page_size:
             count = batch * pages if num_pages is None else num_pages
             order = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
             self.table, rows = torch.where(order < count, order, -1), count * page_size
+        self._before = torch.zeros_like(self.lengths)  # the lengths before the call that runs
         self._most = 0  # no sequence is longer, as far as the host knows
         self._stores: dict[str, Tensor] = {}
         for name, dim, stride in self._wanted():
@@ -85,7 +96,8 @@ class KVCache:
 
     @property
     def past(self) -> Past:
-        return Past(self.lengths.clone(), self.table, self.page_size or 1, self.max_len)
+        """Before the last call; the next one overwrites it."""
+        return Past(self._before, self.table, self.page_size or 1, self.max_len)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget all tokens from `lengths` (int32 [B], on the device) on; longer ones stay as they are."""
@@ -102,6 +114,7 @@ class KVCache:
         """
         first = next(iter(k.values()))
         self._room(first, cu_seqlens)
+        self._before.copy_(self.lengths)
         past, new = self.past, self._new(first, cu_seqlens)
         at = self._rows(new.sequence, new.position, 1)
         for side, given in (("k", k), ("v", v)):
@@ -126,6 +139,34 @@ class KVCache:
 
             self._pool(size, size, past, new, means)
         return past
+
+    def step(self, first: Tensor) -> Past:
+        """Room for a decoding step whose first keys are `first`; its kernels fill `past`, the rows, and the lengths."""
+        self._room(first, None)
+        return self.past
+
+    def staged(self, phi: Any, queries: int) -> Staged:
+        """Room for the blocks that a step of `queries` tokens can end, for `close`; none where φ is a plain mean."""
+        assert self.layout.pooled is not None
+        _, block, stride = self.layout.pooled
+        if phi.plain_mean:
+            return Staged(None, None, None, None)
+        count = self.batch * -(-(1 << (queries - 1).bit_length()) // stride)
+
+        def new(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((count, *shape), dtype=dtype, device=self.device)
+
+        k, v = (new(block, self.layout.kv_heads, d, dtype=self.dtype) for d in (self.layout.qk_dim, self.layout.v_dim))
+        return Staged(k, v, new(dtype=torch.int32), new(dtype=torch.int32), self._spare(stride))
+
+    def close(self, phi: Any, staged: Staged) -> None:
+        """Pool the staged blocks; those that have not ended go to the spare row."""
+        if staged.k is None:
+            return
+        assert staged.rows is not None and staged.starts is not None
+        rows = staged.rows.long()
+        for name, x in zip(("k_cmp", "v_cmp"), phi.of_blocks(staged.k, staged.v, staged.starts.long()), strict=True):
+            self._stores[name].index_copy_(0, rows, x.to(self.dtype))
 
     def _pool(self, block: int, stride: int, past: Past, new: _New, pool: _Pooling) -> None:
         """Pool the blocks that end within the new tokens: of each sequence, from its first block that had not ended on.

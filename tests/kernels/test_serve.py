@@ -39,6 +39,9 @@ SPECS = {
         "serve_shared", "gated_sum", compressed=COMPRESSED | {"pool": "mean"}, selected=SELECTED, window=WINDOW
     ),
     "pooled": spec("serve_pooled", "single", selected=SELECTED | {"from": "pooled"}),
+    "thirds": spec(  # three keys a block: their scores are kept one by one
+        "serve_thirds", "gated_sum", compressed=COMPRESSED | {"pool": "linear"}, selected=SELECTED | {"block": 12}
+    ),
     "union": spec("serve_union", "one_softmax", compressed=COMPRESSED | {"pool": "weighted"}, selected=SELECTED),
 }
 
@@ -53,7 +56,13 @@ class Served:
     """A spec's module with inputs of whole sequences, what attention makes of them, and a cache."""
 
     def __init__(
-        self, name: str, tokens: int, device: str, page: int | None, dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        tokens: int,
+        device: str,
+        page: int | None,
+        dtype: torch.dtype = torch.float32,
+        room: int = 64,
     ) -> None:
         self.module: Any = nsagen.load(SPECS[name])
         with torch.no_grad():
@@ -63,7 +72,7 @@ class Served:
             made = hasattr(self.module, "Compressor")
             self.phi = self.module.Compressor(device=device, dtype=dtype) if made else None
             self.want = self.module.attention(self.q, self.k, self.v, self.gates, self.phi)
-        self.cache = self.module.KVCache(2, 64, device=device, dtype=dtype, page_size=page)
+        self.cache = self.module.KVCache(2, room, device=device, dtype=dtype, page_size=page)
 
     def step(self, first: int, end: int, decode: bool = False) -> None:
         """Append tokens [first, end) of both sequences; their outputs must be attention's."""
@@ -93,7 +102,7 @@ def test_chunks_then_steps(name: str, page: int | None, device: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_without_kernels(name: str, device: str) -> None:
-    of = Served(name, 33, device, 8, torch.float64)
+    of = Served(name, 33, device, 24, torch.float64)
     of.step(0, 13)
     of.step(13, 25)
     of.step(25, 33, decode=True)
@@ -158,3 +167,75 @@ def test_misuse(device: str) -> None:
 
 def cut_batch(x: Tensor | None) -> Tensor | None:
     return None if x is None else x[:1]
+
+
+@pytest.mark.parametrize(("name", "page"), [("whole", 64), ("pooled", None), ("union", 16), ("thirds", None)])
+def test_keys_shared_out_in_runs(name: str, page: int | None, device: str) -> None:
+    """More keys than a tile, so that programs share them; tokens of a step that are no power of two."""
+    of = Served(name, 150, device, page, room=200)
+    of.step(0, 143)
+    of.step(143, 144, decode=True)
+    of.step(144, 150, decode=True)
+
+
+def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
+    """So a captured step may be replayed: nothing of the cache moves, and lengths advance in place."""
+    of = Served("whole", 24, device, 8)
+    held = [*of.cache._stores.values(), of.cache.lengths, of.cache.table, of.cache.past.lengths]
+    places = [x.data_ptr() for x in held]
+    of.step(0, 20)
+    for first in range(20, 24):
+        of.step(first, first + 1, decode=True)
+    now = [*of.cache._stores.values(), of.cache.lengths, of.cache.table, of.cache.past.lengths]
+    assert [x.data_ptr() for x in now] == places
+
+
+def test_a_full_cache_drops_what_has_no_room(device: str) -> None:
+    """A replay does not pass the host's check: lengths stop at the end, and other sequences' rows stay as they are."""
+    of = Served("shared", 33, device, None)
+    of.step(0, 20)
+    of.cache._most = -100  # as the host's count is after replays
+    of.cache.lengths.copy_(torch.tensor([62, 20]))
+    before = {name: of.cache[name].clone() for name in ("k", "v", "k_cmp")}
+    of.module.decode(*(cut(x, slice(20, 28)) for x in (of.q, of.k, of.v, of.gates)), of.phi, of.cache)
+    assert of.cache.lengths.tolist() == [64, 28]
+    for name, x in before.items():
+        rows = slice(0, 3) if name == "k_cmp" else slice(0, 20)
+        assert torch.equal(of.cache[name][1, rows], x[1, rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize(
+    ("name", "page"), [("window", None), ("whole", 8), ("shared", None), ("pooled", 8), ("union", 8)]
+)
+def test_a_captured_step_replays_at_other_lengths(name: str, page: int | None) -> None:
+    """One graph, captured at one length and replayed at the next ones, gives what eager steps and attention give."""
+    of = Served(name, 60, "cuda", page)
+    of.step(0, 21)
+    of.step(21, 22, decode=True)  # compiles
+    x = [_still(cut(one, slice(22, 23))) for one in (of.q, of.k, of.v, of.gates)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = of.module.decode(*x, of.phi, of.cache)
+    assert of.cache.lengths.tolist() == [22, 22]
+    for t in range(22, 60):
+        for still, one in zip(x, (of.q, of.k, of.v, of.gates), strict=True):
+            _fill(still, cut(one, slice(t, t + 1)))
+        graph.replay()
+        torch.testing.assert_close(out, of.want[:, t : t + 1], rtol=1e-4, atol=2e-5)
+        assert of.cache.lengths.tolist() == [t + 1, t + 1]
+
+
+def _still(x: Any) -> Any:
+    if x is None:
+        return None
+    return {b: one.clone() for b, one in x.items()} if isinstance(x, Mapping) else x.clone()
+
+
+def _fill(still: Any, x: Any) -> None:
+    if isinstance(x, Mapping):
+        for b, one in x.items():
+            still[b].copy_(one)
+    elif x is not None:
+        still.copy_(x)

@@ -184,6 +184,18 @@ def test_rope_turns_keys_at_the_blocks_start() -> None:
     assert (k_cmp[:, [1, 4]] == 0).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_by_themselves_are_those_of_their_sequence(kind: str) -> None:
+    phi = make(kind, 6, 3, rope=lambda x, positions: x + positions.to(x.dtype)[:, None, None])
+    k, v = draw(1, 17)
+    starts = torch.tensor([9, 0, 3])
+    pair = (torch.stack([x[0, i : i + 6] for i in starts.tolist()]) for x in (k, v))
+    for got, want in zip(phi.of_blocks(*pair, starts), phi(k, v), strict=True):
+        torch.testing.assert_close(got, want[0, starts // 3])
+    assert not phi.plain_mean
+    assert make(kind, 6, 3).plain_mean == (kind == "mean")
+
+
 def test_rope_of_unused_rows_is_not_kept() -> None:
     phi = make("mean", 4, 2, rope=lambda x, positions: x + 1)
     k_cmp, _ = phi(*draw(1, 9), torch.tensor([0, 3, 9], dtype=torch.int32))

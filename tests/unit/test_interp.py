@@ -141,6 +141,7 @@ def test_tiles_by_kernel_and_by_body_and_batches() -> None:
     values = dense("gated", 21, batch=2)
     tiles = {"window_fwd": (8, 4), "attend_fwd": (16, 8), "attend_dq": (6, 8), "attend_dkv": (3, 16)}
     tiles |= {"combine_fwd": (5, 1), "combine_bwd": (7, 1), "sum_splits": (11, 1)}
+    tiles |= {"split_attend": (9, 8), "split_merge": (1, 1)}
     for op in plan.ops:
         due = wanted(op, graph, values)
         for output, got in run_op(plan, op.name, values, tiles).items():

@@ -243,6 +243,7 @@ def test_one_softmax_over_two_axes_is_one_kernel_and_a_gradient_an_axis() -> Non
     plan = lower(api.read(UNION))[-1].ir
     assert isinstance(plan, Plan)
     names = ["union_fwd", "union_dq", "union_dkv0", "union_sum0", "union_dkv1", "row_delta", "union_cached"]
+    names += ["decode_attend", "decode_merge"]
     assert [k.name for k in plan.kernels] == names
     assert [w.source for w in plan.kernel("union_fwd").walks] == [0, 1]
 

@@ -1,0 +1,49 @@
+"""Host side of a decoding step: how a step's keys are shared out over programs. Reads no value of the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nsagen.runtime.launch import power_of_two
+
+PROGRAMS = 1024  # of a launch: a few for every place on the GPU, so that its end is even
+MOST_RUNS = 32  # more parts of a row would cost as much as its keys
+MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
+
+
+class Runs(NamedTuple):
+    """`count` runs of `length` keys (or entries of a list); the last one takes what is left."""
+
+    count: int
+    length: int
+
+    @property
+    def width(self) -> int:
+        """The smallest power of two that holds the runs."""
+        return 1 << (self.count - 1).bit_length()
+
+
+def runs(programs: int, longest: int, step: int) -> Runs:
+    """Share out up to `longest` keys, `step` at a time, of each of `programs` query tiles: from a cache's capacity,
+    not from its lengths, so that a captured launch stays right when they change. Runs past the end are short work."""
+    tiles = max(1, -(-longest // step))
+    count = max(1, min(MOST_RUNS, tiles, -(-PROGRAMS // max(1, programs))))
+    each = -(-tiles // count)
+    return Runs(-(-tiles // each), each * step)
+
+
+def longest(ranges: list[tuple[int, int]], step: int) -> int:
+    """Keys that a query tile walks at most, from its walks' ranges; they need not start at a step's start."""
+    return max(hi - lo // step * step for lo, hi in ranges)
+
+
+def rows(q: Tensor, group: int) -> int:
+    """Rows of a tile: the step's queries (q [B, m, Hq, Dqk]) times the heads of a group, as far as they fit."""
+    return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
+
+
+def selection_warps(candidates: int) -> int:
+    """Warps of a program that holds a row of candidates and log-sums of a few heads."""
+    return min(16, max(1, candidates // 128))
