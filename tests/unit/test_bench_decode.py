@@ -101,8 +101,8 @@ def test_the_filled_cache_is_what_prefill_makes(monkeypatch):
     q, k, v, gates, phi = arguments
     out = module.decode(*arguments, cache, **more)
     whole = [
-        {b: torch.cat([*(pair[side][b] for pair in appended[:-1]), new[b]], 1) for b in new}
-        if isinstance(new, dict) else torch.cat([*(next(iter(p[side].values())) for p in appended[:-1]), new], 1)
+        {b: torch.cat([*(pair[side][b] for pair in appended), new[b]], 1) for b in new}
+        if isinstance(new, dict) else torch.cat([*(next(iter(p[side].values())) for p in appended), new], 1)
         for side, new in enumerate((k, v))
     ]  # fmt: skip
     before = torch.nn.functional.pad
