@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  341a53004588
+content  977d31afd62e
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_341a53004588"
+_SPACE = "nsagen_gqa_llama_977d31afd62e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -207,7 +207,7 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
         ),
     }, (0, 2048)),
-    "selected_list": Tiles("selected_list", "48bbfa67768a", {
+    "selected_list": Tiles("selected_list", "a22ade82cc11", {
         ("sm_80", 16): (
             Config(64, 64, 4, 3, 81920), Config(64, 64, 4, 2, 65536), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304),
             Config(64, 32, 4, 3, 65536), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 81920), Config(128, 32, 8, 3, 114688),
@@ -227,7 +227,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }, (2048, None)),
-    "selected_merge": Tiles("selected_merge", "02df35082d46", {
+    "selected_merge": Tiles("selected_merge", "d087d509beee", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -235,7 +235,7 @@ _CONFIGS = {
             Config(1, 1, 1, 1, 0),
         ),
     }, (2048, None)),
-    "selected_dkv": Tiles("selected_dkv", "a2fcf2dbc762", {
+    "selected_dkv": Tiles("selected_dkv", "20021d598eeb", {
         ("sm_80", 16): (
             Config(32, 64, 4, 2, 69632), Config(64, 64, 4, 3, 139264), Config(64, 64, 4, 2, 106496), Config(32, 64, 4, 3, 86016),
             Config(16, 64, 4, 3, 59392), Config(64, 64, 4, 1, 73728), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 1, 53248),
@@ -261,7 +261,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "selected_sum": Tiles("selected_sum", "d68de742c4eb", {
+    "selected_sum": Tiles("selected_sum", "5ecfdc5a2a5b", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -269,7 +269,7 @@ _CONFIGS = {
             Config(1, 16, 4, 1, 0),
         ),
     }),
-    "selected_dq": Tiles("selected_dq", "a2cb74941b73", {
+    "selected_dq": Tiles("selected_dq", "6abcd19924c7", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -1059,7 +1059,6 @@ def selected_list(
     q_base = q_ptr + b * q_sb + start * q_st + head.to(tl.int64) * q_sh
     scale2 = scale * 1.4426950408889634
     s = s[None, :]
-    n_block = tl.minimum(n, slot * 64 + 64)
     end = tl.load(items_ptr + 3 * item + 2)
     for entry in range(tl.load(items_ptr + 3 * item + 1), end, BT):
         selected_list_step(
@@ -1090,10 +1089,11 @@ def selected_merge(
         T = tl.load(cu_ptr + sequence + 1) - start
         if t - start >= T:  # a row of no sequence
             return
+    blocks = (T + 63) // 64  # of the sequence: a list may name others, which left nothing
     entry = tl.arange(0, 16)
     block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
     end = tl.max(tl.where(block >= 0, entry + 1, 0))
-    there = ((block >= 0) & (block * 64 < T))[:, None] & live[None, :]
+    there = ((block >= 0) & (block < blocks))[:, None] & live[None, :]
     m = tl.full([4], -1.0e30, dtype=tl.float32)  # finite, as in the parts of rows that see nothing
     z = tl.zeros([4], dtype=tl.float32)
     for tile in tl.static_range(TILES):
@@ -1109,7 +1109,7 @@ def selected_merge(
     acc = tl.zeros([4, 128], dtype=tl.float32)
     for i in range(0, end * TILES):
         own = tl.load(blocks_ptr + listed + i // TILES)
-        mine = live & (own >= 0) & (own * 64 < T)
+        mine = live & (own >= 0) & (own < blocks)
         at = (part + i) * 4 + head
         weight = tl.exp2(tl.load(lse_parts_ptr + at, mask=mine, other=float("-inf")) - lse_all)
         out = tl.load(out_parts_ptr + at[:, None] * 128 + d, mask=mine[:, None], other=0.0)
@@ -1120,7 +1120,7 @@ def selected_merge(
 @triton.jit
 def selected_dkv_step(
     dk0, dv0,
-    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row, first_place, tile, dq_parts_ptr, TILES: tl.constexpr,
+    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row, first_place, tile, n, dq_parts_ptr, TILES: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
@@ -1146,6 +1146,7 @@ def selected_dkv_step(
     t = t[None, :]
     if C0:
         p = tl.where(s <= t, p, 0.0)
+    p = tl.where(s < n, p, 0.0)  # keys past the block, which are 0, have a part in dq: inf·0 where lse is low
     d = tl.arange(0, 128)[None, :]
     do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
@@ -1209,7 +1210,7 @@ def selected_dkv(
         dk0, dv0 = selected_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, first_place, tl.program_id(1), dq_parts_ptr, TILES, BM, BT, PRECISION, C0=True, EXTENT=True,
+            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, first_place, tl.program_id(1), n, dq_parts_ptr, TILES, BM, BT, PRECISION, C0=True, EXTENT=True,
         )
     part = ((item.to(tl.int64) * 64 + s - slot * 64) * 256)
     inside = s < slot * 64 + 64  # rows past the sequence hold zeros: the sums read them
@@ -1235,13 +1236,18 @@ def selected_sum(
         start = tl.load(cu_ptr + sequence).to(tl.int64)
         T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
         slot -= device.first_tile(start, sequence, 1, 64).to(tl.int32)
+    begin = tl.load(first_ptr + block)
+    end = tl.load(first_ptr + block + 1)
+    if ACCUMULATE:
+        if begin == end:  # nothing to add
+            return
     local = tl.program_id(1) * BN + tl.arange(0, BN)
     s = slot * 64 + local
     inside = ((s < T) & (local < 64))[:, None]
     dk0 = tl.zeros([BN, 128], dtype=tl.float32)
     dv0 = tl.zeros([BN, 128], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
-    for item in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
+    for item in range(begin, end):
         part = parts_ptr + (local_row + item * 64) * 256
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
@@ -1276,6 +1282,7 @@ def selected_dq(
         T = tl.load(cu_ptr + sequence + 1) - start
         if t - start >= T:  # a row of no sequence
             return
+    blocks = (T + 63) // 64  # of the sequence: a list may name others, which left nothing
     entry = tl.arange(0, 16)
     block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
     end = tl.max(tl.where(block >= 0, entry + 1, 0))
@@ -1283,7 +1290,7 @@ def selected_dq(
     acc = tl.zeros([4, 128], dtype=tl.float32)
     for i in range(0, end * TILES):
         own = tl.load(blocks_ptr + listed + i // TILES)
-        mine = live & (own >= 0) & (own * 64 < T)
+        mine = live & (own >= 0) & (own < blocks)
         at = ((part + i) * 4 + head) * 128
         acc += tl.load(dq_parts_ptr + at[:, None] + d, mask=mine[:, None], other=0.0).to(tl.float32)
     device.add_to(dq_ptr + stat[:, None] * 128 + d, acc, live[:, None], ACCUMULATE)
@@ -2829,7 +2836,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     dq_parts = launch.empty(q, (batch, chunk, 8, 16, tiles, 4, 128), None)
     sums, by_query = launch.pick(_CONFIGS["selected_sum"], q), launch.pick(_CONFIGS["selected_dq"], q)
     total, packed = inverse.first.shape[1] - 1, launch.sequences(cu_seqlens)
-    dk_sum, dv_sum = lists.sums((dk, dv), chunk < length, adds)
+    dk_sum, dv_sum = lists.sums((dk, dv), chunk < length, adds, cu_seqlens)
     for number, first in enumerate(range(0, length, chunk)):
         rows, items = min(chunk, length - first), inverse.items[number]
         selected_dkv[(items.shape[0], tiles)](
@@ -3215,7 +3222,7 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
     un-rotated keys for it where they differ from k. scale defaults to 128^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v, gates and phi's parameters.
     T < dense_below: every branch attends to all keys up to the query, through torch; phi and k_raw are not used.
-    recompute: keep no branch's output for the backward, which makes them again one at a time: 3 × 8192 bytes a token
+    recompute: keep no branch's output for the backward, which makes them again one at a time: 4 × 8192 bytes a token
     less in 16-bit dtypes, for the time of another forward.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(

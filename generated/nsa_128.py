@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  56108dfc1279
+content  c623da601c5e
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_56108dfc1279"
+_SPACE = "nsagen_nsa_128_c623da601c5e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -253,7 +253,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "selected_sum": Tiles("selected_sum", "5efc185d43d6", {
+    "selected_sum": Tiles("selected_sum", "b214f1ccddb2", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -1170,13 +1170,18 @@ def selected_sum(
         start = tl.load(cu_ptr + sequence).to(tl.int64)
         T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
         slot -= device.first_tile(start, sequence, 1, 64).to(tl.int32)
+    begin = tl.load(first_ptr + block)
+    end = tl.load(first_ptr + block + 1)
+    if ACCUMULATE:
+        if begin == end:  # nothing to add
+            return
     local = tl.program_id(1) * BN + tl.arange(0, BN)
     s = slot * 64 + local
     inside = ((s < T) & (local < 64))[:, None]
     dk0 = tl.zeros([BN, 128], dtype=tl.float32)
     dv0 = tl.zeros([BN, 128], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
-    for item in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
+    for item in range(begin, end):
         part = parts_ptr + (local_row + item * 64) * 256
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
@@ -3084,7 +3089,7 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
     un-rotated keys for it where they differ from k. scale defaults to 128^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v, gates and phi's parameters.
     T < dense_below: every branch attends to all keys up to the query, through torch; phi and k_raw are not used.
-    recompute: keep no branch's output for the backward, which makes them again one at a time: 3 × 16384 bytes a token
+    recompute: keep no branch's output for the backward, which makes them again one at a time: 4 × 16384 bytes a token
     less in 16-bit dtypes, for the time of another forward.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  c430d1e020f4
+content  5022695ae73c
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_c430d1e020f4"
+_SPACE = "nsagen_nsa_compressed_window_5022695ae73c"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -1855,7 +1855,7 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
     un-rotated keys for it where they differ from k. scale defaults to 128^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v, gates and phi's parameters.
     T < dense_below: every branch attends to all keys up to the query, through torch; phi and k_raw are not used.
-    recompute: keep no branch's output for the backward, which makes them again one at a time: 2 × 16384 bytes a token
+    recompute: keep no branch's output for the backward, which makes them again one at a time: 3 × 16384 bytes a token
     less in 16-bit dtypes, for the time of another forward.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(

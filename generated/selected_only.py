@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  e2f635899bc9
+content  317ac6d8c99d
 runtime  6
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_e2f635899bc9"
+_SPACE = "nsagen_selected_only_317ac6d8c99d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -114,7 +114,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "selected_sum": Tiles("selected_sum", "5efc185d43d6", {
+    "selected_sum": Tiles("selected_sum", "b214f1ccddb2", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -451,13 +451,18 @@ def selected_sum(
         start = tl.load(cu_ptr + sequence).to(tl.int64)
         T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
         slot -= device.first_tile(start, sequence, 1, 64).to(tl.int32)
+    begin = tl.load(first_ptr + block)
+    end = tl.load(first_ptr + block + 1)
+    if ACCUMULATE:
+        if begin == end:  # nothing to add
+            return
     local = tl.program_id(1) * BN + tl.arange(0, BN)
     s = slot * 64 + local
     inside = ((s < T) & (local < 64))[:, None]
     dk0 = tl.zeros([BN, 128], dtype=tl.float32)
     dv0 = tl.zeros([BN, 128], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
-    for item in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
+    for item in range(begin, end):
         part = parts_ptr + (local_row + item * 64) * 256
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  6875a77689dd
+content  f949be4e61f0
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_6875a77689dd"
+_SPACE = "nsagen_tiny_f949be4e61f0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -177,7 +177,7 @@ _CONFIGS = {
             Config(64, 16, 8, 3, 44032), Config(32, 16, 8, 1, 11264), Config(32, 16, 8, 2, 17408), Config(32, 16, 8, 3, 23552),
         ),
     }),
-    "selected_sum": Tiles("selected_sum", "00833e0891ad", {
+    "selected_sum": Tiles("selected_sum", "8cabc44fb481", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -1043,13 +1043,18 @@ def selected_sum(
         start = tl.load(cu_ptr + sequence).to(tl.int64)
         T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
         slot -= device.first_tile(start, sequence, 1, 16).to(tl.int32)
+    begin = tl.load(first_ptr + block)
+    end = tl.load(first_ptr + block + 1)
+    if ACCUMULATE:
+        if begin == end:  # nothing to add
+            return
     local = tl.program_id(1) * BN + tl.arange(0, BN)
     s = slot * 16 + local
     inside = ((s < T) & (local < 16))[:, None]
     dk0 = tl.zeros([BN, 32], dtype=tl.float32)
     dv0 = tl.zeros([BN, 16], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
-    for item in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
+    for item in range(begin, end):
         part = parts_ptr + (local_row + item * 16) * 40
         d = tl.arange(0, 32)[None, :]
         dk0 += tl.load(part + d, mask=inside & (d < 24), other=0.0)
@@ -3069,7 +3074,7 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
     un-rotated keys for it where they differ from k. scale defaults to 24^-½. With cu_seqlens (int32 [S + 1]) B is 1
     and sequences are packed. Differentiable in q, k, v, gates and phi's parameters.
     T < dense_below: every branch attends to all keys up to the query, through torch; phi and k_raw are not used.
-    recompute: keep no branch's output for the backward, which makes them again one at a time: 3 × 192 bytes a token
+    recompute: keep no branch's output for the backward, which makes them again one at a time: 4 × 192 bytes a token
     less in 16-bit dtypes, for the time of another forward.
     """
     q, k, v, gates, k_raw, scale, cu_seqlens = checks.attention(

@@ -106,6 +106,7 @@ class KeyGrads:
         d_out = split(p.load("d_out", rows, guarded), kernel.v_parts)
         lse, delta = row_statistics(p, rows, guarded)
         seen = step.seen(rows.at[:, None], self.keys.at[None, :], {"T": rows.length}, extents=False)
+        seen &= self.keys.live[None, :]
         weight = np.where(seen, np.exp(dot(q, self.k) * p.run.scale - lse[:, None]), 0.0)
         ds = weight * (dot(d_out, self.v) - delta[:, None])
         self.dv = [a + weight.T @ x for a, x in zip(self.dv, d_out, strict=True)]

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsagen.runtime.launch import chunk, sequences
+from nsagen.errors import InputError
+from nsagen.runtime import launch
+from nsagen.runtime.launch import empty, sequences
 
 
 class Inverse(NamedTuple):
     """The entries of the lists [B, T, Hkv, n] by chunk of queries, then by key block, ascending within one.
 
-    places [entries]: where each stands in the flat lists. items int32 [chunks, most, 3]: (key block, first entry, end
-    entry) of at most `per_item` entries each; unused ones name block `blocks`. A hot block is split over several items.
+    places int32 [entries]: where each stands in the flat lists. items int32 [chunks, most, 3]: (key block, first entry,
+    end entry) of at most `per_item` entries each; unused ones name block `blocks`. A hot block is split over several.
     first int32 [chunks, blocks + 1]: each key block's first item of the chunk. Key blocks are numbered
     (b·Hkv + h)·slots + slot; packed, block i of sequence s has slot ⌊cu[s]/size⌋ + s + i.
     """
@@ -37,6 +39,8 @@ class Inverse(NamedTuple):
 def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, chunk: int | None = None) -> Inverse:
     """Invert blocks int32 [B, T, Hkv, n] of `size` tokens, −1 for none, in chunks of queries (default: one)."""
     batch, length, heads, count = blocks.shape
+    if blocks.numel() >= 2**31:
+        raise InputError(f"blocks must hold fewer than 2³¹ entries, got {tuple(blocks.shape)}: pass fewer sequences")
     chunk = min(chunk or length, length)
     chunks = -(-length // chunk)
     slots = -(-length // size) if cu_seqlens is None else length // size + sequences(cu_seqlens)
@@ -45,8 +49,7 @@ def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, 
     ends = torch.arange(chunks * total + 1, device=keys.device, dtype=keys.dtype)
     bounds = torch.searchsorted(keys, ends)
     items, first = _items(bounds, chunks, per_item, total + batch * chunk * heads * count // per_item)
-    places = order.to(torch.int32) if order.numel() < 2**31 else order
-    return Inverse(places, items, first, slots, heads * count)
+    return Inverse(order.to(torch.int32), items, first, slots, heads * count)
 
 
 def _keys(blocks: Tensor, size: int, cu_seqlens: Tensor | None, slots: int, chunk: int) -> Tensor:
@@ -91,14 +94,16 @@ PART_BYTES = 1 << 31  # of the parts of one chunk of queries
 
 def part_chunk(length: int, row_bytes: int) -> int:
     """Queries of a chunk whose parts, row_bytes each, fit in PART_BYTES."""
-    return chunk(length, row_bytes, PART_BYTES)
+    return launch.chunk(length, row_bytes, PART_BYTES)
 
 
-def sums(gradients: tuple[Tensor, ...], chunked: bool, adds: bool) -> tuple[Tensor, ...]:
+def sums(gradients: tuple[Tensor, ...], chunked: bool, adds: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """Where chunks add up dk and dv: the gradients themselves, or float32 where a chunk's sum would be rounded."""
     if not chunked or gradients[0].dtype == torch.float32:
         return gradients
-    return tuple(x.float() if adds else torch.empty_like(x, dtype=torch.float32) for x in gradients)
+    if adds:
+        return tuple(x.float() for x in gradients)
+    return tuple(empty(x, tuple(x.shape), cu_seqlens, torch.float32) for x in gradients)
 
 
 def round_sums(gradients: tuple[Tensor, ...], sums: tuple[Tensor, ...]) -> None:

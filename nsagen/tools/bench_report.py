@@ -19,7 +19,7 @@ from nsagen.tools.console import table
 
 NONE = "–"
 CLOSE = 1.25
-PREDICTED = "predicted, for an H200 at its peak rates × the cost of the tile that runs, without φ and sorts"
+PREDICTED = "predicted, for an H200 and the tile that runs, without φ"
 QUANTITIES = {"forward": "forward_ms", "backward": "backward_ms", "forward + backward": "both_ms"}
 
 

@@ -33,7 +33,7 @@ RATES = {
     "select_scores": Rate(370e12, 9.3e-9),
 }
 LISTED = {"attend_fwd": 0.98 * L2, "attend_dq": 0.83 * L2}  # bytes a second, of the blocks that each query reads
-PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written
+PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
 BEST = 1.6e12  # of scores, which a selection reads in strides
 COPY = 3.9e12
 LAUNCH = 4e-6  # seconds: less does not show
