@@ -169,7 +169,7 @@ def cut_batch(x: Tensor | None) -> Tensor | None:
     return None if x is None else x[:1]
 
 
-@pytest.mark.parametrize(("name", "page"), [("whole", 64), ("union", 16), ("thirds", None)])
+@pytest.mark.parametrize(("name", "page"), [("whole", 64), ("thirds", None)])
 def test_keys_shared_out_in_runs(name: str, page: int | None, device: str) -> None:
     """More keys than a tile, so that programs share them; tokens of a step that are no power of two."""
     of = Served(name, 78, device, page, room=100)
