@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  7ce44a21ea17
+content  9227308e23f0
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_7ce44a21ea17"
+_SPACE = "nsagen_mha_16_9227308e23f0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -3172,10 +3172,10 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
 
 def _alone(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
     """The forward of one sequence without kernels, its keys in a row."""
-    out_compressed, lse_compressed, *_ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
+    out_compressed, lse_compressed, _ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale, keep_rest=False)
     blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
-    out_selected, lse_selected, *_ = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
-    out_window, lse_window, *_ = _window_forward(q, k, v, cu_seqlens, scale)
+    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
+    out_window, lse_window = _window_forward(q, k, v, cu_seqlens, scale)
     out = _combine(out_compressed, out_selected, out_window, gates)
     return out
 

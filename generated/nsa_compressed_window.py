@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  5022695ae73c
+content  655aa6515d5b
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -49,7 +49,7 @@ _LAYOUT = checks.Layout(
     name="nsa_compressed_window", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
 )
-_SPACE = "nsagen_nsa_compressed_window_5022695ae73c"
+_SPACE = "nsagen_nsa_compressed_window_655aa6515d5b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -1899,8 +1899,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
 
 def _alone(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
     """The forward of one sequence without kernels, its keys in a row."""
-    out_compressed, lse_compressed, *_ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
-    out_window, lse_window, *_ = _window_forward(q, k, v, cu_seqlens, scale)
+    out_compressed, lse_compressed, _ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale, keep_rest=False)
+    out_window, lse_window = _window_forward(q, k, v, cu_seqlens, scale)
     out = _combine(out_compressed, out_window, gates)
     return out
 

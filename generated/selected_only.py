@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  317ac6d8c99d
+content  872edc746465
 runtime  6
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_317ac6d8c99d"
+_SPACE = "nsagen_selected_only_872edc746465"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -919,7 +919,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
 
 def _alone(q, k, v, blocks, cu_seqlens, scale):
     """The forward of one sequence without kernels, its keys in a row."""
-    out_selected, lse_selected, *_ = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
+    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
     return out_selected
 
 

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  f949be4e61f0
+content  f421c89889d8
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_f949be4e61f0"
+_SPACE = "nsagen_tiny_f421c89889d8"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -3157,10 +3157,10 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
 
 def _alone(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, cu_seqlens, scale):
     """The forward of one sequence without kernels, its keys in a row."""
-    out_compressed, lse_compressed, *_ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
+    out_compressed, lse_compressed, _ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale, keep_rest=False)
     blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
-    out_selected, lse_selected, *_ = _selected_forward(q, k_selected, v_selected, blocks, cu_seqlens, scale)
-    out_window, lse_window, *_ = _window_forward(q, k_window, v_window, cu_seqlens, scale)
+    out_selected, lse_selected = _selected_forward(q, k_selected, v_selected, blocks, cu_seqlens, scale)
+    out_window, lse_window = _window_forward(q, k_window, v_window, cu_seqlens, scale)
     out = _combine(out_compressed, out_selected, out_window, gates)
     return out
 

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  1366240d0e66
+content  ed7b98c1cb94
 runtime  6
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -38,7 +38,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_1366240d0e66"
+_SPACE = "nsagen_window_only_ed7b98c1cb94"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -905,7 +905,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
 
 def _alone(q, k, v, cu_seqlens, scale):
     """The forward of one sequence without kernels, its keys in a row."""
-    out_window, lse_window, *_ = _window_forward(q, k, v, cu_seqlens, scale)
+    out_window, lse_window = _window_forward(q, k, v, cu_seqlens, scale)
     return out_window
 
 

@@ -68,18 +68,23 @@ def attend_list_dkv(run: Run) -> None:
 
 def _item_grads(p: Program, keys: Rows, item: Item) -> tuple[Array, Array]:
     total = KeyGrads(p, keys)
+    for step, rows in _steps(p, item):
+        ds = total.add(rows, step, step.guarded)
+        if "dq_parts" in p.run.arrays:
+            dq = join([ds @ k for k in total.k], p.run.heads.qk_dim) * p.run.scale
+            _store_parts(p, "dq_parts", rows, item.block.number, dq)
+    return total.result()
+
+
+def _steps(p: Program, item: Item) -> Iterator[tuple[Step, Rows]]:
+    """The item's queries, BT entries at a time, each step checked not to load past its end."""
     entry = np.arange(p.run.bm) // p.run.rows_per_query
     for walk, segment in ((w, s) for w in p.run.kernel.walks for s in w.segments):
         masks = tested(segment.masks, p.env(walk.axis))
         for first in range(0, len(item.queries), p.run.bt):
             step = Step(segment.name, first, p.run.bt, len(item.queries), masks)
             step.check_loads(f"{p.run.line}: walk {walk.piece.name}")
-            rows = p.query_rows(_listed(item, first + entry, p.sequence.tokens))
-            ds = total.add(rows, step, step.guarded)
-            if "dq_parts" in p.run.arrays:
-                dq = join([ds @ k for k in total.k], p.run.heads.qk_dim) * p.run.scale
-                _store_parts(p, "dq_parts", rows, item.block.number, dq)
-    return total.result()
+            yield step, p.query_rows(_listed(item, first + entry, p.sequence.tokens))
 
 
 def _store_parts(p: Program, operand: str, rows: Rows, block: int, value: Array) -> None:
@@ -97,19 +102,14 @@ def _store_parts(p: Program, operand: str, rows: Rows, block: int, value: Array)
 def attend_list_fwd(run: Run) -> None:
     """An item's parts of out: its key block's tiles, each with a softmax of its own, for its queries."""
     size = next(w.listed.size for w in run.kernel.walks if w.listed)
-    entry = np.arange(run.bm) // run.rows_per_query
     for item in invert(run.arrays["items"], size, run.sequences, run.chunk):
         block = item.block
         for offset in range(0, size, run.bn):
             p = Program(run, block.batch, block.sequence, block.head, block.number * size + offset)
             keys = _keys(p, block.number, size)
             k, v = split(p.load("k", keys), run.kernel.qk_parts), split(p.load("v", keys), run.kernel.v_parts)
-            for walk, segment in ((w, s) for w in run.kernel.walks for s in w.segments):
-                masks = tested(segment.masks, p.env(walk.axis))
-                for first in range(0, len(item.queries), run.bt):
-                    step = Step(segment.name, first, run.bt, len(item.queries), masks)
-                    rows = p.query_rows(_listed(item, first + entry, p.sequence.tokens))
-                    _part(p, step, rows, keys, k, v, block.number)
+            for step, rows in _steps(p, item):
+                _part(p, step, rows, keys, k, v, block.number)
 
 
 def _part(p: Program, step: Step, rows: Rows, keys: Rows, k: list[Array], v: list[Array], block: int) -> None:

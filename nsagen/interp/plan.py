@@ -169,6 +169,4 @@ def _holds(guard: Guard, op: Op, tokens: int) -> bool:
     """Whether a variant is taken here: training, on no particular chip."""
     direction = "backward" if op.doc.endswith("_grad") else "forward"
     found: str | int = {"mode": "train", "direction": direction, "length": tokens, "arch": ""}[guard.key]
-    if guard.op == "is":
-        return found == guard.value
-    return (int(found) >= int(guard.value)) == (guard.op == "from")
+    return guard.holds(found)

@@ -184,6 +184,11 @@ class Guard:
     op: Literal["is", "from", "below"]
     value: str | int
 
+    def holds(self, found: str | int) -> bool:
+        if self.op == "is":
+            return found == self.value
+        return (int(found) >= int(self.value)) == (self.op == "from")
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nsagen.ir.graph import Graph, Pool, phi
 from nsagen.ir.plan import Kernel, Plan
 from nsagen.render.host import select_node
+from nsagen.render.view import power_of_two
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class StoreView:
 
     @property
     def width(self) -> int:
-        return 1 << (self.dim - 1).bit_length()
+        return power_of_two(self.dim)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PoolView:
 
     @property
     def width(self) -> int:
-        return 1 << (self.dim - 1).bit_length()
+        return power_of_two(self.dim)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from nsagen.ir.graph import (
     Attend,
     AttendGrad,
     BlockList,
+    Combine,
     Graph,
     KeyAxis,
     LogSumExp,
@@ -133,10 +134,12 @@ class PartView:
 
 
 def branch_views(graph: Graph, plan: Plan) -> tuple[BranchView, ...]:
-    return tuple(_branch(n, plan) for n in graph.nodes if isinstance(n, Attend))
+    attends = [n for n in graph.nodes if isinstance(n, Attend)]
+    terms = next((n.terms for n in graph.nodes if isinstance(n, Combine)), tuple(n.out for n in attends))
+    return tuple(_branch(n, plan, terms.index(n.out)) for n in attends)
 
 
-def _branch(node: Attend, plan: Plan) -> BranchView:
+def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
     pairs = enumerate(zip(node.sources, suffixes(node.sources), strict=True))
     sources = tuple(_key_source(node.branch, s, suffix, i, plan) for i, (s, suffix) in pairs)
     bodies = {k.name: k.body for k in plan.kernels}
@@ -152,13 +155,8 @@ def _branch(node: Attend, plan: Plan) -> BranchView:
         by_blocks_from=int(guards[0].value) if guards else 0,
         merge=f"{node.branch}_merge",
         list_dq=bodies[f"{node.branch}_dq"] == "sum_lists",
-        column=_column(plan, f"{node.branch}_gate"),
+        column=column,
     )
-
-
-def _column(plan: Plan, gate: str) -> int:
-    kernel = next((k for k in plan.kernels if k.name == gate), None)
-    return next(int(o.name.removeprefix("term")) for o in kernel.operands if o.role == "term") if kernel else 0
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:
@@ -218,7 +216,7 @@ def serving_view(graph: Graph, plan: Plan) -> ServingView:
     op = next(o for o in plan.ops if o.doc == "serve")
     strides = {source: axis.stride for source, axis in _axes(graph)}
     keys = tuple(x for x in op.inputs if x in strides)
-    lines, plain = _serving_lines(op, plan, graph, True), _serving_lines(op, plan, graph, False)
+    lines, plain = (tuple(_lines(op, plan, graph, cached)) for cached in (True, False))
     more = tuple(x for x in op.inputs[1:] if x not in strides)
     stores = ", ".join(f"({x}, {strides[x]})" for x in keys)
     return ServingView(op.inputs, keys, more, stores, lines, plain, op.outputs[0])
@@ -228,27 +226,6 @@ def _axes(graph: Graph) -> list[tuple[str, KeyAxis]]:
     """Keys and values with their axis."""
     found = [(x, s.axis) for n in graph.nodes if isinstance(n, Attend) for s in n.sources for x in (s.k, s.v)]
     return [*found, *((n.k, n.axis) for n in graph.nodes if isinstance(n, LogSumExp))]
-
-
-def _serving_lines(op: Op, plan: Plan, graph: Graph, cached: bool) -> tuple[str, ...]:
-    """A line a host function: `cached` ones take the cache's lengths and table."""
-    lines: list[str] = []
-    past, name = ("past, ", "_cached") if cached else ("", "")
-    for launch in op.launches:
-        kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
-        if kernel.body == "attend_fwd":
-            function, more = (f"_{kernel.branch}_cached", "") if cached else (f"_{kernel.branch}_forward", ", *_")
-            arguments = ", ".join(_arguments(kernel.branch, graph))
-            lines.append(f"{bind['out']}, {bind['lse']}{more} = {function}(q, {arguments}, {past}cu_seqlens, scale)")
-        elif kernel.body == "score_lse":
-            lines.append(f"{bind['lse']} = _log_sum_exp{name}(q, {bind['k']}, {past}cu_seqlens, scale)")
-        elif kernel.body == "select_scores":
-            chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
-            lines.append(f"{chosen} = _select{name}(q, {bind['k']}, {bind['lse']}, {past}cu_seqlens, scale)")
-        elif kernel.body == "combine_fwd":
-            terms = ", ".join(b for o, b in launch.binds if o.startswith("term"))
-            lines.append(f"{bind['out']} = _combine({terms}, {bind['gates']})")
-    return tuple(lines)
 
 
 def _op(op: Op, graph: Graph, plan: Plan, names: set[str]) -> OpView:
@@ -266,29 +243,35 @@ def _op(op: Op, graph: Graph, plan: Plan, names: set[str]) -> OpView:
     )
 
 
-def _lines(op: Op, plan: Plan, graph: Graph) -> list[str]:
-    """A line for each host function: kernels that it launches together ride in the line of the first."""
+def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
+    """A line for each host function: kernels that it launches together ride in the line of the first.
+
+    cached: functions over a cache, which take its lengths and table.
+    """
     lines: list[str] = []
+    past, name, gated = ("past, ", "_cached", False) if cached else ("", "", False)
     for launch in op.launches:
         kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
         terms = [b for o, b in launch.binds if o.startswith("term")]
         if kernel.body == "attend_fwd":
             arguments = ", ".join(_arguments(kernel.branch, graph))
             outs = ", ".join(bind[o] for o in ("out", "lse", "rest") if o in bind)
-            drops = "rest" not in bind and any(o.role == "rest" for o in kernel.operands)
+            drops = "rest" not in bind and not cached and _attend(kernel.branch, graph).rest
             outs, keep = (f"{outs}, _", ", keep_rest=False") if drops else (outs, "")
-            lines.append(f"{outs} = _{kernel.branch}_forward(q, {arguments}, cu_seqlens, scale{keep})")
+            function = f"_{kernel.branch}{name or '_forward'}"
+            lines.append(f"{outs} = {function}(q, {arguments}, {past}cu_seqlens, scale{keep})")
         elif kernel.body in ("attend_dq", "sum_lists"):
             lines += _backward(op, launch, kernel.branch, bind, graph, plan)
         elif kernel.body == "score_lse":
-            lines.append(f"{bind['lse']} = _log_sum_exp(q, {bind['k']}, cu_seqlens, scale)")
+            lines.append(f"{bind['lse']} = _log_sum_exp{name}(q, {bind['k']}, {past}cu_seqlens, scale)")
         elif kernel.body == "select_scores":
             chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
-            lines.append(f"{chosen} = _select(q, {bind['k']}, {bind['lse']}, cu_seqlens, scale)")
+            lines.append(f"{chosen} = _select{name}(q, {bind['k']}, {bind['lse']}, {past}cu_seqlens, scale)")
         elif kernel.body == "combine_fwd":
             lines.append(f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})")
         elif kernel.body == "combine_bwd" and kernel.branch:
-            lines += _gate(launch, kernel.branch, first="_gate_backward" not in "".join(lines))
+            lines += _gate(launch, kernel.branch, first=not gated)
+            gated = True
         elif kernel.body == "combine_bwd" and "gates" in bind:
             lines.append(_split(launch, terms, bind))
         elif kernel.body == "combine_bwd":
@@ -339,8 +322,12 @@ def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: 
     return [f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)", *after]
 
 
+def _attend(branch: str, graph: Graph) -> Attend:
+    return next(n for n in graph.nodes if isinstance(n, Attend) and n.branch == branch)
+
+
 def _arguments(branch: str, graph: Graph) -> list[str]:
-    node = next(n for n in graph.nodes if isinstance(n, Attend) and n.branch == branch)
+    node = _attend(branch, graph)
     return [*(x for s in node.sources for x in (s.k, s.v)), *(s.listed.blocks for s in node.sources if s.listed)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.plan import Kernel, Plan
+from nsagen.render.view import power_of_two
 
 MOST_HEADS = 4  # whose log-sums a selection holds at once
 
@@ -31,7 +32,7 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
     """None for kernels that are none of a decoding step."""
     if not kernel.body.startswith("split_"):
         return None
-    group = 1 << (plan.heads.group - 1).bit_length()
+    group = power_of_two(plan.heads.group)
     weights = kernel.select.group_weights if kernel.select else ()
     parts = [o for o in kernel.operands if o.role == "parts"]
     return SplitView(

@@ -9,6 +9,11 @@ from nsagen.ir.plan import BN, BT, Kernel, Mask, Plan, Segment, Walk
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
 
+def power_of_two(count: int) -> int:
+    """The smallest that is not below count: what a range in a kernel must be."""
+    return 1 << (count - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Part:
     """Columns [lo, hi) of a head dim; ragged where they pass its end."""
@@ -62,7 +67,7 @@ class ListView:
 
     @property
     def width(self) -> int:
-        return 1 << (self.count - 1).bit_length()
+        return power_of_two(self.count)
 
 
 @dataclass(frozen=True)
@@ -148,18 +153,18 @@ class KernelView:
     @property
     def heads_width(self) -> int:
         """The smallest power of two that holds a group."""
-        return 1 << (self.group - 1).bit_length()
+        return power_of_two(self.group)
 
     @property
     def list_width(self) -> int:
         """The smallest power of two that holds a list."""
-        return 1 << (self.count - 1).bit_length()
+        return power_of_two(self.count)
 
     @property
     def select_width(self) -> int:
         """The smallest power of two that holds a list."""
         assert self.select is not None
-        return 1 << (self.select.count - 1).bit_length()
+        return power_of_two(self.select.count)
 
     def cache_of(self, source: SourceView) -> str:
         """What a step is told of a source's cache: the table, and rows of a page."""
@@ -215,7 +220,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
 def _rows(kernel: Kernel, heads: Heads) -> str:
     """The group's heads; the whole tile where it has one query; a power of two where heads are added by a reshape."""
     if kernel.body == "select_scores":
-        return str(1 << (heads.group - 1).bit_length())
+        return str(power_of_two(heads.group))
     one_query = any(w.listed and w.direction == "forward" for w in kernel.walks)
     return "BM" if one_query else str(heads.group)
 

@@ -144,7 +144,7 @@ class Clock:
     def _ms(self, call: Callable[[], Any], leaves: Sequence[Tensor]) -> float:
         """The median. The gradients of the leaves are dropped between calls, so that none is added to another."""
         if self.device != "cuda":
-            return statistics.median(_wall(call, leaves, self.rep))
+            return statistics.median(wall(call, lambda: _forget(leaves), self.rep))
         from triton.testing import do_bench
 
         return do_bench(call, warmup=WARMUP, rep=self.rep, grad_to_none=leaves, return_mode="median")  # type: ignore[arg-type]
@@ -173,10 +173,13 @@ def _in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(turn)()
 
 
-def _wall(call: Callable[[], Any], leaves: Sequence[Tensor], rep: int) -> list[float]:
+def wall(
+    call: Callable[[], Any], before: Callable[[], Any], rep: int, least: int = LEAST, most: int = MOST
+) -> list[float]:
+    """Milliseconds of calls one after the other, `before` run ahead of each and not timed, for about rep ms."""
     times: list[float] = []
-    while len(times) < LEAST or (sum(times) < rep and len(times) < MOST):
-        _forget(leaves)
+    while len(times) < least or (sum(times) < rep and len(times) < most):
+        before()
         start = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - start))

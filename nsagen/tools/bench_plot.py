@@ -52,12 +52,17 @@ def _panel(axes: Any, rows: Sequence[Row], quantity: str) -> None:
             lengths = sorted(found[name])
             axes.plot(lengths, [found[name][n] for n in lengths], label=name, **{"color": f"C{i}", **STYLES[kind]})
     ticks = sorted({r.length for r in rows})
-    axes.set(title=quantity, xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
-    axes.set_xticks(ticks, [short_length(n) for n in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    logarithmic(axes, ticks, [short_length(n) for n in ticks], title=quantity, xlabel="tokens", ylabel="ms")
     _mark(axes, rows, quantity)
     axes.legend(fontsize="small", loc="upper left")
+
+
+def logarithmic(axes: Any, ticks: Sequence[int], labels: Sequence[str], **names: str) -> None:
+    """Both axes, with these ticks alone; names: its title and what is along it."""
+    axes.set(xscale="log", yscale="log", **names)
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
 
 
 def _mark(axes: Any, rows: Sequence[Row], quantity: str) -> None:

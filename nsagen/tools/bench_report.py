@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,19 @@ def short_length(tokens: int) -> str:
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:
-    """One line for equal reasons of one case."""
-    lengths: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row.reason:
-            lengths.setdefault((row.name, row.reason), []).append(short_length(row.length))
-    for (name, reason), at in lengths.items():
-        yield f"{NONE} {name} at {', '.join(at)}: {reason}"
+    yield from reasons((row.name, row.reason, short_length(row.length)) for row in rows)
     for name, note in dict.fromkeys((r.name, r.note) for r in rows if r.note):
         yield f"{name}: {note}"
+
+
+def reasons(found: Iterable[tuple[str, str | None, str]]) -> Iterator[str]:
+    """(case, why a number is not there, at which point) -> one line for equal reasons of one case."""
+    points: dict[tuple[str, str], list[str]] = {}
+    for name, reason, at in found:
+        if reason:
+            points.setdefault((name, reason), []).append(at)
+    for (name, reason), at in points.items():
+        yield f"{NONE} {name} at {', '.join(at)}: {reason}"
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -163,8 +167,13 @@ def commit(root: Path) -> str | None:
 
 def record(compiled: Compiled, command: str, dtype: str, where: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     found = {q: vars(b) for q, b in break_evens(rows).items()}
+    return {**heading(compiled, command, dtype, where), "break_even": found, "rows": [r.record() for r in rows]}
+
+
+def heading(compiled: Compiled, command: str, dtype: str, where: dict[str, Any]) -> dict[str, Any]:
+    """Where and of what a record is."""
     what = {"spec": compiled.spec.to_dict(), "digest": compiled.digest, "dtype": dtype, "command": command}
-    return {**where, **what, "break_even": found, "rows": [r.record() for r in rows]}
+    return {**where, **what}
 
 
 def write_json(file: Path, record: dict[str, Any]) -> None:

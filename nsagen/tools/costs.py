@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nsagen.ir.graph import TOKENS, BlockList, Heads, KeyAxis, Piece
-from nsagen.ir.plan import Buffer, Guard, Kernel, Launch, N, Op, Plan
+from nsagen.ir.plan import Buffer, Kernel, Launch, N, Op, Plan
 from nsagen.sym import KEY, QUERY, Interval, Multiple, Tile, evaluate, some_range, to_text
 
 BYTES = {"input": 2, "gate": 2, "float32": 4, "int32": 4}  # bfloat16 inputs and gates
@@ -140,11 +140,7 @@ def work_of_op(op: Op, plan: Plan, tokens: int) -> list[Work]:
 
 def taken(op: Op, tokens: int) -> list[Launch]:
     """The op's launches at that length: of a node's variants the one whose guards hold."""
-    return [x for x in op.launches if all(_holds(g, tokens) for g in x.when if g.key == "length")]
-
-
-def _holds(guard: Guard, tokens: int) -> bool:
-    return (tokens >= int(guard.value)) == (guard.op == "from")
+    return [x for x in op.launches if all(g.holds(tokens) for g in x.when if g.key == "length")]
 
 
 def saved_bytes(op: Op, gradient: Op, plan: Plan) -> int:

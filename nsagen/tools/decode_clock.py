@@ -7,7 +7,6 @@ where other layers come between). Eager: steps one after the other, the host's w
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from nsagen.errors import NsagenError
-from nsagen.tools.bench_clock import clear, reason_of
+from nsagen.tools.bench_clock import clear, reason_of, wall
 from nsagen.tools.decode_cases import Case, Step
 from nsagen.tools.decode_grid import Point
 
@@ -79,7 +78,7 @@ class Clock:
     def _eager(self, step: Step) -> float:
         step.call()  # compiles
         if self.device != "cuda":
-            return _wall(step, self.rep)
+            return statistics.median(wall(step.call, step.reset, self.rep, LEAST, MOST))
         return statistics.median(self._runs(step))
 
     def _runs(self, step: Step) -> list[float]:
@@ -150,22 +149,12 @@ def copy_bandwidth(device: str, rep: int) -> float:
 
         ms: Any = do_bench(lambda: target.copy_(source), rep=rep, return_mode="median")
     else:
-        ms = _wall(Step(lambda: target.copy_(source)), rep)
+        ms = statistics.median(wall(lambda: target.copy_(source), lambda: None, rep, LEAST, MOST))
     return 2 * size / (1e-3 * ms)
 
 
 def _events(count: int) -> list[tuple[Any, Any]]:
     return [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]  # type: ignore[misc]
-
-
-def _wall(step: Step, rep: int) -> float:
-    times: list[float] = []
-    while len(times) < LEAST or (sum(times) < rep and len(times) < MOST):
-        step.reset()
-        start = time.perf_counter()
-        step.call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def _place(point: Point) -> tuple[int, int]:

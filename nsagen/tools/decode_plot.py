@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsagen.errors import NsagenError
+from nsagen.tools.bench_plot import logarithmic
 from nsagen.tools.bench_report import short_length
 from nsagen.tools.decode_clock import Row
 from nsagen.tools.decode_report import LIMIT
@@ -43,8 +44,5 @@ def _panel(axes: Any, title: str, rows: Sequence[Row], colours: dict[str, str]) 
     batches: dict[int, int] = {r.context: r.batch for r in rows}
     several = any(b > 1 for b in batches.values())
     labels = [short_length(n) + (f"\nx {batches[n]}" if several else "") for n in sorted(batches)]
-    axes.set(title=title, xlabel="context", ylabel="ms a step", xscale="log", yscale="log")
-    axes.set_xticks(sorted(batches), labels)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    logarithmic(axes, sorted(batches), labels, title=title, xlabel="context", ylabel="ms a step")
     axes.legend(fontsize="small")

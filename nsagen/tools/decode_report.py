@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nsagen.compiler import Compiled
-from nsagen.tools.bench_report import NONE
+from nsagen.tools.bench_report import NONE, heading, reasons
 from nsagen.tools.console import table
 from nsagen.tools.decode_clock import Row
 from nsagen.tools.decode_grid import Point, dense_bytes, nsa_bytes
@@ -42,7 +42,7 @@ def text(rows: Sequence[Row], bandwidth: float) -> str:
             "",
             *_ratios(at, names, points),
             f"copy bandwidth {bandwidth / 1e12:.3g} TB/s, bytes read and written",
-            *_reasons(rows),
+            *reasons((r.name, r.reason, r.point.label) for r in rows),
         ]
     )
 
@@ -78,15 +78,6 @@ def _ratio(a: float | None, b: float | None) -> str:
     return NONE if a is None or not b else f"{a / b:.2f}"
 
 
-def _reasons(rows: Sequence[Row]) -> Iterator[str]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row.reason:
-            found.setdefault((row.name, row.reason), []).append(row.point.label)
-    for (name, reason), at in found.items():
-        yield f"{NONE} {name} at {', '.join(at)}: {reason}"
-
-
 def record(
     compiled: Compiled, command: str, dtype: str, where: dict[str, Any], bandwidth: float, rows: Sequence[Row]
 ) -> dict[str, Any]:
@@ -95,5 +86,5 @@ def record(
     sizes = [
         {**vars(p), "dense_bytes": dense_bytes(compiled.spec, p), "nsa_bytes": nsa_bytes(compiled, p)} for p in points
     ]
-    what = {"spec": compiled.spec.to_dict(), "digest": compiled.digest, "dtype": dtype, "command": command}
-    return {**where, **what, "copy_bandwidth": bandwidth, "points": sizes, "rows": [r.record() for r in rows]}
+    head = heading(compiled, command, dtype, where)
+    return {**head, "copy_bandwidth": bandwidth, "points": sizes, "rows": [r.record() for r in rows]}
