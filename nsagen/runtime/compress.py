@@ -99,7 +99,9 @@ class Compressor(nn.Module):
     @property
     def plain_mean(self) -> bool:
         """Whether φ is the mean and nothing else, which a kernel may take in its place."""
-        return type(self) is MeanCompressor and self.rope is None
+        own = type(self)
+        untouched = own.forward is Compressor.forward and own.of_blocks is Compressor.of_blocks
+        return isinstance(self, MeanCompressor) and untouched and own.pool is MeanPool and self.rope is None
 
     def _pooled(self, pool: Pool, x: Tensor, rows: _Rows) -> Tensor:
         return pool(self._chunks(x, rows), rows.size).to(x.dtype)

@@ -324,3 +324,19 @@ def test_packed_never_waits_for_the_device(kind: str) -> None:
         (k_cmp.sum() + v_cmp.sum()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_kernel_may_take_the_place_of_a_mean_that_is_only_named_anew() -> None:
+    """Generated modules name their own class; one that computes something else must be asked."""
+
+    class Named(MeanCompressor):
+        pass
+
+    class Doubled(MeanCompressor):
+        def forward(self, *args: Tensor, **named: Tensor) -> tuple[Tensor, Tensor]:
+            k_cmp, v_cmp = super().forward(*args, **named)
+            return 2 * k_cmp, v_cmp
+
+    sizes = {"block": 4, "stride": 2, "kv_heads": HEADS, "k_dim": K_DIM, "v_dim": V_DIM}
+    assert Named(**sizes).plain_mean
+    assert not Doubled(**sizes).plain_mean
