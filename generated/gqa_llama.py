@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  0769ca76cbb0
+content  b49361ee1002
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -15,9 +15,11 @@ compressed_sum           split_queries, because few key tiles, the first seen by
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_list            block_major, because group 4: a (query, block) pair costs 0.96 ns in parts, against 3.41 ns for reading the block once a query; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+selected_merge           block_major, because group 4: a (query, block) pair costs 0.96 ns in parts, against 3.41 ns for reading the block once a query
+selected_dkv             block_major, because group 4: a (query, block) pair costs 1.28 ns in parts, against 4.05 ns for reading the block once a query; key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
+selected_dq              block_major, because group 4: a (query, block) pair costs 1.28 ns in parts, against 4.05 ns for reading the block once a query
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_0769ca76cbb0"
+_SPACE = "nsagen_gqa_llama_b49361ee1002"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -204,34 +206,40 @@ _CONFIGS = {
             Config(16, 16, 1, 1, 24576), Config(16, 32, 1, 2, 73728), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
             Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
         ),
-    }),
-    "selected_dq": Tiles("selected_dq", "eec5e9980400", {
+    }, (0, 2048)),
+    "selected_list": Tiles("selected_list", "a22ade82cc11", {
         ("sm_80", 16): (
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 2, 24576), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 3, 57344),
-            Config(16, 64, 2, 2, 73728), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576), Config(16, 64, 2, 1, 40960),
-            Config(16, 64, 2, 3, 106496), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
+            Config(64, 64, 4, 3, 81920), Config(64, 64, 4, 2, 65536), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304),
+            Config(64, 32, 4, 3, 65536), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 81920), Config(128, 32, 8, 3, 114688),
+            Config(128, 32, 8, 2, 81920), Config(64, 64, 4, 1, 49152), Config(128, 32, 4, 3, 114688), Config(64, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 2, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920),
-            Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
+            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
+            Config(64, 16, 8, 2, 81920), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 49152),
+            Config(32, 32, 8, 1, 49152), Config(16, 32, 4, 3, 57344), Config(32, 32, 8, 2, 65536), Config(32, 32, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
-            Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 3, 57344), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 2, 40960),
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576),
-            Config(16, 64, 2, 1, 40960), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
+            Config(64, 64, 4, 3, 81920), Config(64, 64, 4, 2, 65536), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304),
+            Config(64, 32, 4, 3, 65536), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 3, 114688), Config(128, 32, 4, 2, 81920),
+            Config(128, 32, 8, 3, 114688), Config(128, 32, 8, 2, 81920), Config(64, 64, 4, 1, 49152), Config(64, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 12288),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 2, 1, 49152), Config(16, 32, 1, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688),
-            Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
-        ),
-    }),
-    "selected_dkv": Tiles("selected_dkv", "09e653211910", {
+    }, (2048, None)),
+    "selected_merge": Tiles("selected_merge", "d087d509beee", {
         ("sm_80", 16): (
-            Config(32, 64, 4, 2, 69632), Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 64, 8, 2, 106496), Config(32, 32, 4, 3, 67584),
-            Config(32, 64, 8, 3, 86016), Config(32, 32, 4, 2, 51200), Config(32, 64, 8, 2, 69632), Config(64, 32, 4, 3, 118784),
+            Config(1, 1, 1, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(1, 1, 1, 1, 0),
+        ),
+    }, (2048, None)),
+    "selected_dkv": Tiles("selected_dkv", "20021d598eeb", {
+        ("sm_80", 16): (
+            Config(32, 64, 4, 2, 69632), Config(64, 64, 4, 3, 139264), Config(64, 64, 4, 2, 106496), Config(32, 64, 4, 3, 86016),
+            Config(16, 64, 4, 3, 59392), Config(64, 64, 4, 1, 73728), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 1, 53248),
+            Config(64, 64, 8, 3, 139264), Config(64, 64, 8, 2, 106496), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
@@ -241,9 +249,9 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
-            Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496),
-            Config(128, 64, 8, 2, 180224), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016), Config(32, 32, 4, 2, 51200),
+            Config(64, 64, 4, 2, 106496), Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(64, 64, 4, 3, 139264),
+            Config(16, 64, 4, 3, 59392), Config(64, 64, 4, 1, 73728), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 1, 53248),
+            Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496), Config(128, 64, 8, 2, 180224),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_90", 32): (
@@ -259,6 +267,14 @@ _CONFIGS = {
         ),
         ("sm_80", 32): (
             Config(1, 16, 4, 1, 0),
+        ),
+    }),
+    "selected_dq": Tiles("selected_dq", "6abcd19924c7", {
+        ("sm_80", 16): (
+            Config(1, 1, 1, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(1, 1, 1, 1, 0),
         ),
     }),
     "window_fwd": Tiles("window_fwd", "003936770bb3", {
@@ -967,102 +983,144 @@ def selected_fwd(
 
 
 @triton.jit
-def selected_dq_step(
-    dq0,
-    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
-    BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
+def selected_list_step(
+    k0, v0, q_ptr, q_st, q_sh, s, n, entry, end, scale, list_ptr, first_row,
+    first_place, tile, out_parts_ptr, lse_parts_ptr, TILES: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t"""
-    s = s0 + tl.arange(0, BN)
-    row = s.to(tl.int64)
-    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
-    dp = tl.zeros([t.shape[0], BN], dtype=tl.float32)
+    """The parts of BT entries; lse in log2 units. C0: s <= t"""
+    row = tl.arange(0, BM)
+    head = row % 4
+    entry += row // 4
+    live = (entry < end)
+    place = tl.load(list_ptr + entry, mask=live, other=0)  # in the lists [B, T, 8, 16]
+    t = (place // 128 - first_row).to(tl.int32)
+    q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
+    x = tl.zeros([BM, s.shape[1]], dtype=tl.float32)
     d = tl.arange(0, 128)[None, :]
-    k0 = device.load(k_ptr + row[:, None] * k_st + d, (s < n)[:, None], EXTENT)  # [BN, 128]
-    x = tl.dot(q0, tl.trans(k0), x, input_precision=PRECISION)
-    d = tl.arange(0, 128)[:, None]
-    v = device.load(v_ptr + row[None, :] * v_st + d, (row < n)[None, :], EXTENT)  # [128, BN]
-    dp = tl.dot(do0, v, dp, input_precision=PRECISION)
-    p = tl.exp2(x * scale - lse)
-    s = s[None, :]
+    q = device.load(q_ptr + q_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
+    x = tl.dot(q, tl.trans(k0), x, input_precision=PRECISION)
+    t = t[:, None]
+    x = tl.where(s < n, x, float("-inf"))
     if C0:
-        p = tl.where(s <= t, p, 0.0)
-    if EXTENT:
-        p = tl.where(s < n, p, 0.0)
-    ds = p * (dp - delta)
-    dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
-    return dq0
+        x = tl.where(s <= t, x, float("-inf"))
+    m = tl.maximum(tl.max(x, 1) * scale, -1.0e30)  # finite: a row that sees nothing of the block must not give NaN
+    p = tl.exp2(x * scale - m[:, None])
+    z = tl.sum(p, 1)
+    some = z > 0
+    z = tl.where(some, z, 1.0)
+    part = ((place - first_place).to(tl.int64) * TILES + tile) * 4 + head
+    tl.store(lse_parts_ptr + part, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
+    d = tl.arange(0, 128)[None, :]
+    out = tl.dot(p.to(v0.dtype), v0, input_precision=PRECISION) / z[:, None]
+    tl.store(out_parts_ptr + part[:, None] * 128 + d, out.to(out_parts_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
-def selected_dq(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
-    T, tiles, sequences, scale,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "slots", "sequences", "blocks", "chunk_first", "chunk_rows"])
+def selected_list(
+    q_ptr, k_ptr, v_ptr, list_ptr, items_ptr, out_parts_ptr, lse_parts_ptr, cu_ptr,
+    T, slots, sequences, blocks, chunk_first, chunk_rows, scale, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """dq from the scores recomputed with lse; one program: one query × the 4 heads of one KV head."""
-    BT: tl.constexpr = 1  # queries of a tile, each with the 4 heads of its group
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    h = pid // tiles % 8  # KV head
-    b = (pid // tiles // 8).to(tl.int64)
-    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
-    rows = b * T  # row of that token
+    """an item's parts of out, each a softmax over the item's key block, and their log-sum-exp; one program: BN keys and one item's queries × the 4 heads of one KV head."""
+    BT: tl.constexpr = BM // 4
+    TILES: tl.constexpr = (64 + BN - 1) // BN  # of a block
+    item = tl.program_id(0)
+    block = tl.load(items_ptr + 3 * item)  # (b·8 + h)·slots + slot
+    if block >= blocks:
+        return
+    slot = block % slots
+    h = block // slots % 8
+    b = (block // slots // 8).to(tl.int64)
+    first_place = (b * (T - chunk_rows) + chunk_first) * 128  # the chunk's, in the lists
+    start = tl.full([], 0, dtype=tl.int64)
+    rows = b * T  # of the sequence's first token
     if cu_ptr is not None:
-        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        sequence = device.find_sequence(cu_ptr, slot, sequences, 1, 64)
         start = tl.load(cu_ptr + sequence).to(tl.int64)
         T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
-        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        slot -= device.first_tile(start, sequence, 1, 64).to(tl.int32)
         rows = start
-    t0 = tile * BT
-    if t0 >= T:
-        return
-    first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // BM
-    head = row % BM
-    live = (t < T) & (head < 4)
-    stat = first * 32 + h * 4 + row // BM * 32 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 4 + head).to(tl.int64) * q_sh
-    t = t[:, None]
-    d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
-    do_row = stat * 128
-    d = tl.arange(0, 128)[None, :]
-    do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
-    lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    delta = device.load(delta_ptr + stat, live, True)
-    lse, delta = lse[:, None], delta[:, None]
-    dq0 = tl.zeros([BM, 128], dtype=tl.float32)
+    s0 = slot * 64 + tl.program_id(1) * BN
     n = T  # keys
     key_row = start
     k_base = k_ptr + b * k_sb + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + b * v_sb + key_row * v_st + h.to(tl.int64) * v_sh
-    # causal: s <= t, in the listed blocks
-    listed = (first * 8 + h) * 16
-    entry = tl.arange(0, 16)
-    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
-    blocks = tl.sum((named >= 0).to(tl.int32))
-    tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
-    for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
-        block = tl.load(blocks_ptr + listed + step // tiles_of_block)
-        s0 = block * 64 + step % tiles_of_block * BN
-        dq0 = selected_dq_step(
-            dq0, q0, do0, lse, delta,
-            k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
-        )
-    dq_row = stat * 128
+    n = min(n, slot * 64 + 64)
+    s = s0 + tl.arange(0, BN)
+    row = s.to(tl.int64)
+    inside = (s < n)[:, None]
     d = tl.arange(0, 128)[None, :]
-    device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
+    k0 = tl.load(k_base + row[:, None] * k_st + d, mask=inside, other=0.0)
+    d = tl.arange(0, 128)[None, :]
+    v0 = tl.load(v_base + row[:, None] * v_st + d, mask=inside, other=0.0)
+    head = h * 4
+    stat = rows * 32 + head  # of query 0, first head of the group
+    q_base = q_ptr + b * q_sb + start * q_st + head.to(tl.int64) * q_sh
+    scale2 = scale * 1.4426950408889634
+    s = s[None, :]
+    end = tl.load(items_ptr + 3 * item + 2)
+    for entry in range(tl.load(items_ptr + 3 * item + 1), end, BT):
+        selected_list_step(
+            k0, v0, q_base, q_st, q_sh, s, n, entry, end, scale2, list_ptr, rows,
+            first_place, tl.program_id(1), out_parts_ptr, lse_parts_ptr, TILES, BM, BT, PRECISION, C0=True, EXTENT=True,
+        )
+
+
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "rows", "chunk_rows"])
+def selected_merge(
+    out_parts_ptr, lse_parts_ptr, blocks_ptr, out_ptr, lse_ptr, cu_ptr, T, sequences, chunk_first, rows, chunk_rows,
+    TILES: tl.constexpr,
+):
+    """out and its log-sum-exp from the parts of the query's listed blocks; one program: a query and the heads of one KV head."""
+    pid = tl.program_id(0)
+    h = pid % 8
+    row = pid // 8 % rows
+    b = (pid // 8 // rows).to(tl.int64)
+    t = chunk_first + row
+    listed = ((b * T + t) * 8 + h) * 16
+    part = ((b * chunk_rows + row) * 8 + h) * 16 * TILES
+    head = tl.arange(0, 4)
+    live = head < 4
+    stat = (b * T + t) * 32 + h * 4 + head
+    if cu_ptr is not None:
+        sequence = device.sequence_of(cu_ptr, t, sequences)
+        start = tl.load(cu_ptr + sequence)
+        T = tl.load(cu_ptr + sequence + 1) - start
+        if t - start >= T:  # a row of no sequence
+            return
+    blocks = (T + 63) // 64  # of the sequence: a list may name others, which left nothing
+    entry = tl.arange(0, 16)
+    block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    there = ((block >= 0) & (block < blocks))[:, None] & live[None, :]
+    m = tl.full([4], -1.0e30, dtype=tl.float32)  # finite, as in the parts of rows that see nothing
+    z = tl.zeros([4], dtype=tl.float32)
+    for tile in tl.static_range(TILES):
+        every = (part + entry * TILES + tile)[:, None] * 4 + head[None, :]
+        lse = tl.load(lse_parts_ptr + every, mask=there, other=float("-inf"))
+        top = tl.maximum(m, tl.max(lse, 0))
+        z = z * tl.exp2(m - top) + tl.sum(tl.exp2(lse - top[None, :]), 0)
+        m = top
+    some = z > 0  # a row that sees nothing: output 0, lse −inf
+    lse_all = m + tl.log2(tl.where(some, z, 1.0))
+    tl.store(lse_ptr + stat, tl.where(some, lse_all * 0.6931471805599453, float("-inf")), mask=live)
+    d = tl.arange(0, 128)[None, :]
+    acc = tl.zeros([4, 128], dtype=tl.float32)
+    for i in range(0, end * TILES):
+        own = tl.load(blocks_ptr + listed + i // TILES)
+        mine = live & (own >= 0) & (own < blocks)
+        at = (part + i) * 4 + head
+        weight = tl.exp2(tl.load(lse_parts_ptr + at, mask=mine, other=float("-inf")) - lse_all)
+        out = tl.load(out_parts_ptr + at[:, None] * 128 + d, mask=mine[:, None], other=0.0)
+        acc += weight[:, None] * out.to(tl.float32)
+    tl.store(out_ptr + stat[:, None] * 128 + d, acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def selected_dkv_step(
     dk0, dv0,
-    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row,
+    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row, first_place, tile, n, dq_parts_ptr, TILES: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
@@ -1071,7 +1129,8 @@ def selected_dkv_step(
     head = row % 4
     entry = t0 + row // 4  # of the inverse list
     live = (entry < T)
-    t = tl.load(list_ptr + entry, mask=live, other=0) - first_row
+    place = tl.load(list_ptr + entry, mask=live, other=0)  # in the lists [B, T, 8, 16]
+    t = (place // 128 - first_row).to(tl.int32)
     stat = t.to(tl.int64) * 32 + head
     do_row = stat * 128
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
@@ -1087,23 +1146,29 @@ def selected_dkv_step(
     t = t[None, :]
     if C0:
         p = tl.where(s <= t, p, 0.0)
+    p = tl.where(s < n, p, 0.0)  # keys past the block, which are 0, have a part in dq: inf·0 where lse is low
     d = tl.arange(0, 128)[None, :]
     do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
+    part = (((place - first_place).to(tl.int64) * TILES + tile) * 4 + head) * 128
+    d = tl.arange(0, 128)[None, :]
+    dq = tl.dot(tl.trans(ds.to(k0.dtype)), k0, input_precision=PRECISION) * (scale * 0.6931471805599453)
+    tl.store(dq_parts_ptr + part[:, None] + d, dq.to(dq_parts_ptr.dtype.element_ty), mask=live[:, None])
     return dk0, dv0
 
 
-@triton.jit(do_not_specialize=["T", "slots", "sequences", "blocks"])
+@triton.jit(do_not_specialize=["T", "slots", "sequences", "blocks", "chunk_first", "chunk_rows"])
 def selected_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, list_ptr, items_ptr, parts_ptr, cu_ptr,
-    T, slots, sequences, blocks, scale, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, list_ptr, items_ptr, parts_ptr, dq_parts_ptr, cu_ptr,
+    T, slots, sequences, blocks, chunk_first, chunk_rows, scale, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """an item's part of dk and dv, float32, from the scores recomputed with lse; one program: BN keys and one item's queries × the 4 heads of one KV head."""
     BT: tl.constexpr = BM // 4
+    TILES: tl.constexpr = (64 + BN - 1) // BN  # of a block
     item = tl.program_id(0)
     block = tl.load(items_ptr + 3 * item)  # (b·8 + h)·slots + slot
     if block >= blocks:
@@ -1111,6 +1176,7 @@ def selected_dkv(
     slot = block % slots
     h = block // slots % 8
     b = (block // slots // 8).to(tl.int64)
+    first_place = (b * (T - chunk_rows) + chunk_first) * 128  # the chunk's, in the lists
     start = tl.full([], 0, dtype=tl.int64)
     rows = b * T  # of the sequence's first token
     if cu_ptr is not None:
@@ -1144,7 +1210,7 @@ def selected_dkv(
         dk0, dv0 = selected_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, BM, BT, PRECISION, C0=True, EXTENT=True,
+            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, first_place, tl.program_id(1), n, dq_parts_ptr, TILES, BM, BT, PRECISION, C0=True, EXTENT=True,
         )
     part = ((item.to(tl.int64) * 64 + s - slot * 64) * 256)
     inside = s < slot * 64 + 64  # rows past the sequence hold zeros: the sums read them
@@ -1192,6 +1258,42 @@ def selected_sum(
     device.add_to(dk_ptr + key_row * 128 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+
+
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "rows", "chunk_rows"])
+def selected_dq(
+    dq_parts_ptr, blocks_ptr, dq_ptr, cu_ptr, T, sequences, chunk_first, rows, chunk_rows,
+    TILES: tl.constexpr, ACCUMULATE: tl.constexpr,
+):
+    """dq from the parts of the query's listed blocks, added in order; one program: a query and the heads of one KV head."""
+    pid = tl.program_id(0)
+    h = pid % 8
+    row = pid // 8 % rows
+    b = (pid // 8 // rows).to(tl.int64)
+    t = chunk_first + row
+    listed = ((b * T + t) * 8 + h) * 16
+    part = ((b * chunk_rows + row) * 8 + h) * 16 * TILES
+    head = tl.arange(0, 4)
+    live = head < 4
+    stat = (b * T + t) * 32 + h * 4 + head
+    if cu_ptr is not None:
+        sequence = device.sequence_of(cu_ptr, t, sequences)
+        start = tl.load(cu_ptr + sequence)
+        T = tl.load(cu_ptr + sequence + 1) - start
+        if t - start >= T:  # a row of no sequence
+            return
+    blocks = (T + 63) // 64  # of the sequence: a list may name others, which left nothing
+    entry = tl.arange(0, 16)
+    block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    d = tl.arange(0, 128)[None, :]
+    acc = tl.zeros([4, 128], dtype=tl.float32)
+    for i in range(0, end * TILES):
+        own = tl.load(blocks_ptr + listed + i // TILES)
+        mine = live & (own >= 0) & (own < blocks)
+        at = ((part + i) * 4 + head) * 128
+        acc += tl.load(dq_parts_ptr + at[:, None] + d, mask=mine[:, None], other=0.0).to(tl.float32)
+    device.add_to(dq_ptr + stat[:, None] * 128 + d, acc, live[:, None], ACCUMULATE)
 
 
 @triton.jit
@@ -2675,6 +2777,8 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
     batch, length = q.shape[:2]
+    if length >= 2048:
+        return _selected_by_blocks(q, k, v, blocks, cu_seqlens, scale)
     c = launch.pick(_CONFIGS["selected_fwd"], q)
     out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
@@ -2686,6 +2790,33 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     return out, lse
 
 
+def _selected_by_blocks(q, k, v, blocks, cu_seqlens, scale):
+    """The same key block by key block: the parts of a chunk of queries, then their merge."""
+    c = launch.pick(_CONFIGS["selected_list"], q)
+    batch, length = q.shape[:2]
+    out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
+    lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
+    tiles = -(-64 // c.bn)  # of a block
+    chunk = lists.part_chunk(length, q.element_size() * batch * 65536 * tiles)
+    inverse = lists.invert(blocks, 64, cu_seqlens, lists.per_item(chunk, 1024), chunk)
+    part_rows = (batch, chunk, 8, 16, tiles, 4)
+    out_parts = launch.empty(q, (*part_rows, 128), None)
+    lse_parts = launch.empty(q, part_rows, None, torch.float32)
+    packed = launch.sequences(cu_seqlens)
+    for number, first in enumerate(range(0, length, chunk)):
+        rows, items = min(chunk, length - first), inverse.items[number]
+        selected_list[(items.shape[0], tiles)](
+            q, k, v, inverse.places, items, out_parts, lse_parts, cu_seqlens,
+            length, inverse.slots, packed, inverse.first.shape[1] - 1, first, chunk, scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
+        )
+        selected_merge[(rows * 8 * batch,)](
+            out_parts, lse_parts, blocks, out, lse, cu_seqlens, length, packed, first, rows, chunk,
+            tiles, **launch.pick(_CONFIGS["selected_merge"], q).options,
+        )
+    return out, lse
+
+
 def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, scale):
     """dq, dk, dv, each added to its tensor of `into` if that has one."""
     if not launch.use_kernels(q):
@@ -2694,31 +2825,33 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
         )
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
-    dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["selected_dq"], q)
-    tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_dq[(tiles * 8 * batch,)](
-        q, k, v, blocks, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    dq, adds_dq = launch.target(into[0], q, cu_seqlens)
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dkv"], q)
-    inverse = lists.invert(blocks, 64, cu_seqlens, lists.per_item(length, 1024))
-    items, first = inverse.items[0], inverse.first[0]
-    parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
-    total, sub = first.shape[0] - 1, -(-64 // c.bn)
-    selected_dkv[(items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
-        length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
-    )
-    c = launch.pick(_CONFIGS["selected_sum"], q)
-    selected_sum[(total, -(-64 // c.bn))](
-        parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
-        c.bn, adds, **c.options,
-    )
+    tiles = -(-64 // c.bn)  # of a block
+    chunk = lists.part_chunk(length, q.element_size() * batch * 65536 * tiles)
+    inverse = lists.invert(blocks, 64, cu_seqlens, lists.per_item(chunk, 1024), chunk)
+    parts = launch.empty(q, (inverse.items.shape[1], 64, 256), None, torch.float32)
+    dq_parts = launch.empty(q, (batch, chunk, 8, 16, tiles, 4, 128), None)
+    sums, by_query = launch.pick(_CONFIGS["selected_sum"], q), launch.pick(_CONFIGS["selected_dq"], q)
+    total, packed = inverse.first.shape[1] - 1, launch.sequences(cu_seqlens)
+    dk_sum, dv_sum = lists.sums((dk, dv), chunk < length, adds, cu_seqlens)
+    for number, first in enumerate(range(0, length, chunk)):
+        rows, items = min(chunk, length - first), inverse.items[number]
+        selected_dkv[(items.shape[0], tiles)](
+            q, k, v, d_out, lse, delta, inverse.places, items, parts, dq_parts, cu_seqlens,
+            length, inverse.slots, packed, total, first, chunk, scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
+        )
+        selected_sum[(total, -(-64 // sums.bn))](
+            parts, inverse.first[number], dk_sum, dv_sum, cu_seqlens, length, inverse.slots, packed, k.shape[1],
+            sums.bn, adds or number > 0, **sums.options,
+        )
+        selected_dq[(rows * 8 * batch,)](
+            dq_parts, blocks, dq, cu_seqlens, length, packed, first, rows, chunk, tiles, adds_dq, **by_query.options,
+        )
+    lists.round_sums((dk, dv), (dk_sum, dv_sum))
     return dq, dk, dv
 
 
