@@ -22,13 +22,13 @@ def find_sequence(cu_ptr, tile, sequences, STRIDE: tl.constexpr, STEP: tl.conste
 
 
 @triton.jit
-def sequence_of(cu_ptr, row, sequences):
-    """The packed sequence that token row `row` belongs to: the last one that starts at or before it."""
+def sequence_of(cu_ptr, row, sequences, STRIDE: tl.constexpr = 1):  # pyright: ignore[reportArgumentType]
+    """The packed sequence of row `row`, one every STRIDE tokens: the last one that starts at or before it."""
     lo = 0
     hi = sequences
     while hi - lo > 1:
         mid = (lo + hi) // 2
-        first = tl.load(cu_ptr + mid)
+        first = tl.load(cu_ptr + mid) // STRIDE
         lo = tl.where(first <= row, mid, lo)
         hi = tl.where(first <= row, hi, mid)
     return lo
