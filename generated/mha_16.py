@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  7fb6ffe055fd
-runtime  6
+content  3cc0ff7787c0
+runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(6, "mha_16")
+version.require(7, "mha_16")
 
 SPEC = {'name': 'mha_16',
  'heads': {'query': 16, 'kv': 16, 'qk_dim': 128, 'v_dim': 128},
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_7fb6ffe055fd"
+_SPACE = "nsagen_mha_16_3cc0ff7787c0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -177,7 +177,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 8192),
         ),
     }),
-    "select_best": Tiles("select_best", "e50da9edbbc1", {
+    "select_best": Tiles("select_best", "7a758fcbf62e", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -227,7 +227,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }, (2048, None)),
-    "selected_merge": Tiles("selected_merge", "cb07fa206c69", {
+    "selected_merge": Tiles("selected_merge", "10af592b5966", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -269,7 +269,7 @@ _CONFIGS = {
             Config(1, 16, 4, 1, 0),
         ),
     }),
-    "selected_dq": Tiles("selected_dq", "3c6469484853", {
+    "selected_dq": Tiles("selected_dq", "9b7bb1588e37", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -2806,7 +2806,7 @@ def _selected_by_blocks(q, k, v, blocks, cu_seqlens, scale):
     for number, first in enumerate(range(0, length, chunk)):
         rows, items = min(chunk, length - first), inverse.items[number]
         selected_list[(items.shape[0], tiles)](
-            q, k, v, inverse.places, items, out_parts, lse_parts, cu_seqlens,
+            q, k, v, inverse.entries, items, out_parts, lse_parts, cu_seqlens,
             length, inverse.slots, packed, inverse.first.shape[1] - 1, first, chunk, scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
         )
@@ -2840,7 +2840,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     for number, first in enumerate(range(0, length, chunk)):
         rows, items = min(chunk, length - first), inverse.items[number]
         selected_dkv[(items.shape[0], tiles)](
-            q, k, v, d_out, lse, delta, inverse.places, items, parts, dq_parts, cu_seqlens,
+            q, k, v, d_out, lse, delta, inverse.entries, items, parts, dq_parts, cu_seqlens,
             length, inverse.slots, packed, total, first, chunk, scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
         )
@@ -2911,7 +2911,7 @@ def _select(q, k, lse, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["select_scores"], q)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
-    blocks = torch.full((batch, length, 16, 16), -1, dtype=torch.int32, device=q.device)
+    blocks = q.new_empty((batch, length, 16, 16), dtype=torch.int32)
     chunk = launch.chunk(length, 4 * batch * 16 * max(1, k.shape[1]))
     scores = launch.empty(q, (batch, min(chunk, length), 16, max(1, k.shape[1])), None, torch.float32)
     candidates = launch.power_of_two(-(-length // 64))
@@ -3284,7 +3284,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 16)
-    blocks = torch.full((batch, length, 16, 16), -1, dtype=torch.int32, device=q.device)
+    blocks = q.new_empty((batch, length, 16, 16), dtype=torch.int32)
     chunk = launch.chunk(length, 4 * batch * 16 * keys)
     scores = launch.empty(q, (batch, min(chunk, length), 16, keys), None, torch.float32)
     candidates = launch.power_of_two(-(-past.capacity // 64))

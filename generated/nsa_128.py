@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  0143a7fe0e36
-runtime  6
+content  c69e6fef409a
+runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(6, "nsa_128")
+version.require(7, "nsa_128")
 
 SPEC = {'name': 'nsa_128',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_0143a7fe0e36"
+_SPACE = "nsagen_nsa_128_c69e6fef409a"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -175,7 +175,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 8192),
         ),
     }),
-    "select_best": Tiles("select_best", "5686c432cb4a", {
+    "select_best": Tiles("select_best", "e1a2ed663971", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -2710,7 +2710,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-64 // c.bn)
     selected_dkv[(items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
+        q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -2778,7 +2778,7 @@ def _select(q, k, lse, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["select_scores"], q)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
-    blocks = torch.full((batch, length, 4, 16), -1, dtype=torch.int32, device=q.device)
+    blocks = q.new_empty((batch, length, 4, 16), dtype=torch.int32)
     chunk = launch.chunk(length, 4 * batch * 4 * max(1, k.shape[1]))
     scores = launch.empty(q, (batch, min(chunk, length), 4, max(1, k.shape[1])), None, torch.float32)
     candidates = launch.power_of_two(-(-length // 64))
@@ -3151,7 +3151,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 16)
-    blocks = torch.full((batch, length, 4, 16), -1, dtype=torch.int32, device=q.device)
+    blocks = q.new_empty((batch, length, 4, 16), dtype=torch.int32)
     chunk = launch.chunk(length, 4 * batch * 4 * keys)
     scores = launch.empty(q, (batch, min(chunk, length), 4, keys), None, torch.float32)
     candidates = launch.power_of_two(-(-past.capacity // 64))

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  872edc746465
-runtime  6
+content  ebf0233b8c1d
+runtime  7
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -26,7 +26,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(6, "selected_only")
+version.require(7, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_872edc746465"
+_SPACE = "nsagen_selected_only_ebf0233b8c1d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -823,7 +823,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-64 // c.bn)
     selected_dkv[(items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
+        q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )

@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  f421c89889d8
-runtime  6
+content  1d24b23737b6
+runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(6, "tiny")
+version.require(7, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_f421c89889d8"
+_SPACE = "nsagen_tiny_1d24b23737b6"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -133,7 +133,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 4096),
         ),
     }),
-    "select_best": Tiles("select_best", "9b290cd455f6", {
+    "select_best": Tiles("select_best", "f2bb87ba9110", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -2695,7 +2695,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     parts = launch.empty(q, (items.shape[0], 16, 40), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-16 // c.bn)
     selected_dkv[(items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
+        q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -2763,7 +2763,7 @@ def _select(q, k, lse, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["select_scores"], q)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
-    blocks = torch.full((batch, length, 2, 4), -1, dtype=torch.int32, device=q.device)
+    blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
     chunk = launch.chunk(length, 4 * batch * 2 * max(1, k.shape[1]))
     scores = launch.empty(q, (batch, min(chunk, length), 2, max(1, k.shape[1])), None, torch.float32)
     candidates = launch.power_of_two(-(-length // 16))
@@ -3136,7 +3136,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 4)
-    blocks = torch.full((batch, length, 2, 4), -1, dtype=torch.int32, device=q.device)
+    blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
     chunk = launch.chunk(length, 4 * batch * 2 * keys)
     scores = launch.empty(q, (batch, min(chunk, length), 2, keys), None, torch.float32)
     candidates = launch.power_of_two(-(-past.capacity // 16))

@@ -37,7 +37,7 @@ PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathe
 BEST = 1.6e12  # of scores, which a selection reads in strides
 COPY = 3.9e12
 LAUNCH = 4e-6  # seconds: less does not show
-INVERSE = 0.47e-3, 72e-12  # seconds for the inverse of the lists: about twenty small launches, and a sort an entry
+INVERSE = 0.47e-3, 72e-12  # seconds for the inverse of the lists, before its kernels (docs/performance.md, step 14)
 SAMPLES = 64  # tiles whose loops are counted
 
 Tile = tuple[int, int]  # BM, BN
