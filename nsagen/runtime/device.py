@@ -64,6 +64,19 @@ def tile_rows(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
+def arrives_last(counter_ptr, programs):
+    """Whether this is the last of `programs` that share the int32 counter, 0 before the first and again after the last.
+
+    What the others stored before is there for the last one: all threads' stores are out before one thread counts.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
 def load(ptr, mask, GUARD: tl.constexpr):
     """tl.load, with the mask (else 0) only if GUARD: a tile proved to lie inside needs none."""
     if GUARD:
@@ -109,13 +122,13 @@ def known_rows(
 
 @triton.jit
 def mean_of_block(
-    new, new_st, store, store_st, out, table_ptr, start, past, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    new, new_st, store, store_st, out, table_ptr, start, past, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]."""
+    """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]; ROWS are loaded at once."""
     sums = tl.zeros([WIDTH], dtype=tl.float32)
-    for first in range(0, BLOCK, 16):
-        s = start + first + tl.arange(0, 16)
+    for first in range(0, BLOCK, ROWS):
+        s = start + first + tl.arange(0, ROWS)
         inside = s < start + BLOCK
         x = known_rows(new, new_st, store, store_st, table_ptr, s, inside, past, DIM, WIDTH, PAGE)
         sums += tl.sum(x.to(tl.float32), 0)

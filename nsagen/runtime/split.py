@@ -10,6 +10,7 @@ from nsagen.runtime.launch import power_of_two
 
 PROGRAMS = 1024  # of a launch: a few for every place on the GPU, so that its end is even
 MOST_RUNS = 32  # more parts of a row would cost as much as its keys
+APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
 
@@ -42,8 +43,3 @@ def longest(ranges: list[tuple[int, int]], step: int) -> int:
 def rows(q: Tensor, group: int) -> int:
     """Rows of a tile: the step's queries (q [B, m, Hq, Dqk]) times the heads of a group, as far as they fit."""
     return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
-
-
-def selection_warps(candidates: int) -> int:
-    """Warps of a program that holds a row of candidates and log-sums of a few heads."""
-    return min(16, max(1, candidates // 128))
