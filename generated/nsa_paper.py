@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  55f1772fd4ac
+content  3c6459bbeb2f
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -33,7 +33,7 @@ select_best_cached       row_a_program, because a row of scores fits the registe
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
-decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
+decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
 decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 """
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_paper_55f1772fd4ac"
+_SPACE = "nsagen_nsa_paper_3c6459bbeb2f"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -394,7 +394,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "44886ca62873", {
+    "decode_scores": Tiles("decode_scores", "f006fcf832fa", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -2219,51 +2219,52 @@ def window_cached(
 
 
 @triton.jit
+def decode_select_scores(sums, lse, there, j, ended, groups):
+    """Importance of the candidates j: probabilities of their keys, summed over the heads; sums, lse in log2 units [heads, 1]."""
+    score = tl.zeros([j.shape[0]], dtype=tl.float32)
+    end = tl.cdiv(ended, 4)  # of the groups whose sums are there; loads go on to a whole vector
+    x0 = tl.load(sums + j[None, :], mask=there & (j < tl.cdiv(end, 4) * 4)[None, :], other=float("-inf"))
+    x1 = tl.load(sums + groups + j[None, :], mask=there & (j < tl.cdiv(end + 1, 4) * 4)[None, :], other=float("-inf"))
+    score += tl.sum(tl.where((j < end)[None, :], tl.exp2(x0 - lse), 0.0), 0)
+    score += tl.sum(tl.where(((j > 0) & (j < end + 1))[None, :], tl.exp2(x1 - lse), 0.0), 0)
+    return score
+
+
+@triton.jit
 def decode_select(
-    sums_ptr, lses_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
 
-    row: b·queries + query; t: its position. Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
-    the query; ties go to the lower block.
+    row: b·queries + query; t: its position. Scores are not negative, so their bits sort as integers. Forced blocks
+    score +inf; candidates start at or before the query; ties go to the lower block.
     """
-    at = (row * 4 + h) * 16
     ended = max(0, t + 1 - 32 + 16) // 16  # keys
     own = t // 64
+    head = tl.arange(0, 16)
+    there = (head < 16)[:, None]
+    stat = (row * 64 + h * 16 + head)[:, None]
+    part = tl.arange(0, SPLITS)[None, :]
+    lses = tl.load(lses_ptr + part * part_rows + stat, mask=there & (part < splits), other=float("-inf"))
+    top = tl.max(lses, 1)
+    some = top > float("-inf")  # else no key has ended, and no sum is read
+    z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
+    lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
+    sums = sums_ptr + stat * (2 * groups)
     j = tl.arange(0, CANDIDATES)
-    part = tl.arange(0, SPLITS)
-    score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    for first in tl.static_range(0, 16, 4):
-        head = first + tl.arange(0, 4)
-        stat = row * 64 + h * 16 + head
-        there = (head < 16)[:, None]
-        lses = tl.load(lses_ptr + part[None, :] * part_rows + stat[:, None], mask=there & (part < splits)[None, :], other=float("-inf"))
-        top = tl.max(lses, 1)
-        some = top > float("-inf")  # else no key has ended, and no sum is read
-        z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-        lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
-        sums = sums_ptr + stat[:, None] * (2 * groups)
-        i = (j)[None, :]
-        x = tl.load(sums + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
-        i = (j - 1)[None, :]
-        x = tl.load(sums + groups + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
+    if CANDIDATES <= 256:
+        score = decode_select_scores(sums, lse, there, j, ended, groups)
+    else:  # more than the registers hold for all heads: some at a time, set down and taken up again
+        scores = scores_ptr + (row * 4 + h) * CANDIDATES
+        for first in range(0, own + 1, 256):
+            these = first + tl.arange(0, 256)
+            tl.store(scores + these, decode_select_scores(sums, lse, there, these, ended, groups))
+        tl.debug_barrier()
+        score = tl.load(scores + j, mask=j <= own, other=0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
-    least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 16 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(blocks_ptr + at + place, j, mask=chosen)
-    slot = tl.arange(0, 16)
-    tl.store(blocks_ptr + at + slot, tl.full([16], -1, dtype=tl.int32), mask=(slot >= tl.sum(chosen.to(tl.int32))) & (slot < 16))
+    device.store_best(bits, blocks_ptr + (row * 4 + h) * 16, 16, 16)
 
 
 @triton.jit
@@ -2304,7 +2305,7 @@ def decode_scores_step(
     weight = tl.where(s % 4 == 3, 1.0, weight)
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
     part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
-    tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
+    tl.store(sums_ptr[:, None] + groups + 1 + group, part, mask=live[:, None] & (group + 1 < groups))
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
@@ -2364,9 +2365,9 @@ def decode_scores_source(
     tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
@@ -2399,7 +2400,7 @@ def decode_scores(
     shared = splits  # programs of the tile
     if device.arrives_last(arrivals_ptr + (b * 4 + h) * tiles + tile, shared):
         for i in range(first, tl.minimum(first + BT, queries)):
-            decode_select(sums_ptr, lses_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, CANDIDATES, SPLITS)
+            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, CANDIDATES, SPLITS)
 
 
 @triton.jit
@@ -3422,7 +3423,7 @@ def _append(k, v, phi, cache):
 
 
 def _decode_scores(q, k, v, past, scale):
-    """The parts of compressed, of each run of keys the output and lse, log2 units; blocks int32 [B, m, Hkv, n], the best."""
+    """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
     c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -3432,13 +3433,15 @@ def _decode_scores(q, k, v, past, scale):
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
-    groups = -(-max(1, past.capacity // 16) // 4)
+    groups = split.groups(past.capacity // 16, 4)
+    candidates = launch.power_of_two(-(-past.capacity // 64))
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
+    scores = launch.empty(q, (batch, queries, 4, candidates), None, torch.float32)
     blocks = q.new_empty((batch, queries, 4, 16), dtype=torch.int32)
     decode_scores[(4 * batch * programs,)](
-        q, k, v, parts, lses, sums, blocks, past.arrivals, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        q, k, v, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, queries, past.capacity,
         batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
-        launch.precision(q), past.page, launch.power_of_two(-(-past.capacity // 64)), runs.width, **c.options,
+        launch.precision(q), past.page, candidates, runs.width, **c.options,
     )
     return parts, lses, blocks
 

@@ -33,7 +33,7 @@ LOG_SUMS = Choice(
     "scores_once", "a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known"
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
-ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found bit by bit")
+ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found two bits a round")
 RIDES = Choice(
     "rides", "the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile"
 )
@@ -137,7 +137,8 @@ def _split(name: str, lanes: tuple[Lane, ...], select: Select | None) -> Kernel:
 
 def _selection(select: Select) -> Kernel:
     operands = (
-        _operand("sums", "sums", "load"), _operand("lses", "part_lse", "load"), _operand("blocks", "blocks", "store")
+        _operand("sums", "sums", "load"), _operand("lses", "part_lse", "load"),
+        _operand("scores", "scores", "store"), _operand("blocks", "blocks", "store"),
     )  # fmt: skip
     flat = Grid(None, BM, "ascending")
     kernel = Kernel("decode_select", "", "split_select", flat, operands, (), (ROW, FIXED_ORDER, RIDES), cached=True)
@@ -167,7 +168,7 @@ def decode_op(graph: Graph, inputs: tuple[str, ...]) -> Op:
     if of.select:
         launches.append(_split_launch("decode_scores", of.scores, of.select))
         lses = of.scores[0].lse
-        binds = (("sums", "split_sums"), ("lses", lses), ("blocks", of.select.out))
+        binds = (("sums", "split_sums"), ("lses", lses), ("scores", "split_scores"), ("blocks", of.select.out))
         launches.append(Launch("decode_select", binds, rides="decode_scores"))
     launches.append(_split_launch("decode_attend", of.attend, None))
     merged = [bind for x in of.merged for bind in ((f"parts_{x.name}", x.out), (f"lses_{x.name}", x.lse))]
@@ -204,5 +205,7 @@ def decode_buffers(graph: Graph) -> list[Buffer]:
         per = of.select.grouped
         groups = floordiv(of.select.axis.length() + per - 1, per)
         shape = (batch, TOKENS, heads, const(len(of.select.group_weights)), groups)
+        blocks = (batch, TOKENS, const(h.kv), floordiv(TOKENS + of.select.size - 1, of.select.size))
+        found.append(Buffer("split_scores", ("B", "T", "Hkv", "blocks"), blocks, "float32", "workspace"))
         found.append(Buffer("split_sums", ("B", "T", "Hq", "blocks", "groups"), shape, "float32", "workspace"))
     return found

@@ -80,14 +80,14 @@ class SplitKernelView:
     @property
     def brought(self) -> tuple[str, ...]:
         """What comes for the rider's sake from outside."""
-        return tuple(x for x in self.more if x not in ("blocks", "out"))
+        return tuple(x for x in self.more if x not in ("scores", "blocks", "out"))
 
     @property
     def doc(self) -> str:
         what = ", ".join(s.lse.removeprefix("split_lse_") for s in self.sources)
         if not self.sums:
             return f"{what} and what was attended to before, in runs of keys that the last program merges -> out."
-        parts = f"The parts of {what}, of each run of keys the output and lse, log2 units; " if self.sources[0].v else ""
+        parts = f"Parts of {what}, of each run of keys the output and lse in log2 units; " if self.sources[0].v else ""
         return f"{parts}blocks int32 [B, m, Hkv, n], the best."
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nsagen.ir.plan import Kernel, Plan
 from nsagen.render.view import power_of_two
 
-MOST_HEADS = 4  # whose log-sums a selection holds at once
+MOST_SUMS = 4096  # log-sums that a selection holds at once, of each kind
 AT_ONCE = 8  # parts of a row whose loads are under way together
 
 
@@ -21,7 +21,7 @@ class LaneView:
 
 @dataclass(frozen=True)
 class RiderView:
-    """What the last program of a query tile of the host kernel goes on with, and what it is given in the words of its host."""
+    """What the last program of a query tile goes on with, and what it is given: in the words of the kernel below it."""
 
     name: str
     pointers: tuple[str, ...]  # by the rider's operands
@@ -40,7 +40,7 @@ class SplitView:
     pointers: str  # of keys, values, lists and parts
     group_weights: tuple[tuple[tuple[int, int], ...], ...]  # (key of a group, weight): for its own block, for the next
     alone: int  # rows of a tile that holds one query
-    heads: int  # of a step of the selection
+    together: int  # candidates whose scores a selection adds up at once
     merged: tuple[LaneView, ...]
     rider: RiderView | None
     at_once: int = AT_ONCE  # parts that a merge loads together
@@ -58,7 +58,7 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role not in ("q", "sums")),
         group_weights=tuple(tuple((i, w) for i, w in enumerate(row) if w) for row in weights),
         alone=max(16, group),
-        heads=min(MOST_HEADS, group),
+        together=max(16, MOST_SUMS // group),
         merged=tuple(LaneView(o.name.removeprefix("parts_"), o.source) for o in parts),
         rider=_rider(kernel, plan),
     )

@@ -35,6 +35,12 @@ def runs(programs: int, longest: int, step: int) -> Runs:
     return Runs(-(-tiles // each), each * step)
 
 
+def groups(keys: int, per: int) -> int:
+    """Places in a row of log-sums, of `per` keys each: one more than there are, for what reaches the next block, and a
+    multiple of 16, so that they are loaded in vectors."""
+    return -(-(-(-keys // per) + 1) // 16) * 16
+
+
 def longest(ranges: list[tuple[int, int]], step: int) -> int:
     """Keys that a query tile walks at most, from its walks' ranges; they need not start at a step's start."""
     return max(hi - lo // step * step for lo, hi in ranges)

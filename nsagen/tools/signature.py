@@ -99,7 +99,7 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
     if what in ("sb", "st", "sh"):
         operand = _operand(stem, job.kernel)
         return "i32", operand is not None and operand.role in CALLERS and _stride(operand, what, plan) % 16 == 0
-    return ("fp32" if name == "scale" else "i32"), False
+    return ("fp32" if name == "scale" else "i32"), name == "groups"
 
 
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
