@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  d107425d8ebf
+content  91e14655c677
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_d107425d8ebf"
+_SPACE = "nsagen_mha_16_91e14655c677"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -391,7 +391,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "9e61cf072863", {
+    "decode_scores": Tiles("decode_scores", "2b415fd1c255", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -406,7 +406,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "2dbc635c9c9b", {
+    "decode_attend": Tiles("decode_attend", "76df48188949", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -2257,13 +2257,14 @@ def decode_scores_source(
 def decode_scores(
     q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 1 queries × the 1 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
     program of a query tile goes on with decode_select. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits
@@ -2484,13 +2485,14 @@ def decode_attend_source1(
 def decode_attend(
     q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 1 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
     program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)
     programs = queries * splits0 + tiles * splits1
@@ -2536,13 +2538,14 @@ def decode_attend(
 def cache_append(
     new_k_ptr, k_ptr, new_v_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 16
     b = (pid // 16).to(tl.int64)
@@ -3273,7 +3276,7 @@ def _append(k, v, phi, cache):
         k["compressed"], cache["k"], v["compressed"], cache["v"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.table, past.table_stride, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
-        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS,
+        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     cache.close(phi, staged)
     return past
@@ -3298,7 +3301,7 @@ def _decode_scores(q, k, v, past, scale):
     decode_scores[(16 * batch * programs,)](
         q, k, v, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, queries, past.capacity,
         batch * queries * 16, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
-        launch.precision(q), past.page, candidates, runs.width, **c.options,
+        launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
     )
     return parts, lses, blocks
 
@@ -3322,7 +3325,7 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
     decode_attend[(16 * batch * programs,)](
         q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
         batch * queries * 16, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return out
 

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  cef08ec63cf5
+content  79c18064f168
 runtime  7
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_cef08ec63cf5"
+_SPACE = "nsagen_selected_only_79c18064f168"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "e9b21169adca", {
+    "decode_attend": Tiles("decode_attend", "84328bcdf172", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -721,13 +721,14 @@ def decode_attend_source(
 def decode_attend(
     q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 16 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
     program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = queries * splits
@@ -764,13 +765,14 @@ def decode_attend(
 def cache_append(
     new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 4
     b = (pid // 4).to(tl.int64)
@@ -1011,7 +1013,7 @@ def _append(k, v, phi, cache):
         k["selected"], cache["k"], v["selected"], cache["v"], cache.lengths, past.lengths,
         past.table, past.table_stride, queries, past.capacity, 0,
         *launch.strides(k["selected"]), *launch.strides(cache["k"]), *launch.strides(v["selected"]), *launch.strides(cache["v"]),
-        tokens, past.page, num_warps=split.APPEND_WARPS,
+        tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     return past
 
@@ -1030,7 +1032,7 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     decode_attend[(4 * batch * programs,)](
         q, k, v, blocks, parts, lses, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return out
 

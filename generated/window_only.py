@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  c666ebd547af
+content  8bd566c9f406
 runtime  7
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -38,7 +38,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_c666ebd547af"
+_SPACE = "nsagen_window_only_8bd566c9f406"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -133,7 +133,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "b55dbd50ced1", {
+    "decode_attend": Tiles("decode_attend", "371dd56e2aca", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -718,13 +718,14 @@ def decode_attend_source(
 def decode_attend(
     q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
     program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits
@@ -761,13 +762,14 @@ def decode_attend(
 def cache_append(
     new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 4
     b = (pid // 4).to(tl.int64)
@@ -995,7 +997,7 @@ def _append(k, v, phi, cache):
         k["window"], cache["k"], v["window"], cache["v"], cache.lengths, past.lengths,
         past.table, past.table_stride, queries, past.capacity, 0,
         *launch.strides(k["window"]), *launch.strides(cache["k"]), *launch.strides(v["window"]), *launch.strides(cache["v"]),
-        tokens, past.page, num_warps=split.APPEND_WARPS,
+        tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     return past
 
@@ -1015,7 +1017,7 @@ def _decode_attend(q, k, v, past, cache, scale):
     decode_attend[(4 * batch * programs,)](
         q, k, v, parts, lses, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return out
 

@@ -64,6 +64,18 @@ def tile_rows(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """The begin of a kernel launched while the one before it may still run (programmatic dependent launch, if EARLY).
+
+    The next kernel's programs may take the places that this one leaves free; nothing is read or written before the
+    kernel before this one has ended, and so all before it.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@triton.jit
 def arrives_last(counter_ptr, programs):
     """Whether this is the last of `programs` that share the int32 counter, 0 before the first and again after the last.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nsagen.runtime.launch import power_of_two
@@ -12,6 +14,9 @@ PROGRAMS = 1024  # of a launch: a few for every place on the GPU, so that its en
 MOST_RUNS = 32  # more parts of a row would cost as much as its keys
 APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
+
+
+EARLY = False  # whether a step's launches overlap where the chip knows how (sm_90 on); not measured yet
 
 
 class Runs(NamedTuple):
@@ -49,3 +54,14 @@ def longest(ranges: list[tuple[int, int]], step: int) -> int:
 def rows(q: Tensor, group: int) -> int:
     """Rows of a tile: the step's queries (q [B, m, Hq, Dqk]) times the heads of a group, as far as they fit."""
     return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Arguments of a step's launch that begins before the one before it has ended: programmatic dependent launch."""
+    return {"EARLY": True, "launch_pdl": True} if EARLY and _overlaps(device) else {"EARLY": False}
+
+
+@lru_cache(maxsize=64)
+def _overlaps(device: torch.device) -> bool:
+    known = device.type == "cuda" and torch.version.hip is None
+    return known and torch.cuda.get_device_capability(device)[0] >= 9

@@ -18,6 +18,7 @@ DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # n
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
 INDICES = ("list", "first", "items", "past", "lengths", "arrivals")  # int32: of block lists, or of a cache
+EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap
 LENGTH = 65536  # tokens, where a compile-time size depends on them
 
 
@@ -71,6 +72,7 @@ def _constants(job: Job) -> dict[str, Any]:
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
         "PAGE": 1,
+        "EARLY": job.arch in EARLY,
         "TILES": 1,  # of a listed block
         "SPLITS": MOST_RUNS,
     }

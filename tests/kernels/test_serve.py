@@ -188,6 +188,7 @@ def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
         of.step(first, first + 1, decode=True)
     now = [*of.cache._stores.values(), of.cache.lengths, of.cache.table, of.cache.past.lengths]
     assert [x.data_ptr() for x in now] == places
+    assert not of.cache.past.arrivals.any()
 
 
 def test_a_full_cache_drops_what_has_no_room(device: str) -> None:
