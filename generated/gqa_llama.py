@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  ccaa57dc08ab
+content  40d3969442a0
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_ccaa57dc08ab"
+_SPACE = "nsagen_gqa_llama_40d3969442a0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -391,7 +391,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "f4b2f43b3458", {
+    "decode_scores": Tiles("decode_scores", "1b7f47b4393b", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -406,7 +406,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "151e9de5bc80", {
+    "decode_attend": Tiles("decode_attend", "33261b7f38e4", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -2145,12 +2145,12 @@ def decode_select(
     lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
     sums = sums_ptr + stat * (2 * groups)
     j = tl.arange(0, CANDIDATES)
-    if CANDIDATES <= 1024:
+    if CANDIDATES <= 512:
         score = decode_select_scores(sums, lse, there, j, ended, groups)
     else:  # more than the registers hold for all heads: some at a time, set down and taken up again
         scores = scores_ptr + (row * 8 + h) * CANDIDATES
-        for first in range(0, own + 1, 1024):
-            these = first + tl.arange(0, 1024)
+        for first in range(0, own + 1, 512):
+            these = first + tl.arange(0, 512)
             tl.store(scores + these, decode_select_scores(sums, lse, there, these, ended, groups))
         tl.debug_barrier()
         score = tl.load(scores + j, mask=j <= own, other=0.0)

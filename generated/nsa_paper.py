@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  a9df7b3dd7e1
+content  f650aeeeed1e
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_paper_a9df7b3dd7e1"
+_SPACE = "nsagen_nsa_paper_f650aeeeed1e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -394,7 +394,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "2423758e4ddf", {
+    "decode_scores": Tiles("decode_scores", "7b1908a6a5b1", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -409,7 +409,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "035d192ec77e", {
+    "decode_attend": Tiles("decode_attend", "299c0357234f", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624),
             Config(16, 64, 4, 2, 88064), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 1, 47104), Config(16, 32, 4, 1, 26624),

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  5b76f21e658c
+content  a1dd3dcbe2e9
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_5b76f21e658c"
+_SPACE = "nsagen_tiny_a1dd3dcbe2e9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -276,7 +276,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "3489aba6307b", {
+    "decode_scores": Tiles("decode_scores", "af901b073deb", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -286,7 +286,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "c837d86d4768", {
+    "decode_attend": Tiles("decode_attend", "da1e4c7b3fcd", {
         ("sm_80", 16): (
             Config(16, 16, 4, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
         ),
@@ -2090,12 +2090,12 @@ def decode_select(
     lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
     sums = sums_ptr + stat * (2 * groups)
     j = tl.arange(0, CANDIDATES)
-    if CANDIDATES <= 1024:
+    if CANDIDATES <= 512:
         score = decode_select_scores(sums, lse, there, j, ended, groups)
     else:  # more than the registers hold for all heads: some at a time, set down and taken up again
         scores = scores_ptr + (row * 2 + h) * CANDIDATES
-        for first in range(0, own + 1, 1024):
-            these = first + tl.arange(0, 1024)
+        for first in range(0, own + 1, 512):
+            these = first + tl.arange(0, 512)
             tl.store(scores + these, decode_select_scores(sums, lse, there, these, ended, groups))
         tl.debug_barrier()
         score = tl.load(scores + j, mask=j <= own, other=0.0)

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  8bd566c9f406
+content  a262139c869e
 runtime  7
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -38,7 +38,7 @@ _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
 )
-_SPACE = "nsagen_window_only_8bd566c9f406"
+_SPACE = "nsagen_window_only_a262139c869e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -133,7 +133,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "371dd56e2aca", {
+    "decode_attend": Tiles("decode_attend", "b8cf477b43da", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
