@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  bc2532bfed1f
+content  5160ce04ff8a
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -33,9 +33,9 @@ select_best_cached       row_a_program, because a row of scores fits the registe
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
-decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 """
 
 from typing import Optional
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_paper_bc2532bfed1f"
+_SPACE = "nsagen_nsa_paper_5160ce04ff8a"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -394,7 +394,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "cf9571db33f8", {
+    "decode_scores": Tiles("decode_scores", "7b1908a6a5b1", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -409,7 +409,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "21efa81d0d4f", {
+    "decode_attend": Tiles("decode_attend", "299c0357234f", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624),
             Config(16, 64, 4, 2, 88064), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 1, 47104), Config(16, 32, 4, 1, 26624),
@@ -2219,6 +2219,55 @@ def window_cached(
 
 
 @triton.jit
+def decode_select_scores(sums, lse, there, j, ended, groups):
+    """Importance of the candidates j: probabilities of their keys, summed over the heads; sums, lse in log2 units [heads, 1]."""
+    score = tl.zeros([j.shape[0]], dtype=tl.float32)
+    end = tl.cdiv(ended, 4)  # of the groups whose sums are there; loads go on to a whole vector
+    x0 = tl.load(sums + j[None, :], mask=there & (j < tl.cdiv(end, 4) * 4)[None, :], other=float("-inf"))
+    x1 = tl.load(sums + groups + j[None, :], mask=there & (j < tl.cdiv(end + 1, 4) * 4)[None, :], other=float("-inf"))
+    score += tl.sum(tl.where((j < end)[None, :], tl.exp2(x0 - lse), 0.0), 0)
+    score += tl.sum(tl.where(((j > 0) & (j < end + 1))[None, :], tl.exp2(x1 - lse), 0.0), 0)
+    return score
+
+
+@triton.jit
+def decode_select(
+    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+):
+    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
+
+    row: b·queries + query; t: its position. Scores are not negative, so their bits sort as integers. Forced blocks
+    score +inf; candidates start at or before the query; ties go to the lower block.
+    """
+    ended = max(0, t + 1 - 32 + 16) // 16  # keys
+    own = t // 64
+    head = tl.arange(0, 16)
+    there = (head < 16)[:, None]
+    stat = (row * 64 + h * 16 + head)[:, None]
+    part = tl.arange(0, SPLITS)[None, :]
+    lses = tl.load(lses_ptr + part * part_rows + stat, mask=there & (part < splits), other=float("-inf"))
+    top = tl.max(lses, 1)
+    some = top > float("-inf")  # else no key has ended, and no sum is read
+    z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
+    lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
+    sums = sums_ptr + stat * (2 * groups)
+    j = tl.arange(0, CANDIDATES)
+    if CANDIDATES <= 256:
+        score = decode_select_scores(sums, lse, there, j, ended, groups)
+    else:  # more than the registers hold for all heads: some at a time, set down and taken up again
+        scores = scores_ptr + (row * 4 + h) * CANDIDATES
+        for first in range(0, own + 1, 256):
+            these = first + tl.arange(0, 256)
+            tl.store(scores + these, decode_select_scores(sums, lse, there, these, ended, groups))
+        tl.debug_barrier()
+        score = tl.load(scores + j, mask=j <= own, other=0.0)
+    forced = (j < 1) | (j > own - 2)
+    score = tl.where(forced, float("inf"), score)
+    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
+    device.store_best(bits, blocks_ptr + (row * 4 + h) * 16, 16, 16)
+
+
+@triton.jit
 def decode_scores_step(
     m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
@@ -2256,7 +2305,7 @@ def decode_scores_step(
     weight = tl.where(s % 4 == 3, 1.0, weight)
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
     part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
-    tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
+    tl.store(sums_ptr[:, None] + groups + 1 + group, part, mask=live[:, None] & (group + 1 < groups))
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
@@ -2316,83 +2365,100 @@ def decode_scores_source(
     tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_select. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 16
+    tiles = tl.cdiv(queries, BT)
+    programs = tiles * splits
     pid = tl.program_id(0)
     h = pid % 4  # KV head
-    b = (pid // 4).to(tl.int64)
+    b = (pid // 4 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
-    programs = tl.cdiv(queries, BM // 16) * splits
+    at = pid // 4 % programs
+    tile = 0
+    programs = tiles * splits
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_scores_source(
             q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
+    first = tile * BT
+    shared = splits  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 4 + h) * tiles + tile, shared):
+        for i in range(first, tl.minimum(first + BT, queries)):
+            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, CANDIDATES, SPLITS)
 
 
-@triton.jit(do_not_specialize=["queries", "splits", "groups", "part_rows"])
-def decode_select(
-    sums_ptr, lses_ptr, blocks_ptr, past_ptr, queries, splits, groups, part_rows, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+@triton.jit
+def decode_merge_parts(
+    m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows,
 ):
-    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
+    """Parts of the rows stat [BM] into the online softmax of their term, in order; m, lses in log2 units."""
+    AT_ONCE: tl.constexpr = 8  # parts whose loads are under way together
+    for first in range(0, splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            part = (first + i) * part_rows + stat
+            lse = tl.load(lses_ptr + part, mask=live & (first + i < splits), other=float("-inf"))
+            some = lse > float("-inf")  # else the run held nothing for the row, and nobody wrote the part
+            m_new = tl.maximum(m, lse)
+            fade = tl.exp2(m - m_new)
+            weight = tl.exp2(lse - m_new)
+            z = z * fade + weight
+            m = m_new
+            d = tl.arange(0, 128)[None, :]
+            x = tl.load(parts_ptr + part[:, None] * 128 + d, mask=some[:, None], other=0.0)  # [BM, 128]
+            acc0 = acc0 * fade[:, None] + weight[:, None] * x
+    return m, z, acc0
 
-    Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
-    the query; ties go to the lower block.
+
+@triton.jit
+def decode_merge(
+    parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, splits_compressed, splits_selected, splits_window, stat, live, part_rows,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+
+    stat [BM]: (b·queries + query)·64 + head of each row.
     """
-    pid = tl.program_id(0)
-    h = pid % 4
-    row = (pid // 4).to(tl.int64)  # b·queries + query
-    t = tl.load(past_ptr + row // queries) + (row % queries).to(tl.int32)
-    at = (row * 4 + h) * 16
-    ended = max(0, t + 1 - 32 + 16) // 16  # keys
-    own = t // 64
-    j = tl.arange(0, CANDIDATES)
-    part = tl.arange(0, SPLITS)
-    score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    for first in tl.static_range(0, 16, 4):
-        head = first + tl.arange(0, 4)
-        stat = row * 64 + h * 16 + head
-        there = (head < 16)[:, None]
-        lses = tl.load(lses_ptr + part[None, :] * part_rows + stat[:, None], mask=there & (part < splits)[None, :], other=float("-inf"))
-        top = tl.max(lses, 1)
-        some = top > float("-inf")  # else no key has ended, and no sum is read
-        z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-        lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
-        sums = sums_ptr + stat[:, None] * (2 * groups)
-        i = (j)[None, :]
-        x = tl.load(sums + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
-        i = (j - 1)[None, :]
-        x = tl.load(sums + groups + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
-    forced = (j < 1) | (j > own - 2)
-    score = tl.where(forced, float("inf"), score)
-    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
-    least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 16 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(blocks_ptr + at + place, j, mask=chosen)
-    slot = tl.arange(0, 16)
-    tl.store(blocks_ptr + at + slot, tl.full([16], -1, dtype=tl.int32), mask=(slot >= tl.sum(chosen.to(tl.int32))) & (slot < 16))
+    BM: tl.constexpr = stat.shape[0]
+    out0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 0, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 1, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_window_ptr, lses_window_ptr, splits_window, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 2, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    d = tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -2534,102 +2600,71 @@ def decode_attend_source1(
     tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 16 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 16
+    tiles = tl.cdiv(queries, BT)
+    programs = queries * splits0 + tiles * splits1
     pid = tl.program_id(0)
     h = pid % 4  # KV head
-    b = (pid // 4).to(tl.int64)
+    b = (pid // 4 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
+    at = pid // 4 % programs
+    tile = 0
     programs = queries * splits0
     if (at >= 0) & (at < programs):
+        tile = at % queries // BT
         decode_attend_source0(
             q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
     at -= programs
-    programs = tl.cdiv(queries, BM // 16) * splits1
+    programs = tiles * splits1
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_attend_source1(
             q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
-
-
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "splits1", "splits2"])
-def decode_merge(
-    parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, parts2_ptr, lses2_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, queries, capacity, part_rows, splits0, splits1, splits2, SPLITS0: tl.constexpr, SPLITS1: tl.constexpr, SPLITS2: tl.constexpr,
-):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query and head.
-
-    The last launch of a step: nothing reads the lengths any more, so they advance here.
-    """
-    row = tl.program_id(0).to(tl.int64)  # (b·queries + query)·64 + head
-    b = row // (queries * 64)
-    if row % (queries * 64) == 0:
-        tl.store(lengths_ptr + b, tl.minimum(tl.load(past_ptr + b) + queries, capacity))
-    out0 = tl.zeros([128], dtype=tl.float32)
-    part0 = tl.arange(0, SPLITS0)
-    lse0 = tl.load(lses0_ptr + part0 * part_rows + row, mask=part0 < splits0, other=float("-inf"))
-    top = tl.max(lse0, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight0 = tl.exp2(lse0 - top)
-    z = tl.sum(weight0, 0)
-    scale = tl.load(gates_ptr + row * 3 + 0).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight0 > 0)[:, None]
-    x = tl.load(parts0_ptr + (part0[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight0[:, None] * x, 0)
-    part1 = tl.arange(0, SPLITS1)
-    lse1 = tl.load(lses1_ptr + part1 * part_rows + row, mask=part1 < splits1, other=float("-inf"))
-    top = tl.max(lse1, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight1 = tl.exp2(lse1 - top)
-    z = tl.sum(weight1, 0)
-    scale = tl.load(gates_ptr + row * 3 + 1).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight1 > 0)[:, None]
-    x = tl.load(parts1_ptr + (part1[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight1[:, None] * x, 0)
-    part2 = tl.arange(0, SPLITS2)
-    lse2 = tl.load(lses2_ptr + part2 * part_rows + row, mask=part2 < splits2, other=float("-inf"))
-    top = tl.max(lse2, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight2 = tl.exp2(lse2 - top)
-    z = tl.sum(weight2, 0)
-    scale = tl.load(gates_ptr + row * 3 + 2).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight2 > 0)[:, None]
-    x = tl.load(parts2_ptr + (part2[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight2[:, None] * x, 0)
-    d = tl.arange(0, 128)
-    tl.store(out_ptr + row * 128 + d, out0.to(out_ptr.dtype.element_ty))
+    first = tile * BT
+    shared = splits0 * tl.minimum(BT, queries - first) + splits1  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 4 + h) * tiles + tile, shared):
+        row = tl.arange(0, BM)
+        i = first + row // 16
+        live = (i < queries) & (row < BT * 16)
+        stat = (b * queries + i) * 64 + h * 16 + row % 16
+        decode_merge(parts_compressed_ptr, lses_compressed_ptr, parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, splits_compressed, splits0, splits1, stat, live, part_rows)
+        if (h == 0) & (tile == 0):  # nothing of the step reads them: it goes by what they were
+            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
     new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_selected_ptr, k_selected_ptr, new_v_selected_ptr, v_selected_ptr, new_k_window_ptr, k_window_ptr, new_v_window_ptr, v_window_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
     new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 4
     b = (pid // 4).to(tl.int64)
@@ -2696,7 +2731,7 @@ def cache_append(
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, out, table_ptr, start, past, 32, 192, 256, PAGE)
+                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, out, table_ptr, start, past, 32, 16, 192, 256, PAGE)
     if job == 7:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2712,7 +2747,7 @@ def cache_append(
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, out, table_ptr, start, past, 32, 128, 128, PAGE)
+                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, out, table_ptr, start, past, 32, 32, 128, 128, PAGE)
 
 
 # The same domains for the path without kernels.
@@ -3344,7 +3379,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8)
 
 
 @torch.no_grad()
@@ -3384,14 +3419,14 @@ def _append(k, v, phi, cache):
         k["compressed"], cache["k_compressed"], v["compressed"], cache["v_compressed"], k["selected"], cache["k_selected"], v["selected"], cache["v_selected"], k["window"], cache["k_window"], v["window"], cache["v_window"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.table, past.table_stride, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k_compressed"]), *launch.strides(v["compressed"]), *launch.strides(cache["v_compressed"]), *launch.strides(k["selected"]), *launch.strides(cache["k_selected"]), *launch.strides(v["selected"]), *launch.strides(cache["v_selected"]), *launch.strides(k["window"]), *launch.strides(cache["k_window"]), *launch.strides(v["window"]), *launch.strides(cache["v_window"]),
-        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
+        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     cache.close(phi, staged)
     return past
 
 
 def _decode_scores(q, k, v, past, scale):
-    """The parts of compressed: of each run of keys the output and lse, log2 units; and the log-sums of blocks."""
+    """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
     c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -3401,18 +3436,21 @@ def _decode_scores(q, k, v, past, scale):
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
-    groups = -(-max(1, past.capacity // 16) // 4)
+    groups = split.groups(past.capacity // 16, 4)
+    candidates = launch.power_of_two(-(-past.capacity // 64))
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
-    decode_scores[(4 * batch, programs)](
-        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, queries, past.capacity,
+    scores = launch.empty(q, (batch, queries, 4, candidates), None, torch.float32)
+    blocks = q.new_empty((batch, queries, 4, 16), dtype=torch.int32)
+    decode_scores[(4 * batch * programs,)](
+        q, k, v, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, queries, past.capacity,
         batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+        launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
     )
-    return parts, lses, sums
+    return parts, lses, blocks
 
 
-def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
-    """The parts of selected, window: of each run of keys the output and lse, log2 units."""
+def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
+    """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -3426,36 +3464,17 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
-    decode_attend[(4 * batch, programs)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+    out = launch.empty(q, (*rows, 128), None)
+    decode_attend[(4 * batch * programs,)](
+        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
+        batch * queries * 64, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
-    return parts0, lses0, parts1, lses1
-
-
-def _decode_select(q, sums, lses, past):
-    """Block lists int32 [B, m, 4, 16]."""
-    batch, queries = q.shape[:2]
-    blocks = q.new_empty((batch, queries, 4, 16), dtype=torch.int32)
-    candidates = launch.power_of_two(-(-past.capacity // 64))
-    splits = lses.shape[0]
-    decode_select[(batch * queries * 4,)](
-        sums, lses, blocks, past.lengths, queries, splits, sums.shape[-1], batch * queries * 64, candidates, 1 << (splits - 1).bit_length(),
-        num_warps=split.selection_warps(candidates),
-    )
-    return blocks
+    return out
 
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
-    """A decoding step in 5 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
+    """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
-    blocks = _decode_select(q, split_sums, split_lse_compressed, past)
-    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache["k_selected"], cache["v_selected"], blocks, cache["k_window"], cache["v_window"], past, scale)
-    out = launch.empty(q, (*q.shape[:3], 128), None)
-    decode_merge[(out.shape[0] * out.shape[1] * 64,)](
-        split_out_compressed, split_lse_compressed, split_out_selected, split_lse_selected, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 64,
-        split_lse_compressed.shape[0], split_lse_selected.shape[0], split_lse_window.shape[0], 1 << (split_lse_compressed.shape[0] - 1).bit_length(), 1 << (split_lse_selected.shape[0] - 1).bit_length(), 1 << (split_lse_window.shape[0] - 1).bit_length(), num_warps=2,
-    )
-    return out
+    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
+    return _decode_attend(q, cache["k_selected"], cache["v_selected"], blocks, cache["k_window"], cache["v_window"], parts_compressed, lses_compressed, gates, past, cache, scale)

@@ -89,7 +89,9 @@ def split_select(run: Run) -> None:
         heads = slice(h * group, (h + 1) * group)
         for sequence in run.sequences:
             if 0 <= (t := row - sequence.start) < sequence.tokens:
-                best = best_blocks(node, t, _importance(node, run.arrays["sums"][b, row, heads], lse[b, row, heads], t))
+                importance = _importance(node, run.arrays["sums"][b, row, heads], lse[b, row, heads], t)
+                run.arrays["scores"][b, row, h, : len(importance)] = importance
+                best = best_blocks(node, t, importance)
                 chosen[: len(best)] = best
         write_once(blocks, (b, row, h), chosen, f"{run.line}: store blocks")
 

@@ -364,7 +364,7 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
     }[kernel.body]
     if not kernel.walks:
         flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
-        one = flat | {"sum_items": "a key block", "split_merge": "a query and head"}
+        one = flat | {"sum_items": "a key block", "split_merge": "a query tile and the heads of one KV head"}
         one |= dict.fromkeys(("merge_lists", "sum_lists"), "a query and the heads of one KV head")
         return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
     tile = f"BM // {_rows(kernel, heads)} queries"

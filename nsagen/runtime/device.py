@@ -64,6 +64,79 @@ def tile_rows(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """The begin of a kernel launched while the one before it may still run (programmatic dependent launch, if EARLY).
+
+    The next kernel's programs may take the places that this one leaves free; nothing is read or written before the
+    kernel before this one has ended, and so all before it.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@triton.jit
+def arrives_last(counter_ptr, programs):
+    """Whether this is the last of `programs` that share the int32 counter, 0 before the first and again after the last.
+
+    What the others stored before is there for the last one: all threads' stores are out before one thread counts.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def nth_largest(bits, COUNT: tl.constexpr):
+    """A number that just the COUNT largest of `bits` (int32 [up to 16384], −1 for none) reach; where others equal the
+    last of them, its own number. 0 where fewer than COUNT are not negative.
+
+    Two bits a round, from the 30th down: three thresholds' counts in one sum. Ends with the first that COUNT reach.
+    """
+    least = 0
+    reached = -1
+    shift = 29
+    while (shift >= 0) & (reached != COUNT):
+        step = 1 << shift
+        one = (bits >= least + step).to(tl.int64)
+        two = (bits >= least + 2 * step).to(tl.int64)
+        three = (bits >= least + 3 * step).to(tl.int64)
+        counts = tl.sum(one + (two << 20) + (three << 40))
+        first = (counts & 0xFFFFF).to(tl.int32)
+        second = ((counts >> 20) & 0xFFFFF).to(tl.int32)
+        third = (counts >> 40).to(tl.int32)
+        least += step * ((first >= COUNT).to(tl.int32) + (second >= COUNT).to(tl.int32) + (third >= COUNT).to(tl.int32))
+        reached = tl.where(first >= COUNT, first, reached)
+        reached = tl.where(second >= COUNT, second, reached)
+        reached = tl.where(third >= COUNT, third, reached)
+        shift = tl.where(shift == 1, 0, shift - 2)
+    return least
+
+
+@triton.jit
+def store_best(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers of the COUNT largest of `bits` (see nth_largest), ties to the lower one, ascending; −1 for those missing.
+
+    WIDTH: a power of two, COUNT or more.
+    """
+    least = nth_largest(bits, COUNT)
+    both = (bits > least).to(tl.int32) + ((bits == least).to(tl.int32) << 16)
+    total = tl.sum(both)
+    room = COUNT - (total & 0xFFFF)  # for those that are equal to the last one chosen
+    upto = tl.cumsum(both, 0)  # of both kinds, up to and with this one
+    ahead = upto & 0xFFFF
+    equal = upto >> 16
+    chosen = (bits > least) | ((bits == least) & (equal <= room))
+    number = tl.arange(0, bits.shape[0])
+    tl.store(blocks_ptr + ahead + tl.minimum(equal, room) - 1, number, mask=chosen)
+    slot = tl.arange(0, WIDTH)
+    missing = (slot >= (total & 0xFFFF) + tl.minimum(total >> 16, room)) & (slot < COUNT)
+    tl.store(blocks_ptr + slot, tl.full([WIDTH], -1, dtype=tl.int32), mask=missing)
+
+
+@triton.jit
 def load(ptr, mask, GUARD: tl.constexpr):
     """tl.load, with the mask (else 0) only if GUARD: a tile proved to lie inside needs none."""
     if GUARD:
@@ -109,13 +182,13 @@ def known_rows(
 
 @triton.jit
 def mean_of_block(
-    new, new_st, store, store_st, out, table_ptr, start, past, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    new, new_st, store, store_st, out, table_ptr, start, past, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]."""
+    """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]; ROWS are loaded at once."""
     sums = tl.zeros([WIDTH], dtype=tl.float32)
-    for first in range(0, BLOCK, 16):
-        s = start + first + tl.arange(0, 16)
+    for first in range(0, BLOCK, ROWS):
+        s = start + first + tl.arange(0, ROWS)
         inside = s < start + BLOCK
         x = known_rows(new, new_st, store, store_st, table_ptr, s, inside, past, DIM, WIDTH, PAGE)
         sums += tl.sum(x.to(tl.float32), 0)

@@ -26,6 +26,7 @@ class Past(NamedTuple):
     table: Tensor | None  # int32 [B, pages]
     page: int  # tokens of a page, 1 without pages
     capacity: int  # max_len
+    arrivals: Tensor  # int32, zeros between launches: a count for every query tile of a step and KV head
 
     @property
     def table_stride(self) -> int:
@@ -69,6 +70,7 @@ class KVCache:
         dtype: torch.dtype,
         page_size: int | None,
         num_pages: int | None,
+        most_new: int,
         mean_of: str = "",
     ) -> None:
         self.layout, self.batch, self.max_len, self.page_size, self.mean_of = layout, batch, max_len, page_size, mean_of
@@ -82,6 +84,7 @@ class KVCache:
             order = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
             self.table, rows = torch.where(order < count, order, -1), count * page_size
         self._before = torch.zeros_like(self.lengths)  # the lengths before the call that runs
+        self._arrivals = torch.zeros(batch * layout.kv_heads * most_new, dtype=torch.int32, device=device)
         self._most = 0  # no sequence is longer, as far as the host knows
         self._stores: dict[str, Tensor] = {}
         for name, dim, stride in self._wanted():
@@ -97,7 +100,7 @@ class KVCache:
     @property
     def past(self) -> Past:
         """Before the last call; the next one overwrites it."""
-        return Past(self._before, self.table, self.page_size or 1, self.max_len)
+        return Past(self._before, self.table, self.page_size or 1, self.max_len, self._arrivals)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget all tokens from `lengths` (int32 [B], on the device) on; longer ones stay as they are."""
