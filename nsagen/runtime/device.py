@@ -51,9 +51,22 @@ def cached_row(table_ptr, s, inside, PAGE: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr):
-    """cached_row of the keys s0 … s0 + BN − 1 below n; one look-up where they lie in a page: s0 is whole tiles."""
-    s = s0 + tl.arange(0, BN)
+def spread(BN: tl.constexpr, GROUP: tl.constexpr):
+    """An order of BN keys in which the GROUP keys of a group (a power of two) stand in pairs, BN / (GROUP / 2) apart.
+
+    A thread of a score tile holds pairs of neighbours at such distances, so it adds a group up by itself.
+    """
+    u = tl.arange(0, BN)
+    apart: tl.constexpr = BN // (GROUP // 2)
+    return u % apart // 2 * GROUP + u // apart * 2 + u % 2
+
+
+@triton.jit
+def tile_rows(table_ptr, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr):
+    """cached_row of the keys s, which are s0 … s0 + BN − 1 in any order, below n.
+
+    One look-up where they lie in a page: s0 is whole tiles.
+    """
     if table_ptr is None:
         return s.to(tl.int64)
     elif PAGE % BN == 0:

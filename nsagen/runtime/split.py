@@ -41,7 +41,7 @@ def runs(programs: int, longest: int, step: int) -> Runs:
 
 
 def groups(keys: int, per: int) -> int:
-    """Places in a row of log-sums, of `per` keys each: one more than there are, for what reaches the next block, and a
+    """Places in a row of sums, of `per` keys each: one more than there are, for what reaches the next block, and a
     multiple of 16, so that they are loaded in vectors."""
     return -(-(-(-keys // per) + 1) // 16) * 16
 
