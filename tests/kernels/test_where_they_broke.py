@@ -66,15 +66,11 @@ def test_the_sound_module_passes(case: Mapping[str, Any], device: str) -> None:
 OF_KERNELS: dict[str, tuple[Mapping[str, Any], Fault]] = {
     "scores of the first head of a group only": (
         WHOLE,
-        (
-            "select_scores_step",
-            "tl.where(live[:, None],",
-            "tl.where((live & (tl.arange(0, 4 * BT) % 4 == 0))[:, None],",
-        ),
+        ("select_scores_sum", "for head in range(3)", "for head in range(1)"),
     ),
     "score to block offset wrong past one tile": (
         WHOLE,
-        ("select_scores", "score_row[:, None] + s[None, :]", "score_row[:, None] + (s % BN)[None, :]"),
+        ("select_scores", "scores + s, total", "scores + s % BN, total"),
     ),
     "local off by one": (WHOLE, ("select_best", "j > own - 2", "j > own - 3")),
     "initial and local swapped": (WHOLE, ("select_best", "(j < 1) | (j > own - 2)", "(j < 2) | (j > own - 1)")),
