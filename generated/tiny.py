@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  02cfacdb09fe
+content  a231d3ed0da9
 runtime  6
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_02cfacdb09fe"
+_SPACE = "nsagen_tiny_a231d3ed0da9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -119,7 +119,7 @@ _CONFIGS = {
             Config(16, 1, 4, 1, 0),
         ),
     }),
-    "select_scores": Tiles("select_scores", "2191d221ad51", {
+    "select_scores": Tiles("select_scores", "0f409ed89e29", {
         ("sm_80", 16): (
             Config(64, 128, 4, 2, 16384), Config(32, 256, 4, 2, 20480), Config(64, 256, 8, 2, 24576), Config(128, 128, 8, 2, 24576),
             Config(128, 64, 4, 2, 20480), Config(32, 128, 4, 2, 12288), Config(64, 128, 8, 2, 16384), Config(64, 64, 4, 2, 12288),
@@ -138,7 +138,7 @@ _CONFIGS = {
             Config(32, 16, 4, 1, 3072),
         ),
     }),
-    "select_best": Tiles("select_best", "bcc4ea992481", {
+    "select_best": Tiles("select_best", "dc76a3e0c3b3", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -621,7 +621,7 @@ def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, AC
 
 @triton.jit
 def select_scores_sum(
-    q_ptr, q_row, q_sh, lse_ptr, k_ptr, k_st, s0, n, scale, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
@@ -629,7 +629,7 @@ def select_scores_sum(
     d = tl.arange(0, 32)[:, None]
     k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
     total = tl.zeros([BM, BN], dtype=tl.float32)
-    for head in range(3):
+    for head in range(heads):
         lse = tl.load(lse_ptr + head) * 1.4426950408889634
         x = tl.zeros([BM, BN], dtype=tl.float32)
         c = tl.arange(0, 32)[None, :]
@@ -640,15 +640,15 @@ def select_scores_sum(
     return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "chunk_first", "chunk_end"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, splits, scale, chunk_first, chunk_end,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
     score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 3 heads of one KV head.
 
     scores float32 [B, chunk, 2, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
-    where no key has ended, anything.
+    where no key has ended, anything. heads: of the group, 3; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
     BT: tl.constexpr = BM  # queries of a tile, of one head at a time
@@ -689,7 +689,7 @@ def select_scores(
     if s0 >= c3:
         return
     total = select_scores_sum(
-        q_base, q_row, q_sh, lse_row, k_base, k_st, s0, n, scale * 1.4426950408889634, BM, BN, PRECISION,
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, BM, BN, PRECISION,
     )
     i = tl.arange(0, BM)
     t = (t0 + i)[:, None]
@@ -734,19 +734,24 @@ def select_best(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    score += tl.load(scores + j, mask=j * 4 < ended, other=0.0)
-    score += tl.load(scores + score_sp + j, mask=(j > 0) & ((j - 1) * 4 < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 4, least | bit, least)
+        bit = tl.where(reach == 4, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 4:  # the last ones tie
+        above = bits > least
+        room = 4 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -1684,7 +1689,7 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_sum(
-    q_ptr, q_row, q_sh, lse_ptr, k_ptr, k_st, s0, n, scale, table_ptr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
@@ -1692,7 +1697,7 @@ def select_scores_cached_sum(
     d = tl.arange(0, 32)[:, None]
     k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
     total = tl.zeros([BM, BN], dtype=tl.float32)
-    for head in range(3):
+    for head in range(heads):
         lse = tl.load(lse_ptr + head) * 1.4426950408889634
         x = tl.zeros([BM, BN], dtype=tl.float32)
         c = tl.arange(0, 32)[None, :]
@@ -1703,15 +1708,15 @@ def select_scores_cached_sum(
     return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "chunk_first", "chunk_end"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, splits, scale, chunk_first, chunk_end,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
     score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 3 heads of one KV head.
 
     scores float32 [B, chunk, 2, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
-    where no key has ended, anything.
+    where no key has ended, anything. heads: of the group, 3; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
     BT: tl.constexpr = BM  # queries of a tile, of one head at a time
@@ -1760,7 +1765,7 @@ def select_scores_cached(
     if s0 >= c3:
         return
     total = select_scores_cached_sum(
-        q_base, q_row, q_sh, lse_row, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, PAGE // 4, BM, BN, PRECISION,
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, PAGE // 4, BM, BN, PRECISION,
     )
     i = tl.arange(0, BM)
     t = (t0 + i)[:, None]
@@ -1808,19 +1813,24 @@ def select_best_cached(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    score += tl.load(scores + j, mask=j * 4 < ended, other=0.0)
-    score += tl.load(scores + score_sp + j, mask=(j > 0) & ((j - 1) * 4 < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 4, least | bit, least)
+        bit = tl.where(reach == 4, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 4:  # the last ones tie
+        above = bits > least
+        room = 4 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -2227,13 +2237,16 @@ def decode_select(
     score = tl.where(forced, float("inf"), score)
     bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 4, least | bit, least)
+        bit = tl.where(reach == 4, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 4:  # the last ones tie
+        above = bits > least
+        room = 4 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -2779,16 +2792,16 @@ def _select(q, k, lse, cu_seqlens, scale):
     columns = (-(-length // 16) + 15) // 16 * 16  # rows start aligned
     chunk = launch.chunk(length, 4 * batch * 4 * columns)
     scores = launch.empty(q, (batch, min(chunk, length), 2, 2, columns), None, torch.float32)
-    candidates = launch.power_of_two(-(-length // 16))
     packed = launch.sequences(cu_seqlens)
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         splits = max(1, -(-(max(0, end - 4) // 4) // c.bn))  # key tiles, to the last query's
         select_scores[(splits * tiles * 2 * batch,)](
-            q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, scale, first, end, *launch.strides(scores), scores.stride(3),
+            q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end, *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
         )
+        candidates = launch.power_of_two(-(-end // 16))
         select_best[((end - first) * 2 * batch,)](
             scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
@@ -3160,7 +3173,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         select_scores_cached[(splits * tiles * 2 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, splits, scale, first, end,
+            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end,
             *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
