@@ -6,13 +6,13 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  410fd2462a0a
+content  28e076a811d9
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
-select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -28,11 +28,11 @@ compressed_gate          one_branch, because recompute: one branch's output at a
 selected_gate            one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 window_gate              one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's probabilities are kept as sums a block, relative to a tile's maximum: the keys are not read again for lse
+decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's probabilities are kept as sums a block, relative to a tile's maximum: no key is read again for lse
 decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
 decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
 )
-_SPACE = "nsagen_tiny_410fd2462a0a"
+_SPACE = "nsagen_tiny_28e076a811d9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -119,21 +119,26 @@ _CONFIGS = {
             Config(16, 1, 4, 1, 0),
         ),
     }),
-    "select_scores": Tiles("select_scores", "3dd800756724", {
+    "select_scores": Tiles("select_scores", "0f409ed89e29", {
         ("sm_80", 16): (
-            Config(64, 64, 4, 2, 12288), Config(128, 64, 4, 2, 16384), Config(64, 64, 4, 3, 16384), Config(128, 64, 4, 3, 20480),
-            Config(64, 128, 4, 2, 20480), Config(64, 128, 4, 3, 28672), Config(128, 64, 8, 2, 16384), Config(128, 64, 8, 3, 20480),
-            Config(128, 128, 8, 2, 24576), Config(128, 128, 8, 3, 32768), Config(64, 32, 4, 2, 8192), Config(128, 32, 4, 2, 12288),
-            Config(16, 16, 4, 1, 2048),
+            Config(64, 128, 4, 2, 16384), Config(32, 256, 4, 2, 20480), Config(64, 256, 8, 2, 24576), Config(128, 128, 8, 2, 24576),
+            Config(128, 64, 4, 2, 20480), Config(32, 128, 4, 2, 12288), Config(64, 128, 8, 2, 16384), Config(64, 64, 4, 2, 12288),
+            Config(128, 64, 8, 2, 20480), Config(32, 64, 4, 2, 8192), Config(64, 128, 4, 1, 12288), Config(64, 128, 4, 3, 20480),
+            Config(32, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
-            Config(64, 16, 8, 1, 10240), Config(64, 16, 8, 2, 12288), Config(64, 16, 8, 3, 14336), Config(32, 16, 4, 1, 6144),
-            Config(32, 16, 4, 2, 8192), Config(32, 16, 4, 3, 10240), Config(16, 32, 4, 1, 6144), Config(16, 32, 4, 2, 10240),
-            Config(16, 32, 4, 3, 14336), Config(32, 32, 8, 1, 8192), Config(32, 32, 8, 2, 12288), Config(32, 32, 8, 3, 16384),
-            Config(16, 16, 4, 1, 4096),
+            Config(32, 16, 4, 1, 6144), Config(32, 16, 4, 2, 10240), Config(64, 16, 8, 1, 10240), Config(32, 16, 4, 3, 14336),
+            Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 26624), Config(32, 32, 8, 1, 8192), Config(32, 32, 8, 2, 12288),
+            Config(32, 32, 8, 3, 16384), Config(32, 16, 8, 1, 6144), Config(32, 16, 8, 2, 10240), Config(32, 16, 8, 3, 14336),
+        ),
+        ("sm_90", 16): (
+            Config(64, 128, 4, 2, 16384), Config(64, 256, 8, 2, 24576), Config(128, 128, 8, 2, 24576), Config(128, 64, 4, 2, 20480),
+            Config(64, 128, 8, 2, 16384), Config(64, 64, 4, 2, 12288), Config(128, 64, 8, 2, 20480), Config(64, 128, 4, 1, 12288),
+            Config(64, 128, 4, 3, 20480), Config(128, 32, 4, 2, 18432), Config(64, 256, 8, 1, 20480), Config(64, 256, 8, 3, 28672),
+            Config(32, 16, 4, 1, 3072),
         ),
     }),
-    "select_best": Tiles("select_best", "f2bb87ba9110", {
+    "select_best": Tiles("select_best", "31a9ab5eb0ec", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -615,38 +620,43 @@ def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, AC
 
 
 @triton.jit
-def select_scores_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+def select_scores_sum(
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
+    """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
-    x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
-    p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
-    return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for head in range(heads):
+        lse = tl.load(lse_ptr + head) * 1.4426950408889634
+        x = tl.zeros([BM, BN], dtype=tl.float32)
+        c = tl.arange(0, 32)[None, :]
+        q = tl.load(q_ptr + q_row[:, None] + c, mask=c < 24, other=0.0)  # [BM, 32]
+        x = tl.dot(q, k0, x, input_precision=PRECISION)
+        total += tl.exp2(x * scale - lse[:, None])
+        q_ptr += q_sh
+    return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 3 heads of one KV head.
+    """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 3 heads of one KV head.
 
-    scores float32 [B, chunk, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end); blocks that have not ended
-    hold anything.
+    scores float32 [B, chunk, 2, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
+    where no key has ended, anything. heads: of the group, 3; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
-    BT: tl.constexpr = BM // 4  # queries of a tile, each with the 3 heads of its group
-    pid = tl.program_id(0)
+    BT: tl.constexpr = BM  # queries of a tile, of one head at a time
+    pid = tl.program_id(0) // splits
     tile = tiles - 1 - pid % tiles
     h = pid // tiles % 2  # KV head
     b = (pid // tiles // 2).to(tl.int64)
-    if cu_ptr is None:
-        tile += chunk_first // BT
+    tile += chunk_first // BT  # no tile before it has a row of the chunk, packed neither
     start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
     rows = b * T  # row of that token
     if cu_ptr is not None:
@@ -659,42 +669,49 @@ def select_scores(
     if t0 >= T:
         return
     first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // 4
-    head = row % 4
-    live = (t < T) & (head < 3)
-    stat = first * 6 + h * 3 + row // 4 * 6 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
-    t = t[:, None]
-    d = tl.arange(0, 32)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
     here = start + t0  # the tile's first row in the chunk's numbering
     if (here >= chunk_end) | (here + BT <= chunk_first):
         return
-    lse = tl.load(lse_ptr + stat, mask=live, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]  # sees nothing: p = 0
+    t = tl.minimum(tl.arange(0, BM), T - 1 - t0)  # rows past the end read the last one's
+    lse_row = lse_ptr + (first + t) * 6 + h * 3
+    q_row = (here + t) * q_st
+    q_base = q_ptr + b * q_sb + (h * 3).to(tl.int64) * q_sh
     n = max(0, T - 4) // 4  # keys, whole blocks only
     key_row = start // 4
     k_base = k_ptr + b * k_sb + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + b * v_sb + key_row * v_st + h.to(tl.int64) * v_sh
-    of_tile = tl.arange(0, BT)
-    score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
-    stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
     # ended: 4 * s <= t - 7
+    some_lo = 0
     some_hi = min(max(0, BT + t0 - 4) // 4, n)
-    all_hi = min(max(0, t0 - 3) // 4, n)
-    c2 = all_hi // BN * BN
+    c0 = some_lo // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
-    for s0 in range(0, c3, BN):
-        p = select_scores_step(q0, k_base, k_st, lse, live, s0, n, scale2, BT, BN, PRECISION)
-        s = s0 + tl.arange(0, BN)
-        tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
+    s0 = c0 + tl.program_id(0) % splits * BN
+    if s0 >= c3:
+        return
+    total = select_scores_sum(
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, BM, BN, PRECISION,
+    )
+    i = tl.arange(0, BM)
+    t = (t0 + i)[:, None]
+    s = s0 + tl.arange(0, BN)[None, :]
+    total = tl.where(4 * s <= t - 7, total, 0.0)
+    stored = ((here + i >= chunk_first) & (here + i < chunk_end))[:, None] & (t < T)
+    scores = (scores_ptr + b * score_sb + (here - chunk_first + i) * score_st + h * score_sh)[:, None]
+    key = tl.arange(0, BN)[None, :] % 4  # of its block
+    j = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.full([1, BN], 2.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + j, part, mask=stored & (j < score_sp))
+    weight = tl.full([1, BN], 0.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + score_sp + 1 + j, part, mask=stored & (j + 1 < score_sp))
 
 
-@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows", "score_st"])
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows"])
 def select_best(
-    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, CANDIDATES: tl.constexpr,
+    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr,
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
@@ -717,27 +734,24 @@ def select_best(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    i = j * 4 + -1
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 0
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 1
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 2
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 3
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 4, least | bit, least)
+        bit = tl.where(reach == 4, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 4:  # the last ones tie
+        above = bits > least
+        room = 4 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -1629,10 +1643,10 @@ def compressed_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -1674,38 +1688,43 @@ def compressed_cached(
 
 
 @triton.jit
-def select_scores_cached_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+def select_scores_cached_sum(
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
+    """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
     row = device.cached_row(table_ptr, s, s < n, PAGE)
-    x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
-    p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
-    return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for head in range(heads):
+        lse = tl.load(lse_ptr + head) * 1.4426950408889634
+        x = tl.zeros([BM, BN], dtype=tl.float32)
+        c = tl.arange(0, 32)[None, :]
+        q = tl.load(q_ptr + q_row[:, None] + c, mask=c < 24, other=0.0)  # [BM, 32]
+        x = tl.dot(q, k0, x, input_precision=PRECISION)
+        total += tl.exp2(x * scale - lse[:, None])
+        q_ptr += q_sh
+    return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 3 heads of one KV head.
+    """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 3 heads of one KV head.
 
-    scores float32 [B, chunk, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end); blocks that have not ended
-    hold anything.
+    scores float32 [B, chunk, 2, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
+    where no key has ended, anything. heads: of the group, 3; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
-    BT: tl.constexpr = BM // 4  # queries of a tile, each with the 3 heads of its group
-    pid = tl.program_id(0)
+    BT: tl.constexpr = BM  # queries of a tile, of one head at a time
+    pid = tl.program_id(0) // splits
     tile = tiles - 1 - pid % tiles
     h = pid // tiles % 2  # KV head
     b = (pid // tiles // 2).to(tl.int64)
-    if cu_ptr is None:
-        tile += chunk_first // BT
+    tile += chunk_first // BT  # no tile before it has a row of the chunk, packed neither
     start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
     rows = b * T  # row of that token
     sequence = b  # whose row of the cache it continues
@@ -1719,50 +1738,56 @@ def select_scores_cached(
     if t0 >= T:
         return
     first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // 4
-    head = row % 4
-    live = (t < T) & (head < 3)
-    stat = first * 6 + h * 3 + row // 4 * 6 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
+    here = start + t0  # the tile's first row in the chunk's numbering
+    if (here >= chunk_end) | (here + BT <= chunk_first):
+        return
+    t = tl.minimum(tl.arange(0, BM), T - 1 - t0)  # rows past the end read the last one's
+    lse_row = lse_ptr + (first + t) * 6 + h * 3
+    q_row = (here + t) * q_st
+    q_base = q_ptr + b * q_sb + (h * 3).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
-    t = t[:, None]
-    d = tl.arange(0, 32)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
-    here = start + t0 - past  # the tile's first row in the chunk's numbering
-    if (here >= chunk_end) | (here + BT <= chunk_first):
-        return
-    lse = tl.load(lse_ptr + stat, mask=live, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]  # sees nothing: p = 0
     n = max(0, T - 4) // 4  # keys, whole blocks only
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
-    of_tile = tl.arange(0, BT)
-    score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
-    stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
     # ended: 4 * s <= t - 7
+    some_lo = 0
     some_hi = min(max(0, BT + t0 - 4) // 4, n)
-    all_hi = min(max(0, t0 - 3) // 4, n)
-    c2 = all_hi // BN * BN
+    c0 = some_lo // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
-    for s0 in range(0, c3, BN):
-        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, PAGE // 4, BT, BN, PRECISION)
-        s = s0 + tl.arange(0, BN)
-        tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
+    s0 = c0 + tl.program_id(0) % splits * BN
+    if s0 >= c3:
+        return
+    total = select_scores_cached_sum(
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, PAGE // 4, BM, BN, PRECISION,
+    )
+    i = tl.arange(0, BM)
+    t = (t0 + i)[:, None]
+    s = s0 + tl.arange(0, BN)[None, :]
+    total = tl.where(4 * s <= t - 7, total, 0.0)
+    stored = ((here + i >= chunk_first) & (here + i < chunk_end))[:, None] & (t < T)
+    scores = (scores_ptr + b * score_sb + (here - chunk_first + i) * score_st + h * score_sh)[:, None]
+    key = tl.arange(0, BN)[None, :] % 4  # of its block
+    j = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.full([1, BN], 2.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + j, part, mask=stored & (j < score_sp))
+    weight = tl.full([1, BN], 0.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + score_sp + 1 + j, part, mask=stored & (j + 1 < score_sp))
 
 
-@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows", "score_st"])
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows"])
 def select_best_cached(
-    scores_ptr, blocks_ptr, past_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, CANDIDATES: tl.constexpr,
+    scores_ptr, blocks_ptr, past_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr,
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
@@ -1788,27 +1813,24 @@ def select_best_cached(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    i = j * 4 + -1
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 0
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 1
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 2
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 3
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 4, least | bit, least)
+        bit = tl.where(reach == 4, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 4:  # the last ones tie
+        above = bits > least
+        room = 4 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -1878,10 +1900,10 @@ def selected_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -1989,10 +2011,10 @@ def window_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -2815,19 +2837,21 @@ def _select(q, k, lse, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
-    chunk = launch.chunk(length, 4 * batch * 2 * max(1, k.shape[1]))
-    scores = launch.empty(q, (batch, min(chunk, length), 2, max(1, k.shape[1])), None, torch.float32)
-    candidates = launch.power_of_two(-(-length // 16))
+    columns = (-(-length // 16) + 15) // 16 * 16  # rows start aligned
+    chunk = launch.chunk(length, 4 * batch * 4 * columns)
+    scores = launch.empty(q, (batch, min(chunk, length), 2, 2, columns), None, torch.float32)
     packed = launch.sequences(cu_seqlens)
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
-        tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
-        select_scores[(tiles * 2 * batch,)](
-            q, k, lse, scores, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+        tiles = launch.tiles(end - first, c.bm, cu_seqlens)
+        splits = max(1, -(-(max(0, end - 4) // 4) // c.bn))  # key tiles, to the last query's
+        select_scores[(splits * tiles * 2 * batch,)](
+            q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end, *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
         )
+        candidates = launch.power_of_two(-(-end // 16))
         select_best[((end - first) * 2 * batch,)](
-            scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
+            scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
     return blocks
@@ -3188,19 +3212,21 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 4)
     blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
-    chunk = launch.chunk(length, 4 * batch * 2 * keys)
-    scores = launch.empty(q, (batch, min(chunk, length), 2, keys), None, torch.float32)
+    columns = (-(-past.capacity // 16) + 15) // 16 * 16  # rows start aligned
+    chunk = launch.chunk(length, 4 * batch * 4 * columns)
+    scores = launch.empty(q, (batch, min(chunk, length), 2, 2, columns), None, torch.float32)
     candidates = launch.power_of_two(-(-past.capacity // 16))
-    packed = launch.sequences(cu_seqlens)
+    packed, splits = launch.sequences(cu_seqlens), -(-keys // c.bn)  # key tiles: past lengths are the device's
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
-        tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
-        select_scores_cached[(tiles * 2 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+        tiles = launch.tiles(end - first, c.bm, cu_seqlens)
+        select_scores_cached[(splits * tiles * 2 * batch,)](
+            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end,
+            *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 2 * batch,)](
-            scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
+            scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
     return blocks

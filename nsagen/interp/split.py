@@ -66,7 +66,7 @@ def _store(p: Program, operand: str, part: int, rows: Rows, value: Array) -> Non
 
 
 def _store_sums(p: Program, select: Select, step: Step, rows: Rows, weight: Array, top: Array) -> None:
-    """Σ weight·exp(score − top) of groups of a tile's keys: for their own block, for the next one; and the tile's top."""
+    """Σ weight·exp(score − top) of groups of a tile's keys: for their own block, for the next; and the tile's top."""
     sums, per = p.run.arrays["sums"], select.grouped
     weights = np.array(select.group_weights)  # [blocks, per]
     at = (p.batch, p.sequence.start + rows.at[rows.live], rows.heads[rows.live])

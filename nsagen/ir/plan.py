@@ -24,6 +24,7 @@ Body = Literal[
     "attend_list_fwd", "merge_lists", "sum_lists",
     "split_attend", "split_select", "split_merge",
 ]  # fmt: skip
+HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
 Direction = Literal["forward", "reverse"]
 
@@ -143,7 +144,7 @@ class Grid:
     """One program a tile of `step` rows of `axis`, KV head and batch entry, tiles running fastest.
 
     axis None: tiles of `step` rows of the flat [B·T·Hq] rows, no heads and no sequences. split: programs share a
-    tile's loop, each a run of its steps; the launch says how many.
+    tile's loop, each a run of its steps (of scores, one step); the launch says how many.
     """
 
     axis: KeyAxis | None

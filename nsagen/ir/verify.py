@@ -170,8 +170,8 @@ def _kernel(kernel: Kernel, reached: int) -> None:
     _need(kernel.grid.axis is not None or not kernel.walks, line, "a kernel over flat rows walks nothing")
     stores = {o.role for o in kernel.operands if o.mode != "load"}
     _need(not kernel.cached or stores <= FORWARD_STORES, line, "only a forward runs over a cache")
-    parts = any(o.role in ("parts", "part_lse") and o.mode == "store" for o in kernel.operands)
-    _need(parts or not kernel.grid.split, line, "programs that share a tile's loop store parts of its result")
+    parts = any(o.role in ("parts", "part_lse", "scores") and o.mode == "store" for o in kernel.operands)
+    _need(parts or not kernel.grid.split, line, "programs that share a loop store parts of its result, or scores")
     _need(not kernel.body.startswith("attend") or bool(kernel.branch), line, "attention kernels belong to a branch")
     _need(
         kernel.body == "split_attend" or (kernel.select is None) == ("select" not in kernel.body),

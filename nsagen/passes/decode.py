@@ -31,7 +31,7 @@ ONE_LAUNCH = Choice("one_launch", "no source waits for another's result; a launc
 ALL_MASKED = Choice("one_masked_loop", "bound by memory: a mask is cheaper than the drained pipelines of three loops")
 LOG_SUMS = Choice(
     "scores_once",
-    "a head's probabilities are kept as sums a block, relative to a tile's maximum: the keys are not read again for lse",
+    "a head's probabilities are kept as sums a block, relative to a tile's maximum: no key is read again for lse",
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
 ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found two bits a round")

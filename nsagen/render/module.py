@@ -28,7 +28,7 @@ from nsagen.render.host import (
 from nsagen.render.keys import kernel_key
 from nsagen.render.split_view import split_view
 from nsagen.render.standalone import link
-from nsagen.render.view import Named, kernel_view, power_of_two
+from nsagen.render.view import Named, kernel_view
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
@@ -115,7 +115,6 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "serving": serving_view(graph, plan),
         **_step_context(decode_view(graph, plan, tuple(spec["branches"])), plan),
         "most_new": MOST_NEW,
-        "select_rows": power_of_two(plan.heads.group),
         "caller_blocks": "blocks" in graph.inputs,
         "blocks_count": next((b.shape[-1] for b in plan.buffers if b.name == "blocks"), 0),
         "pooled": ("compressed", pool.axis.block, pool.axis.stride) if pool else None,

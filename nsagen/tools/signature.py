@@ -1,8 +1,8 @@
 """A kernel's arguments as Triton's compiler wants them: types, constants and alignment, from the plan.
 
-What a parameter is follows from the plan: X_ptr holds the buffer that the launch binds to the operand X, X_sb, X_st
-and X_sh are that operand's strides. What is left are scalars of the launch, never specialised, and int32 indices that
-the host makes of cu_seqlens and block lists.
+What a parameter is follows from the plan: X_ptr holds the buffer that the launch binds to the operand X, X_sb, X_st,
+X_sh and X_sp (of parts) are that operand's strides. What is left are scalars of the launch, never
+specialised, and int32 indices that the host makes of cu_seqlens and block lists.
 """
 
 from __future__ import annotations
@@ -98,9 +98,8 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
     stem, _, what = name.rpartition("_")
     if what == "ptr":
         return _pointer(stem, job, plan)
-    if what in ("sb", "st", "sh"):
-        operand = _operand(stem, job.kernel)
-        return "i32", operand is not None and operand.role in CALLERS and _stride(operand, what, plan) % 16 == 0
+    if what in ("sb", "st", "sh", "sp"):
+        return "i32", _aligned(_operand(stem, job.kernel), what, plan)
     return ("fp32" if name == "scale" else "i32"), name == "groups"
 
 
@@ -123,6 +122,13 @@ def _operand(stem: str, kernel: Kernel) -> Operand | None:
     """The operand that a parameter's stem means; a kernel numbers its terms and deltas even where there is one."""
     operands = {o.name: o for o in kernel.operands}
     return next((operands[x] for x in (stem, ALIASES.get(stem, ""), stem.removesuffix("0")) if x in operands), None)
+
+
+def _aligned(operand: Operand | None, what: str, plan: Plan) -> bool:
+    """Whether 16 divides an operand's stride: of scores, whose rows the host pads, always."""
+    if operand is None or operand.role == "scores":
+        return operand is not None
+    return operand.role in CALLERS and _stride(operand, what, plan) % 16 == 0
 
 
 def _stride(operand: Operand, what: str, plan: Plan) -> int:

@@ -60,12 +60,13 @@ def test_every_tuned_kernel(spec: str) -> None:
             ratio = 1e3 * forecast.seconds(launch, plan, tokens, tile(label)) / ms
             assert abs(ratio - 1) < WITHIN, (launch.kernel, tokens, label, ms, ratio)
             seen += 1
-    assert seen == 20
+    assert seen == 18
 
 
 def rows() -> list[Any]:
     found: list[Any] = []
-    for name in ("whole", "compressed_attention", "select_blocks", "selected_attention", "window_attention"):
+    # Not select_blocks: its kernels are newer than these times, and so far its forecast is a prediction.
+    for name in ("whole", "compressed_attention", "selected_attention", "window_attention"):
         for direction in ("forward", "backward"):
             found += [
                 (name, direction, n) for n in LENGTHS if _ms(name, direction, n) and (n > 4096 or name == "whole")
