@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  f421c89889d8
-runtime  6
+content  66f5e297cda9
+runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -45,10 +45,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(6, "tiny")
+version.require(7, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -63,8 +63,9 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
+    rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_f421c89889d8"
+_SPACE = "nsagen_tiny_66f5e297cda9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -276,7 +277,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "43b7351ae981", {
+    "decode_scores": Tiles("decode_scores", "131015cbc060", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -286,7 +287,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "3386c21de154", {
+    "decode_attend": Tiles("decode_attend", "ffd585665a23", {
         ("sm_80", 16): (
             Config(16, 16, 4, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
         ),
@@ -1569,16 +1570,17 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)  # [32, BN]
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :] & (d < 24), True)  # [32, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -1590,14 +1592,14 @@ def compressed_cached_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 16)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 16]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1653,12 +1655,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 4, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 4, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 4 * s <= t - 7, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 4, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 4, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1675,14 +1677,15 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, s, s < n, PAGE)
+    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
     x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0)  # [32, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
     return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
@@ -1690,7 +1693,7 @@ def select_scores_cached_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 3 heads of one KV head.
@@ -1755,7 +1758,7 @@ def select_scores_cached(
     c2 = all_hi // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
     for s0 in range(0, c3, BN):
-        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, PAGE // 4, BT, BN, PRECISION)
+        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 4, BT, BN, PRECISION)
         s = s0 + tl.arange(0, BN)
         tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
 
@@ -1818,16 +1821,17 @@ def select_best_cached(
 @triton.jit
 def selected_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)  # [32, BN]
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :] & (d < 24), True)  # [32, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -1839,14 +1843,14 @@ def selected_cached_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 16)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 16]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_cached(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1905,7 +1909,7 @@ def selected_cached(
         s0 = block * 16 + step % tiles_of_block * BN
         m, z, acc0 = selected_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 16 + 16), scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, min(n, block * 16 + 16), scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1923,16 +1927,17 @@ def selected_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.recent_row(table_ptr, pages, s, s < n, PAGE, oldest, SINKS)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)  # [32, BN]
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :] & (d < 24), True)  # [32, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -1950,14 +1955,14 @@ def window_cached_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 16)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 16]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2000,11 +2005,10 @@ def window_cached(
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 16], dtype=tl.float32)
     n = T  # keys
-    k_base = k_ptr + h.to(tl.int64) * k_sh
-    v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += sequence.to(tl.int64) * k_sb
-        v_base += sequence.to(tl.int64) * v_sb
+    oldest = past - keep  # token of the first row behind the sinks
+    key_row = rows + sequence.to(tl.int64) * (3 + keep)
+    k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
+    v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
     # sinks: s <= 2, s <= t - 12
     some_hi = min(3, T, max(0, BT + t0 - 12))
     all_hi = min(3, T, max(0, t0 - 11))
@@ -2013,12 +2017,12 @@ def window_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= 2, s <= t - 12, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, BN, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
         )
     # window: s <= t, s > t - 12
     some_lo = max(0, t0 - 11)
@@ -2032,17 +2036,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 12, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=BN + BT > 14, C3=True, EXTENT=BN + BT > 14,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, BN, PRECISION, C0=False, C1=False, C2=BN + BT > 14, C3=True, EXTENT=BN + BT > 14,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 12, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, BN, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -2058,16 +2062,17 @@ def window_cached(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, sums_ptr, groups, live,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE)
+    there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0)  # [32, BN]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     seen = inside[None, :]
     s = s[None, :]
@@ -2093,14 +2098,14 @@ def decode_scores_step(
     part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
     tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
     d = tl.arange(0, 16)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 16]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2138,7 +2143,7 @@ def decode_scores_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 4 * s <= t - 7, s < N
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, sums_row, groups, live,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, sums_row, groups, live,
             BN, PRECISION, PAGE // 4, C0=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2151,7 +2156,7 @@ def decode_scores_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2169,7 +2174,7 @@ def decode_scores(
     programs = tl.cdiv(queries, BM // 3) * splits
     if (at >= 0) & (at < programs):
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2230,16 +2235,17 @@ def decode_select(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s <= 2; C2: s <= t - 12; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, SINKS, RING)
+    there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0)  # [32, BN]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     seen = inside[None, :]
     s = s[None, :]
@@ -2257,14 +2263,14 @@ def decode_attend_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 16)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 16]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
@@ -2303,8 +2309,8 @@ def decode_attend_source0(
         block = tl.load(blocks0_ptr + listed + step // per)
         s0 = block * 16 + step % per * BN
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=False, C2=False, C3=False,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale * 1.4426950408889634, table_ptr, pages,
+            BN, PRECISION, PAGE // 1, 0, 0, C0=True, C1=False, C2=False, C3=False,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -2316,7 +2322,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2338,9 +2344,8 @@ def decode_attend_source1(
     n = T  # keys
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += b * k_sb
-        v_base += b * v_sb
+    k_base += b * k_sb
+    v_base += b * v_sb
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 16], dtype=tl.float32)
@@ -2353,8 +2358,8 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= 2, s <= t - 12, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=False, C1=True, C2=True, C3=False,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            BN, PRECISION, PAGE // 1, 3, 19, C0=False, C1=True, C2=True, C3=False,
         )
     # window: s <= t, s > t - 12
     some_lo = max(0, t0 - 11)
@@ -2365,8 +2370,8 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 12, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=False, C2=False, C3=True,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            BN, PRECISION, PAGE // 1, 3, 19, C0=True, C1=False, C2=False, C3=True,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -2378,7 +2383,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2396,7 +2401,7 @@ def decode_attend(
     programs = queries * splits0
     if (at >= 0) & (at < programs):
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
@@ -2404,7 +2409,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 3) * splits1
     if (at >= 0) & (at < programs):
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2463,7 +2468,7 @@ def decode_merge(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_selected_ptr, k_selected_ptr, new_v_selected_ptr, v_selected_ptr, new_k_window_ptr, k_window_ptr, new_v_window_ptr, v_window_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_selected_ptr, k_selected_ptr, new_v_selected_ptr, v_selected_ptr, new_k_window_ptr, k_window_ptr, new_v_window_ptr, v_window_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2480,54 +2485,51 @@ def cache_append(
     total = tl.minimum(past + queries, capacity)
     if (h == 0) & (job == 0):
         tl.store(past_ptr + b, past)
+    lost = tl.load(lost_ptr + b) != 0  # its values become NaN
     if table_ptr is not None:
         table_ptr += b * table_sb
     new_k_compressed = new_k_compressed_ptr + b * new_k_compressed_sb + h * new_k_compressed_sh
     k_compressed = k_compressed_ptr + h * k_compressed_sh
-    if table_ptr is None:
-        k_compressed += b * k_compressed_sb
+    k_compressed += b * k_compressed_sb
     if job == 0:
-        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, table_ptr, past, total, 24, 32, TOKENS, PAGE)
+        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE, 0, 15)
     new_v_compressed = new_v_compressed_ptr + b * new_v_compressed_sb + h * new_v_compressed_sh
     v_compressed = v_compressed_ptr + h * v_compressed_sh
-    if table_ptr is None:
-        v_compressed += b * v_compressed_sb
+    v_compressed += b * v_compressed_sb
     if job == 1:
-        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, table_ptr, past, total, 16, 16, TOKENS, PAGE)
+        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE, 0, 15)
     new_k_selected = new_k_selected_ptr + b * new_k_selected_sb + h * new_k_selected_sh
     k_selected = k_selected_ptr + h * k_selected_sh
     if table_ptr is None:
         k_selected += b * k_selected_sb
     if job == 2:
-        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, past, total, 24, 32, TOKENS, PAGE)
+        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE)
     new_v_selected = new_v_selected_ptr + b * new_v_selected_sb + h * new_v_selected_sh
     v_selected = v_selected_ptr + h * v_selected_sh
     if table_ptr is None:
         v_selected += b * v_selected_sb
     if job == 3:
-        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, past, total, 16, 16, TOKENS, PAGE)
+        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE)
     new_k_window = new_k_window_ptr + b * new_k_window_sb + h * new_k_window_sh
     k_window = k_window_ptr + h * k_window_sh
-    if table_ptr is None:
-        k_window += b * k_window_sb
+    k_window += b * k_window_sb
     if job == 4:
-        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, table_ptr, past, total, 24, 32, TOKENS, PAGE)
+        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE, 3, 19)
     new_v_window = new_v_window_ptr + b * new_v_window_sb + h * new_v_window_sh
     v_window = v_window_ptr + h * v_window_sh
-    if table_ptr is None:
-        v_window += b * v_window_sb
+    v_window += b * v_window_sb
     if job == 5:
-        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, table_ptr, past, total, 16, 16, TOKENS, PAGE)
+        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE, 3, 19)
     if job == 6:
         first = max(0, past - 4) // 4  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 3) // 4):
             start = (first + i) * 4
             ended = start + 8 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 4)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 4)
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 3) // 4) + i
                 staged = staged_k_cmp_ptr + (slot * 16 + h) * 24
-                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, staged, 48, table_ptr, start, past, total, 8, 24, 32, PAGE)
+                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, staged, 48, table_ptr, pages, start, past, total, None, 8, 24, 32, PAGE, 0, 15)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 4)
@@ -2538,23 +2540,23 @@ def cache_append(
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, out, table_ptr, start, past, 8, 24, 32, PAGE)
+                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, out, table_ptr, pages, start, past, None, 8, 24, 32, PAGE, 0, 15)
     if job == 7:
         first = max(0, past - 4) // 4  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 3) // 4):
             start = (first + i) * 4
             ended = start + 8 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 4)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 4)
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 3) // 4) + i
                 staged = staged_v_cmp_ptr + (slot * 16 + h) * 16
-                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, staged, 32, table_ptr, start, past, total, 8, 16, 16, PAGE)
+                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, staged, 32, table_ptr, pages, start, past, total, lost, 8, 16, 16, PAGE, 0, 15)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, out, table_ptr, start, past, 8, 16, 16, PAGE)
+                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, out, table_ptr, pages, start, past, lost, 8, 16, 16, PAGE, 0, 15)
 
 
 # The same domains for the path without kernels.
@@ -3096,7 +3098,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     compressed_cached[(tiles * 2 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
@@ -3110,7 +3112,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_cached[(tiles * 2 * batch,)](
-        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
@@ -3124,7 +3126,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     window_cached[(tiles * 2 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(11, past.capacity), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
@@ -3145,7 +3147,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
         select_scores_cached[(tiles * 2 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+            q, k, lse, scores, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 2 * batch,)](
@@ -3168,8 +3170,8 @@ def _alone(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, c
 def _serve(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, past, cu_seqlens, scale):
     """out [B, m, 6, 16] of queries that continue the cached sequences."""
     if not launch.use_kernels(q):
-        stores = ((k_cmp, 4), (v_cmp, 4), (k_selected, 1), (v_selected, 1), (k_window, 1), (v_window, 1),)
-        return kv_cache.by_sequence(_alone, q, stores, (gates,), past, cu_seqlens, scale)
+        keys = (by_sequence.Seen(k_cmp, 4), by_sequence.Seen(v_cmp, 4), by_sequence.Seen(k_selected, 1), by_sequence.Seen(v_selected, 1), by_sequence.Seen(k_window, 1, (3, 11, 19)), by_sequence.Seen(v_window, 1, (3, 11, 19)),)
+        return by_sequence.run(_alone, q, keys, (gates,), past, cu_seqlens, scale)
     out_compressed, lse_compressed = _compressed_cached(q, k_cmp, v_cmp, past, cu_seqlens, scale)
     blocks = _select_cached(q, k_cmp, lse_compressed, past, cu_seqlens, scale)
     out_selected, lse_selected = _selected_cached(q, k_selected, v_selected, blocks, past, cu_seqlens, scale)
@@ -3198,8 +3200,8 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past = cache.append(k, v, phi, cu_seqlens)
-    return _serve(q, cache["k_cmp"], cache["v_cmp"], cache["k_selected"], cache["v_selected"], cache["k_window"], cache["v_window"], gates, past, cu_seqlens, scale)
+    past, seen = cache.append(k, v, phi, cu_seqlens)
+    return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates, past, cu_seqlens, scale)
 
 
 @torch.no_grad()
@@ -3224,7 +3226,7 @@ def _append(k, v, phi, cache):
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(2 * cache.batch, 8)](
         k["compressed"], cache["k_compressed"], v["compressed"], cache["v_compressed"], k["selected"], cache["k_selected"], v["selected"], cache["v_selected"], k["window"], cache["k_window"], v["window"], cache["v_window"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
-        past.table, past.table_stride, queries, past.capacity, staged.spare,
+        past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k_compressed"]), *launch.strides(v["compressed"]), *launch.strides(cache["v_compressed"]), *launch.strides(k["selected"]), *launch.strides(cache["k_selected"]), *launch.strides(v["selected"]), *launch.strides(cache["v_selected"]), *launch.strides(k["window"]), *launch.strides(cache["k_window"]), *launch.strides(v["window"]), *launch.strides(cache["v_window"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
     )
@@ -3246,7 +3248,7 @@ def _decode_scores(q, k, v, past, scale):
     groups = -(-max(1, past.capacity // 4) // 4)
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
     decode_scores[(2 * batch, programs)](
-        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
         batch * queries * 6, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
@@ -3269,7 +3271,7 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     parts1 = launch.empty(q, (runs1.count, *rows, 16), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     decode_attend[(2 * batch, programs)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
         batch * queries * 6, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )

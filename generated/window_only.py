@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  ed7b98c1cb94
-runtime  6
+content  a9d59a9f787b
+runtime  7
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(6, "window_only")
+version.require(7, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -37,8 +37,9 @@ SPEC = {'name': 'window_only',
 _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
+    rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_ed7b98c1cb94"
+_SPACE = "nsagen_window_only_a9d59a9f787b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -133,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "762c2eee9b67", {
+    "decode_attend": Tiles("decode_attend", "a8d869486e13", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -478,16 +479,17 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.recent_row(table_ptr, pages, s, s < n, PAGE, oldest, SINKS)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -501,14 +503,14 @@ def window_cached_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -551,11 +553,10 @@ def window_cached(
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
-    k_base = k_ptr + h.to(tl.int64) * k_sh
-    v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += sequence.to(tl.int64) * k_sb
-        v_base += sequence.to(tl.int64) * v_sb
+    oldest = past - keep  # token of the first row behind the sinks
+    key_row = rows + sequence.to(tl.int64) * (0 + keep)
+    k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
+    v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -568,17 +569,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -594,16 +595,17 @@ def window_cached(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, SINKS, RING)
+    there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     seen = inside[None, :]
     s = s[None, :]
@@ -617,14 +619,14 @@ def decode_attend_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -646,9 +648,8 @@ def decode_attend_source(
     n = T  # keys
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += b * k_sb
-        v_base += b * v_sb
+    k_base += b * k_sb
+    v_base += b * v_sb
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -661,8 +662,8 @@ def decode_attend_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=True,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            BN, PRECISION, PAGE // 1, 0, 519, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -674,7 +675,7 @@ def decode_attend_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_attend(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -692,7 +693,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 16) * splits
     if (at >= 0) & (at < programs):
         decode_attend_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -729,7 +730,7 @@ def decode_merge(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
     TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -746,20 +747,19 @@ def cache_append(
     total = tl.minimum(past + queries, capacity)
     if (h == 0) & (job == 0):
         tl.store(past_ptr + b, past)
+    lost = tl.load(lost_ptr + b) != 0  # its values become NaN
     if table_ptr is not None:
         table_ptr += b * table_sb
     new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
     k = k_ptr + h * k_sh
-    if table_ptr is None:
-        k += b * k_sb
+    k += b * k_sb
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 519)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
-    if table_ptr is None:
-        v += b * v_sb
+    v += b * v_sb
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
 
 
 # The same domains for the path without kernels.
@@ -897,7 +897,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
@@ -912,8 +912,8 @@ def _alone(q, k, v, cu_seqlens, scale):
 def _serve(q, k, v, past, cu_seqlens, scale):
     """out [B, m, 64, 128] of queries that continue the cached sequences."""
     if not launch.use_kernels(q):
-        stores = ((k, 1), (v, 1),)
-        return kv_cache.by_sequence(_alone, q, stores, (), past, cu_seqlens, scale)
+        keys = (by_sequence.Seen(k, 1, (0, 511, 519)), by_sequence.Seen(v, 1, (0, 511, 519)),)
+        return by_sequence.run(_alone, q, keys, (), past, cu_seqlens, scale)
     out_window, lse_window = _window_cached(q, k, v, past, cu_seqlens, scale)
     return out_window
 
@@ -938,8 +938,8 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past = cache.append(k, v, phi, cu_seqlens)
-    return _serve(q, cache["k"], cache["v"], past, cu_seqlens, scale)
+    past, seen = cache.append(k, v, phi, cu_seqlens)
+    return _serve(q, seen["k"], seen["v"], past, cu_seqlens, scale)
 
 
 @torch.no_grad()
@@ -963,7 +963,7 @@ def _append(k, v, phi, cache):
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(4 * cache.batch, 2)](
         k["window"], cache["k"], v["window"], cache["v"], cache.lengths, past.lengths,
-        past.table, past.table_stride, queries, past.capacity, 0,
+        past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, 0,
         *launch.strides(k["window"]), *launch.strides(cache["k"]), *launch.strides(v["window"]), *launch.strides(cache["v"]),
         tokens, past.page,
     )
@@ -982,7 +982,7 @@ def _decode_attend(q, k, v, past, scale):
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     decode_attend[(4 * batch, programs)](
-        q, k, v, parts, lses, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        q, k, v, parts, lses, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import Graph, Pool, phi
-from nsagen.ir.plan import Kernel, Plan
+from nsagen.ir.plan import Kernel, Plan, Ring
+from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
 from nsagen.render.view import power_of_two
 
@@ -17,10 +18,15 @@ class StoreView:
     name: str
     argument: str
     dim: int
+    ring: Ring | None
 
     @property
     def width(self) -> int:
         return power_of_two(self.dim)
+
+    @property
+    def valued(self) -> bool:
+        return self.name.startswith("v")
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,15 @@ class PoolView:
     stride: int
     dim: int
     by_phi: bool
+    ring: Ring | None  # of src
 
     @property
     def width(self) -> int:
         return power_of_two(self.dim)
+
+    @property
+    def valued(self) -> bool:
+        return self.src.startswith("v")
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,10 @@ class DecodeView:
     normaliser: str  # what the selection's parts of lse are called
 
     @property
+    def ringed(self) -> bool:
+        return any(s.ring for s in self.stores)
+
+    @property
     def phi_pools(self) -> tuple[PoolView, ...]:
         return tuple(p for p in self.pools if p.by_phi)
 
@@ -95,8 +110,9 @@ class DecodeView:
 def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeView:
     op = next(o for o in plan.ops if o.doc == "decode")
     of_phi = {p.out for p in phi(graph)}
+    kept = rings(graph)
     pools = tuple(
-        PoolView(n.out, n.src, n.axis.block, n.axis.stride, _dim(n.out, graph), n.out in of_phi)
+        PoolView(n.out, n.src, n.axis.block, n.axis.stride, _dim(n.out, graph), n.out in of_phi, kept.get(n.src))
         for n in graph.nodes
         if isinstance(n, Pool)
     )
@@ -106,7 +122,7 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
     count = sum(name.startswith("parts") for name in merge)
     select = select_node(graph)
     return DecodeView(
-        stores=tuple(_store(x, graph, branches) for x in graph.inputs if x.partition("_")[0] in ("k", "v")),
+        stores=tuple(_store(x, graph, branches, kept.get(x)) for x in graph.inputs if x.partition("_")[0] in ("k", "v")),
         pools=pools,
         splits=splits,
         merged=tuple(MergedView(i, merge[f"parts{i}"], merge[f"lses{i}"]) for i in range(count)),
@@ -117,9 +133,9 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
     )
 
 
-def _store(name: str, graph: Graph, branches: tuple[str, ...]) -> StoreView:
+def _store(name: str, graph: Graph, branches: tuple[str, ...], ring: Ring | None) -> StoreView:
     side, _, branch = name.partition("_")
-    return StoreView(name, f'{side}["{branch or branches[0]}"]', _dim(name, graph))
+    return StoreView(name, f'{side}["{branch or branches[0]}"]', _dim(name, graph), ring)
 
 
 def _dim(name: str, graph: Graph) -> int:

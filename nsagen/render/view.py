@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
-from nsagen.ir.plan import BN, BT, Kernel, Mask, Plan, Segment, Walk
+from nsagen.ir.plan import BN, BT, Kernel, Mask, Plan, Ring, Segment, Walk
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
 
@@ -112,6 +112,7 @@ class SourceView:
     tokens: bool
     walks: tuple[WalkView, ...]
     listed: BlockList | None
+    ring: Ring | None  # how its keys lie in a cache
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,40 @@ class KernelView:
         assert self.select is not None
         return power_of_two(self.select.count)
 
+    @property
+    def ringed(self) -> bool:
+        return any(s.ring for s in self.sources)
+
+    @property
+    def cache_arguments(self) -> str:
+        """What a kernel over a cache is told of it; keep: the tokens before a query that a ring holds for it."""
+        keeps = "".join(f"keep{s.suffix}, " for s in self.sources if s.ring)
+        return f"past_ptr, table_ptr, table_sb, pages, {keeps}" if self.cached else ""
+
+    @property
+    def step_arguments(self) -> str:
+        rings = " oldest, SINKS: tl.constexpr," if self.ringed else ""
+        return f"table_ptr, pages, PAGE: tl.constexpr,{rings}"
+
+    @property
+    def step_row(self) -> str:
+        """The rows of a step's keys."""
+        if self.ringed:
+            return "device.recent_row(table_ptr, pages, s, s < n, PAGE, oldest, SINKS)"
+        return "device.cached_row(table_ptr, pages, s, s < n, PAGE)"
+
+    def ring_of(self, source: SourceView) -> str:
+        """What a decoding step is told of a source's ring, in a kernel that has one."""
+        ring = source.ring
+        return f"{ring.sinks}, {ring.size}, " if ring else "0, 0, " if self.ringed else ""
+
     def cache_of(self, source: SourceView) -> str:
-        """What a step is told of a source's cache: the table, and rows of a page."""
-        return f"table_ptr, PAGE // {source.stride}, " if self.cached else ""
+        """What a step is told of a source's cache: the table, and rows of a page; or a ring, which has neither."""
+        if not self.cached:
+            return ""
+        if source.ring:
+            return f"None, 0, 1, oldest, {source.ring.sinks}, "
+        return f"table_ptr, pages, PAGE // {source.stride}, " + ("0, -1, " if self.ringed else "")
 
     def guard(self, operand: str) -> str:
         return self.guards[operand]
@@ -278,6 +310,7 @@ def _sources(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan) -> tu
                 tokens=axis.is_tokens,
                 walks=tuple(_walk(w, conjuncts, str(number) if len(numbers) > 1 else "", plan.heads) for w in walks),
                 listed=walks[0].listed,
+                ring=next(o.ring for o in kernel.operands if o.role == "k" and o.source == number),
             )
         )
     return tuple(views)
