@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  9227308e23f0
-runtime  6
+content  c212c7697abf
+runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -45,10 +45,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(6, "mha_16")
+version.require(7, "mha_16")
 
 SPEC = {'name': 'mha_16',
  'heads': {'query': 16, 'kv': 16, 'qk_dim': 128, 'v_dim': 128},
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_9227308e23f0"
+_SPACE = "nsagen_mha_16_c212c7697abf"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -391,7 +391,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "754190970ac4", {
+    "decode_scores": Tiles("decode_scores", "61386a1e0d52", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -406,7 +406,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "c53b8898dc4c", {
+    "decode_attend": Tiles("decode_attend", "2f56d39a691c", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -1643,16 +1643,17 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -1664,14 +1665,14 @@ def compressed_cached_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1727,12 +1728,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1749,14 +1750,15 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, s, s < n, PAGE)
+    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
     x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [128, BN]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
     return tl.sum(tl.reshape(p, [BT, 1, BN]), 1)
@@ -1764,7 +1766,7 @@ def select_scores_cached_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 1 queries × the 1 heads of one KV head.
@@ -1829,7 +1831,7 @@ def select_scores_cached(
     c2 = all_hi // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
     for s0 in range(0, c3, BN):
-        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, PAGE // 16, BT, BN, PRECISION)
+        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 16, BT, BN, PRECISION)
         s = s0 + tl.arange(0, BN)
         tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
 
@@ -1892,16 +1894,17 @@ def select_best_cached(
 @triton.jit
 def selected_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -1913,14 +1916,14 @@ def selected_cached_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_cached(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1979,7 +1982,7 @@ def selected_cached(
         s0 = block * 64 + step % tiles_of_block * BN
         m, z, acc0 = selected_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 64 + 64), scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, min(n, block * 64 + 64), scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1997,16 +2000,17 @@ def selected_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -2020,14 +2024,14 @@ def window_cached_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2087,17 +2091,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -2113,16 +2117,17 @@ def window_cached(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, sums_ptr, groups, live,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
+    there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     seen = inside[None, :]
     s = s[None, :]
@@ -2148,14 +2153,14 @@ def decode_scores_step(
     part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
     tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2193,7 +2198,7 @@ def decode_scores_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, sums_row, groups, live,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, sums_row, groups, live,
             BN, PRECISION, PAGE // 16, C0=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2206,7 +2211,7 @@ def decode_scores_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2224,7 +2229,7 @@ def decode_scores(
     programs = tl.cdiv(queries, BM // 1) * splits
     if (at >= 0) & (at < programs):
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2285,16 +2290,17 @@ def decode_select(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
+    there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     seen = inside[None, :]
     s = s[None, :]
@@ -2308,14 +2314,14 @@ def decode_attend_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
@@ -2354,7 +2360,7 @@ def decode_attend_source0(
         block = tl.load(blocks0_ptr + listed + step // per)
         s0 = block * 64 + step % per * BN
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages,
             BN, PRECISION, PAGE // 1, C0=True, C1=False,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2367,7 +2373,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2404,7 +2410,7 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
             BN, PRECISION, PAGE // 1, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2417,7 +2423,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2435,7 +2441,7 @@ def decode_attend(
     programs = queries * splits0
     if (at >= 0) & (at < programs):
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
@@ -2443,7 +2449,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 1) * splits1
     if (at >= 0) & (at < programs):
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2502,7 +2508,7 @@ def decode_merge(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_ptr, k_ptr, new_v_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_ptr, k_ptr, new_v_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2526,23 +2532,23 @@ def cache_append(
     if table_ptr is None:
         k += b * k_sb
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
     if table_ptr is None:
         v += b * v_sb
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     if job == 2:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 512 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, staged, 2048, table_ptr, start, past, total, 32, 128, 128, PAGE)
+                device.copy_block(new_k, new_k_st, k, k_st, staged, 2048, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -2553,23 +2559,23 @@ def cache_append(
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, start, past, 32, 128, 128, PAGE)
+                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
     if job == 3:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 512 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, staged, 2048, table_ptr, start, past, total, 32, 128, 128, PAGE)
+                device.copy_block(new_v, new_v_st, v, v_st, staged, 2048, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, start, past, 32, 128, 128, PAGE)
+                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
 
 
 # The same domains for the path without kernels.
@@ -3111,7 +3117,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 16), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 1, cu_seqlens)
     compressed_cached[(tiles * 16 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
@@ -3125,7 +3131,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 16), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_cached[(tiles * 16 * batch,)](
-        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
@@ -3139,7 +3145,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 16), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 1, cu_seqlens)
     window_cached[(tiles * 16 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
@@ -3160,7 +3166,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 1, cu_seqlens)
         select_scores_cached[(tiles * 16 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+            q, k, lse, scores, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 16 * batch,)](
@@ -3183,8 +3189,8 @@ def _alone(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
 def _serve(q, k_cmp, v_cmp, k, v, gates, past, cu_seqlens, scale):
     """out [B, m, 16, 128] of queries that continue the cached sequences."""
     if not launch.use_kernels(q):
-        stores = ((k_cmp, 16), (v_cmp, 16), (k, 1), (v, 1),)
-        return kv_cache.by_sequence(_alone, q, stores, (gates,), past, cu_seqlens, scale)
+        keys = (by_sequence.Seen(k_cmp, 16), by_sequence.Seen(v_cmp, 16), by_sequence.Seen(k, 1), by_sequence.Seen(v, 1),)
+        return by_sequence.run(_alone, q, keys, (gates,), past, cu_seqlens, scale)
     out_compressed, lse_compressed = _compressed_cached(q, k_cmp, v_cmp, past, cu_seqlens, scale)
     blocks = _select_cached(q, k_cmp, lse_compressed, past, cu_seqlens, scale)
     out_selected, lse_selected = _selected_cached(q, k, v, blocks, past, cu_seqlens, scale)
@@ -3213,8 +3219,16 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past = cache.append(k, v, phi, cu_seqlens)
-    return _serve(q, cache["k_cmp"], cache["v_cmp"], cache["k"], cache["v"], gates, past, cu_seqlens, scale)
+    added = cache.append(k, v, phi, cu_seqlens)
+    slices = launch.slices(q, 6144, cu_seqlens)
+    if len(slices) > 1:
+        out = launch.empty(q, (*q.shape[:3], 128), None)
+        for first, end in slices:
+            past, seen = added.part(first, end)
+            out[first:end] = _serve(q[first:end], seen["k_cmp"], seen["v_cmp"], seen["k"], seen["v"], gates[first:end], past, None, scale)
+        return out
+    past, seen = added.part(0, cache.batch)
+    return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k"], seen["v"], gates, past, cu_seqlens, scale)
 
 
 @torch.no_grad()
@@ -3239,7 +3253,7 @@ def _append(k, v, phi, cache):
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(16 * cache.batch, 4)](
         k["compressed"], cache["k"], v["compressed"], cache["v"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
-        past.table, past.table_stride, queries, past.capacity, staged.spare,
+        past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
     )
@@ -3261,7 +3275,7 @@ def _decode_scores(q, k, v, past, scale):
     groups = -(-max(1, past.capacity // 16) // 4)
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
     decode_scores[(16 * batch, programs)](
-        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
         batch * queries * 16, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
@@ -3284,7 +3298,7 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     decode_attend[(16 * batch, programs)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, queries, past.capacity,
+        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
         batch * queries * 16, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )

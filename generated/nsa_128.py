@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  3258f4bc9c92
+content  cbcea44a4b39
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_3258f4bc9c92"
+_SPACE = "nsagen_nsa_128_cbcea44a4b39"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -391,7 +391,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "0618621651a5", {
+    "decode_scores": Tiles("decode_scores", "4860421b5edc", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -406,7 +406,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "a5f2720d30b4", {
+    "decode_attend": Tiles("decode_attend", "a57d2262181c", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -2123,7 +2123,7 @@ def decode_scores_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2296,7 +2296,7 @@ def decode_attend_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2532,13 +2532,13 @@ def cache_append(
     if table_ptr is None:
         k += b * k_sb
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
     if table_ptr is None:
         v += b * v_sb
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     if job == 2:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2548,7 +2548,7 @@ def cache_append(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE)
+                device.copy_block(new_k, new_k_st, k, k_st, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -2559,7 +2559,7 @@ def cache_append(
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE)
+                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
     if job == 3:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2569,13 +2569,13 @@ def cache_append(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE)
+                device.copy_block(new_v, new_v_st, v, v_st, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE)
+                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
 
 
 # The same domains for the path without kernels.
@@ -3219,7 +3219,15 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past, seen = cache.append(k, v, phi, cu_seqlens)
+    added = cache.append(k, v, phi, cu_seqlens)
+    slices = launch.slices(q, 24576, cu_seqlens)
+    if len(slices) > 1:
+        out = launch.empty(q, (*q.shape[:3], 128), None)
+        for first, end in slices:
+            past, seen = added.part(first, end)
+            out[first:end] = _serve(q[first:end], seen["k_cmp"], seen["v_cmp"], seen["k"], seen["v"], gates[first:end], past, None, scale)
+        return out
+    past, seen = added.part(0, cache.batch)
     return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k"], seen["v"], gates, past, cu_seqlens, scale)
 
 

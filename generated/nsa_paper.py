@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  80bcfac56eef
+content  bfab910703f1
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_80bcfac56eef"
+_SPACE = "nsagen_nsa_paper_bfab910703f1"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -395,7 +395,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "4e97edc29b86", {
+    "decode_scores": Tiles("decode_scores", "e55f06940b6e", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -410,7 +410,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "ad7750d716c9", {
+    "decode_attend": Tiles("decode_attend", "90ec57167916", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624),
             Config(16, 64, 4, 2, 88064), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 1, 47104), Config(16, 32, 4, 1, 26624),
@@ -2230,7 +2230,7 @@ def decode_scores_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2661,13 +2661,13 @@ def cache_append(
     if table_ptr is None:
         k_selected += b * k_selected_sb
     if job == 2:
-        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE)
+        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 0)
     new_v_selected = new_v_selected_ptr + b * new_v_selected_sb + h * new_v_selected_sh
     v_selected = v_selected_ptr + h * v_selected_sh
     if table_ptr is None:
         v_selected += b * v_selected_sb
     if job == 3:
-        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 0)
     new_k_window = new_k_window_ptr + b * new_k_window_sb + h * new_k_window_sh
     k_window = k_window_ptr + h * k_window_sh
     k_window += b * k_window_sb
@@ -3358,7 +3358,15 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past, seen = cache.append(k, v, phi, cu_seqlens)
+    added = cache.append(k, v, phi, cu_seqlens)
+    slices = launch.slices(q, 24576, cu_seqlens)
+    if len(slices) > 1:
+        out = launch.empty(q, (*q.shape[:3], 128), None)
+        for first, end in slices:
+            past, seen = added.part(first, end)
+            out[first:end] = _serve(q[first:end], seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates[first:end], past, None, scale)
+        return out
+    past, seen = added.part(0, cache.batch)
     return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates, past, cu_seqlens, scale)
 
 

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  66f5e297cda9
+content  0253d6b385c1
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_66f5e297cda9"
+_SPACE = "nsagen_tiny_0253d6b385c1"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -277,7 +277,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "131015cbc060", {
+    "decode_scores": Tiles("decode_scores", "62dad4329b9d", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -287,7 +287,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "ffd585665a23", {
+    "decode_attend": Tiles("decode_attend", "a5a8e32c5997", {
         ("sm_80", 16): (
             Config(16, 16, 4, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
         ),
@@ -2068,7 +2068,7 @@ def decode_scores_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     there = inside & (row >= 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2503,13 +2503,13 @@ def cache_append(
     if table_ptr is None:
         k_selected += b * k_selected_sb
     if job == 2:
-        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE)
+        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE, 0, 0)
     new_v_selected = new_v_selected_ptr + b * new_v_selected_sb + h * new_v_selected_sh
     v_selected = v_selected_ptr + h * v_selected_sh
     if table_ptr is None:
         v_selected += b * v_selected_sb
     if job == 3:
-        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE)
+        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE, 0, 0)
     new_k_window = new_k_window_ptr + b * new_k_window_sb + h * new_k_window_sh
     k_window = k_window_ptr + h * k_window_sh
     k_window += b * k_window_sb
@@ -3200,7 +3200,15 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past, seen = cache.append(k, v, phi, cu_seqlens)
+    added = cache.append(k, v, phi, cu_seqlens)
+    slices = launch.slices(q, 288, cu_seqlens)
+    if len(slices) > 1:
+        out = launch.empty(q, (*q.shape[:3], 16), None)
+        for first, end in slices:
+            past, seen = added.part(first, end)
+            out[first:end] = _serve(q[first:end], seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates[first:end], past, None, scale)
+        return out
+    past, seen = added.part(0, cache.batch)
     return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates, past, cu_seqlens, scale)
 
 

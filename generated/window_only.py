@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  a9d59a9f787b
+content  9e58edf96a88
 runtime  7
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_a9d59a9f787b"
+_SPACE = "nsagen_window_only_9e58edf96a88"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "a8d869486e13", {
+    "decode_attend": Tiles("decode_attend", "30ae8706ec9e", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -938,7 +938,8 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past, seen = cache.append(k, v, phi, cu_seqlens)
+    added = cache.append(k, v, phi, cu_seqlens)
+    past, seen = added.part(0, cache.batch)
     return _serve(q, seen["k"], seen["v"], past, cu_seqlens, scale)
 
 

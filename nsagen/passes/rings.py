@@ -12,8 +12,6 @@ from nsagen.ir.graph import Attend, Graph, Pool, Source
 from nsagen.ir.plan import Kernel, Op, Ring
 from nsagen.sym import KEY, QUERY, AtLeast, Conjunct, as_int, const, linear_coefficient, substitute
 
-ALL = None
-
 
 def rings(graph: Graph) -> dict[str, Ring]:
     """The values [B, T, Hkv, D] that a ring can hold; what reads most of a value decides."""
@@ -25,7 +23,8 @@ def rings(graph: Graph) -> dict[str, Ring]:
             if source.axis.is_tokens:
                 for value in (source.k, source.v):
                     needs.setdefault(value, []).append(_of_source(source))
-    return {value: _largest(found) for value, found in needs.items() if ALL not in found}
+    largest = {value: _largest(found) for value, found in needs.items()}
+    return {value: ring for value, ring in largest.items() if ring is not None}
 
 
 def over_rings(graph: Graph, ops: tuple[Op, ...], kernels: list[Kernel]) -> list[Kernel]:
@@ -40,22 +39,21 @@ def over_rings(graph: Graph, ops: tuple[Op, ...], kernels: list[Kernel]) -> list
     return [ringed(k) if k.cached else k for k in kernels]
 
 
-def _largest(found: list[Ring | None]) -> Ring:
-    some = [r for r in found if r is not ALL]
+def _largest(found: list[Ring | None]) -> Ring | None:
+    some = [r for r in found if r is not None]
+    if len(some) < len(found):
+        return None  # all tokens
     return Ring(max(r.sinks for r in some), max(r.keep for r in some))
 
 
 def _of_source(source: Source) -> Ring | None:
-    if source.listed:
-        return ALL
-    pieces = [_of_piece(piece.where) for piece in source.pieces]
-    return ALL if ALL in pieces else _largest(pieces)
+    return None if source.listed else _largest([_of_piece(piece.where) for piece in source.pieces])
 
 
 def _of_piece(where: tuple[Conjunct, ...]) -> Ring | None:
     """From one conjunct that bounds the piece; the others only narrow it."""
-    bounds = [bound for c in where if isinstance(c, AtLeast) if (bound := _bound(c)) is not ALL]
-    return min(bounds, key=lambda r: r.keep + r.sinks, default=ALL)
+    bounds = [bound for c in where if isinstance(c, AtLeast) if (bound := _bound(c)) is not None]
+    return min(bounds, key=lambda r: r.keep + r.sinks, default=None)
 
 
 def _bound(c: AtLeast) -> Ring | None:
@@ -63,7 +61,7 @@ def _bound(c: AtLeast) -> Ring | None:
     slopes = tuple(linear_coefficient(c.expr, x) for x in (KEY, QUERY))
     constant = as_int(substitute(c.expr, {KEY: const(0), QUERY: const(0)}))
     if constant is None or constant < 0:
-        return ALL
+        return None
     if slopes == (1, -1):
         return Ring(0, constant)
-    return Ring(constant + 1, 0) if slopes == (-1, 0) else ALL
+    return Ring(constant + 1, 0) if slopes == (-1, 0) else None

@@ -122,7 +122,9 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
     count = sum(name.startswith("parts") for name in merge)
     select = select_node(graph)
     return DecodeView(
-        stores=tuple(_store(x, graph, branches, kept.get(x)) for x in graph.inputs if x.partition("_")[0] in ("k", "v")),
+        stores=tuple(
+            _store(x, graph, branches, kept.get(x)) for x in graph.inputs if x.partition("_")[0] in ("k", "v")
+        ),
         pools=pools,
         splits=splits,
         merged=tuple(MergedView(i, merge[f"parts{i}"], merge[f"lses{i}"]) for i in range(count)),

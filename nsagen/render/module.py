@@ -134,7 +134,13 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
 
 def _step_context(view: DecodeView, plan: Plan) -> dict[str, Any]:
     """A decoding step's launches, and the tiles of those that have some."""
-    append = {"stores": view.stores, "pools": view.pools, "phi_pools": view.phi_pools, "ringed": view.ringed, "hkv": plan.heads.kv}
+    append = {
+        "stores": view.stores,
+        "pools": view.pools,
+        "phi_pools": view.phi_pools,
+        "ringed": view.ringed,
+        "hkv": plan.heads.kv,
+    }
     source = environment().get_template("cache_append.py.j2").render(append).strip("\n")
     kernels = [k for k in plan.kernels if k.body == "split_attend"]
     tiles = [KernelText(k.name, kernel_key(_source(k, plan)), "", _distinct(k.tiles), None) for k in kernels]

@@ -81,9 +81,7 @@ def recent_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, oldest, SINKS: t
 
 
 @triton.jit
-def tile_rows(
-    table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0
-):
+def tile_rows(table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr):
     """token_row of the keys s0 … s0 + BN − 1 below n, −1 for those that a ring no longer has.
 
     One look-up where they lie in a page: s0 is whole tiles.
@@ -128,7 +126,7 @@ def spoil(x, lost):
 @triton.jit
 def append_rows(
     new, new_st, store, store_st, table_ptr, pages, past, total, lost, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Tokens past … total − 1 of a sequence and KV head, row i of `new` the i-th, to their rows of the store."""
     i = tl.arange(0, TOKENS)
@@ -157,7 +155,7 @@ def known_rows(
 @triton.jit
 def mean_of_block(
     new, new_st, store, store_st, out, table_ptr, pages, start, past, lost, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]."""
     sums = tl.zeros([WIDTH], dtype=tl.float32)
@@ -175,7 +173,7 @@ def mean_of_block(
 @triton.jit
 def copy_block(
     new, new_st, store, store_st, out, out_st, table_ptr, pages, start, past, total, lost, BLOCK: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Tokens start … start + BLOCK − 1 to out [BLOCK, DIM]; zeros for those past the end."""
     d = tl.arange(0, WIDTH)[None, :]

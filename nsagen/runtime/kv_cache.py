@@ -32,6 +32,17 @@ class Staged(NamedTuple):
     spare: int = 0
 
 
+class Appended(NamedTuple):
+    """The cache as it was before a call, and what the call's queries see, by name."""
+
+    past: Past
+    seen: dict[str, Store | Recent]
+
+    def part(self, first: int, end: int) -> tuple[Past, dict[str, Tensor]]:
+        """Of sequences [first, end); of packed ones only all."""
+        return self.past.part(first, end), {name: x.part(first, end, self.past) for name, x in self.seen.items()}
+
+
 class KVCache:
     """Keys and values of `batch` sequences of up to `max_len` tokens; empty at first.
 
@@ -100,13 +111,10 @@ class KVCache:
         self.lengths.copy_(after)
 
     @torch.no_grad()
-    def append(
-        self, k: dict[str, Tensor], v: dict[str, Tensor], phi: Any, cu_seqlens: Tensor | None
-    ) -> tuple[Past, dict[str, Tensor]]:
+    def append(self, k: dict[str, Tensor], v: dict[str, Tensor], phi: Any, cu_seqlens: Tensor | None) -> Appended:
         """Add tokens k, v (by branch, [B, m, Hkv, D] or packed [1, T, Hkv, D]) and the blocks that end with them.
 
-        Returns the cache as it was before and what the queries that come with the tokens see, by name: `self[name]`,
-        or of a ring the rows that `recent` describes.
+        Returns what the queries that come with the tokens see.
         """
         first = next(iter(k.values()))
         self._room(first, cu_seqlens)
@@ -118,7 +126,7 @@ class KVCache:
                 seen[name] = self._add(self._stores[name], past, new, self._sound(side, x.flatten(0, 1), new))
         self.lengths.copy_((past.lengths + new.counts).clamp(max=self.max_len))
         self._pool(phi, past, new, seen)
-        return past, {name: rows.view for name, rows in seen.items()}
+        return Appended(past, seen)
 
     def step(self, first: Tensor) -> Past:
         """Room for a decoding step whose first keys are `first`; its kernels fill `past`, the rows, and the lengths."""

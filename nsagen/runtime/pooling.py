@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nsagen.runtime.recent import New, Recent
 from nsagen.runtime.stores import Past, Store

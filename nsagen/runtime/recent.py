@@ -37,9 +37,11 @@ class Recent:
         if self.ring.sinks:
             self._fill_sinks(new)
 
-    @property
-    def view(self) -> Tensor:
-        return self.data.unsqueeze(0)
+    def part(self, first: int, end: int, past: Past) -> Tensor:
+        """Rows [1, …] of sequences [first, end): all of them, or where each has as many new tokens."""
+        each = len(self.data) // len(self.past)
+        whole = first == 0 and end == len(self.past)
+        return (self.data if whole else self.data[first * each : end * each]).unsqueeze(0)
 
     def rows(self, sequence: Tensor, position: Tensor, past: Past) -> Tensor:
         """Rows of tokens: sinks, or from past − keep on; 0 for nobody's."""

@@ -48,6 +48,10 @@ class Store:
         """Without the spare row: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
         return self.data[:-1].view(-1, self.per, *self.data.shape[1:])
 
+    def part(self, first: int, end: int, past: Past) -> Tensor:
+        """What the queries of sequences [first, end) see: their rows, or all pages."""
+        return self.view[first:end] if past.table is None else self.view
+
     def rows(self, sequence: Tensor, position: Tensor, past: Past) -> Tensor:
         """Flat rows of row number `position` of each sequence; the spare one for what has no place.
 

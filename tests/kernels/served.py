@@ -10,14 +10,15 @@ from strategies import make_inputs
 
 import nsagen
 
+SMALL = {"query": 2, "kv": 1, "qk_dim": 16, "v_dim": 16}
 HEADS = {"query": 6, "kv": 2, "qk_dim": 24, "v_dim": 16}
 COMPRESSED = {"block": 8, "stride": 4}
 SELECTED = {"block": 8, "top_n": 3, "initial": 1, "local": 1}
 WINDOW = {"size": 9, "sinks": 2}
 
 
-def spec(name: str, combine: str, kv: str = "shared", **branches: Any) -> dict[str, Any]:
-    return {"name": name, "heads": HEADS, "kv": kv, "branches": branches, "combine": combine}
+def spec(name: str, combine: str, kv: str = "shared", heads: dict[str, int] = HEADS, **branches: Any) -> dict[str, Any]:
+    return {"name": name, "heads": heads, "kv": kv, "branches": branches, "combine": combine}
 
 
 SPECS = {
@@ -38,13 +39,15 @@ SPECS = {
         "serve_thirds", "gated_sum", compressed=COMPRESSED | {"pool": "linear"}, selected=SELECTED | {"block": 12}
     ),
     "union": spec("serve_union", "one_softmax", compressed=COMPRESSED | {"pool": "weighted"}, selected=SELECTED),
-    "near": spec(  # keys and values in one ring, which φ and the window read
-        "serve_near", "gated_sum", compressed=COMPRESSED | {"pool": "mean"}, window={"size": 5}
+    "rings": spec(
+        "serve_rings", "gated_sum", "per_branch", SMALL, compressed={"block": 4, "stride": 2, "pool": "linear"},
+        selected={"block": 4, "top_n": 2, "initial": 1, "local": 1}, window={"size": 3, "sinks": 2},
     ),
-    "near_union": spec(  # a ring, and pooled keys in pages, in one kernel
-        "serve_near_union", "one_softmax", compressed=COMPRESSED | {"pool": "mean"}, window=WINDOW
+    "near": spec(  # a ring that φ and the window read, and pooled keys in pages, in one kernel
+        "serve_near", "one_softmax", "shared", SMALL, compressed={"block": 4, "stride": 2, "pool": "mean"},
+        window={"size": 3, "sinks": 2},
     ),
-}
+}  # fmt: skip
 
 
 def cut(x: Any, rows: slice) -> Any:

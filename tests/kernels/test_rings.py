@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from served import SPECS, Served, cut
+from served import Served
 
 import nsagen
 from nsagen.errors import InputError
@@ -13,55 +13,59 @@ from nsagen.errors import InputError
 @pytest.mark.parametrize(
     ("name", "page", "dtype"),
     [
-        ("whole", 8, torch.float32), ("near", None, torch.float32), ("near_union", 8, torch.float32),
-        ("whole", None, torch.float64), ("near_union", 24, torch.float64),
+        ("rings", None, torch.float32), ("near", 4, torch.float32), ("rings", 4, torch.float64),
+        ("near", None, torch.float64),
     ],
 )  # fmt: skip
 def test_rounds_of_a_ring_with_drafts(name: str, page: int | None, dtype: torch.dtype, device: str) -> None:
-    """Several times around the ring; 8 tokens taken back where they end a block, and in two goes across its seam."""
-    of = Served(name, 61, device, page, dtype)
-    of.step(0, 3)
-    of.step(3, 22)
-    at = 22
-    for back in (8, 1, 5):
-        of.step(at, at + 8, decode=True)
-        of.cache.truncate(torch.full_like(of.cache.lengths, at + 8 - back + back // 2))
-        of.cache.truncate(torch.full_like(of.cache.lengths, at + 8 - back))
-        at += 8 - back
-        of.step(at, at + 1, decode=True)
-        at += 1
-    of.step(at, 61)
+    """More than once around it; 8 tokens taken back where they ended a block, and fewer in two goes across the seam."""
+    of = Served(name, 31, device, page, dtype)
+    of.step(0, 1)
+    of.step(1, 14)
+    of.step(14, 22, decode=True)
+    of.cache.truncate(torch.full_like(of.cache.lengths, 17))
+    of.cache.truncate(torch.full_like(of.cache.lengths, 14))
+    of.step(14, 17)
+    of.step(17, 20, decode=True)
+    of.cache.truncate(torch.full_like(of.cache.lengths, 19))
+    of.step(19, 31)
+    of.cache.truncate(torch.full_like(of.cache.lengths, 23))
+    of.step(23, 24, decode=True)
 
 
 def test_more_than_a_ring_holds(device: str) -> None:
     """Refused where the host can know, before anything is lost; a new sequence may always begin."""
-    of = Served("whole", 40, device, None)
-    of.step(0, 40)
-    with pytest.raises(InputError, match=r"a ring takes back 8 tokens .*, or all, got lengths \[31\] for sequences \[1\]"):
-        of.cache.truncate(torch.tensor([32, 31], device=device, dtype=torch.int32))
-    of.cache.truncate(torch.full_like(of.cache.lengths, 33))
-    with pytest.raises(InputError, match="a ring takes back 8 tokens"):  # from the longest, in whatever steps
-        of.cache.truncate(torch.full_like(of.cache.lengths, 31))
-    of.step(33, 40, decode=True)
-    of.cache.truncate(torch.zeros_like(of.cache.lengths))
-    of.step(0, 12)
-    of.cache.truncate(torch.full_like(of.cache.lengths, 2))  # nothing has been overwritten yet
+    of = Served("rings", 24, device, None)
+
+    def cut_to(*lengths: int) -> None:
+        of.cache.truncate(torch.tensor(lengths, device=device, dtype=torch.int32))
+
+    of.step(0, 24)
+    with pytest.raises(InputError, match=r"takes back 8 tokens .*, or all, got lengths \[15\] for sequences \[1\]"):
+        cut_to(16, 15)
+    cut_to(18, 18)
+    with pytest.raises(InputError, match="a ring takes back 8 tokens from the longest that a sequence has been"):
+        cut_to(18, 15)
+    of.step(18, 19, decode=True)
+    cut_to(0, 0)
+    of.step(0, 11)
+    cut_to(2, 2)  # nothing has been overwritten yet
     of.step(2, 10, decode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_a_capture_loses_is_nan(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host cannot ask, the sequence gives NaN, by decode and prefill, until it begins anew; others go on."""
-    of = Served("whole", 40, device, 8, dtype)
-    of.step(0, 32)
+    of = Served("rings", 24, device, 4, dtype)
+    of.step(0, 24)
     monkeypatch.setattr(of.cache, "_capturing", lambda: True)
-    of.cache.truncate(torch.tensor([23, 24], device=device, dtype=torch.int32))
-    for first in range(24, 38, 2):
-        out = of.outputs(first, first + 2, decode=first % 4 == 0)
+    of.cache.truncate(torch.tensor([15, 16], device=device, dtype=torch.int32))
+    for first, end, decode in ((16, 17, True), (17, 20, False), (20, 22, True)):
+        out = of.outputs(first, end, decode)
         assert out[0].isnan().all()
-        torch.testing.assert_close(out[1], of.want[1, first : first + 2], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(out[1], of.want[1, first:end], rtol=1e-4, atol=2e-5)
     of.cache.truncate(torch.zeros_like(of.cache.lengths))
-    of.step(0, 32)
+    of.step(0, 20)
 
 
 def test_bytes_of_a_long_cache() -> None:
@@ -76,30 +80,38 @@ def test_bytes_of_a_long_cache() -> None:
 
 
 def test_a_short_cache_has_no_more_rows_than_tokens(device: str) -> None:
-    cache = nsagen.load(SPECS["whole"]).KVCache(2, 16, device=device, dtype=torch.float32)
-    assert cache["k_window"].shape[1] == 16
-    of = Served("whole", 16, device, None, room=16)
-    of.step(0, 9)
-    of.step(9, 16, decode=True)
+    of = Served("rings", 8, device, None, room=8)
+    assert of.cache["k_window"].shape[1] == 8
+    of.step(0, 3)
+    of.step(3, 8, decode=True)
     of.cache.truncate(torch.full_like(of.cache.lengths, 1))
-    of.step(1, 16)
+    of.step(1, 8)
 
 
-@pytest.mark.parametrize("absent", [-1, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_keys_of_no_page_are_zero(absent: int, dtype: torch.dtype, device: str) -> None:
-    of, zeroed = (Served("shared", 33, device, 8, dtype) for _ in range(2))
+def test_keys_of_no_page_are_zero(dtype: torch.dtype, device: str) -> None:
+    of, zeroed = (Served("rings", 19, device, 4, dtype) for _ in range(2))
     for one in (of, zeroed):
-        one.step(0, 30)
-    of.cache.table[1, 1:3] = absent
-    for name in ("k", "v", "k_cmp", "v_cmp"):
+        one.step(0, 16)
+    of.cache.table[1, 1:3] = torch.tensor([-1, 10**6])
+    names = ("k_selected", "v_selected", "k_cmp", "v_cmp")
+    for name in names:
         zeroed.cache[name][zeroed.cache.table[1, 1:3].long()] = 0
-    x = [[cut(y, slice(*span)) for y in (of.q, of.k, of.v, of.gates)] for span in ((30, 32), (32, 33))]
-    for call, y in zip(("prefill", "decode"), x, strict=True):
-        got, want = (getattr(one.module, call)(*y, one.phi, one.cache) for one in (of, zeroed))
+    for first, decode in ((16, False), (17, True)):
+        got, want = (one.outputs(first, first + 1, decode) for one in (of, zeroed))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    of.cache.table[1, 4] = absent  # that of the next token: what is appended there is dropped
-    before = {name: of.cache[name].clone() for name in ("k", "v", "k_cmp", "v_cmp")}
-    of.outputs(32, 33, decode=True)
+    page = int(of.cache.table[1, 4])  # of the next token: what is appended there is dropped
+    of.cache.table[1, 4] = -1
+    before = {name: of.cache[name].clone() for name in names}
+    of.outputs(18, 19, decode=True)
     for name, x in before.items():
-        assert torch.equal(of.cache[name][5:], x[5:])
+        assert torch.equal(of.cache[name][page], x[page])
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_prefill_in_slices(page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence at a time, as where the branches' outputs of all would take too much."""
+    of = Served("rings", 14, device, page)
+    monkeypatch.setattr(of.module.launch, "SLICE_BYTES", 1)
+    of.step(0, 5)
+    of.step(5, 14)

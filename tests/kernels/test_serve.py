@@ -15,6 +15,7 @@ from torch import Tensor
 import nsagen
 from nsagen.errors import InputError
 
+
 @pytest.mark.parametrize(
     ("name", "page"), [("window", None), ("whole", None), ("whole", 8), ("shared", 8), ("pooled", None), ("union", 8)]
 )
