@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  bf0768eda5c7
+content  e38f1cbfa33d
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_bf0768eda5c7"
+_SPACE = "nsagen_gqa_llama_e38f1cbfa33d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -391,7 +391,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "cf0a30598d4d", {
+    "decode_scores": Tiles("decode_scores", "8d7e94497551", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -406,7 +406,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "6558d5d061bf", {
+    "decode_attend": Tiles("decode_attend", "05e7bfb62dc6", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -1643,7 +1643,7 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
@@ -1654,7 +1654,8 @@ def compressed_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 8)
     s = s[None, :]
     if C0:
         x = tl.where(16 * s <= t - 31, x, float("-inf"))
@@ -1664,15 +1665,16 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 8)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1720,6 +1722,14 @@ def compressed_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
     # ended: 16 * s <= t - 31
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
     all_hi = min(max(0, t0 - 15) // 16, n)
@@ -1728,12 +1738,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1750,7 +1760,7 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
     s = s0 + tl.arange(0, BN)
@@ -1759,14 +1769,15 @@ def select_scores_cached_step(
     x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 8)
     p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
     return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 4 heads of one KV head.
@@ -1822,6 +1833,10 @@ def select_scores_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
     of_tile = tl.arange(0, BT)
     score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
     stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
@@ -1831,7 +1846,7 @@ def select_scores_cached(
     c2 = all_hi // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
     for s0 in range(0, c3, BN):
-        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 16, BT, BN, PRECISION)
+        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, BT, BN, PRECISION)
         s = s0 + tl.arange(0, BN)
         tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
 
@@ -1894,7 +1909,7 @@ def select_best_cached(
 @triton.jit
 def selected_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
@@ -1905,7 +1920,8 @@ def selected_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 8)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -1915,15 +1931,16 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 8)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_cached(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1971,6 +1988,14 @@ def selected_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
     # causal: s <= t, in the listed blocks
     listed = (first * 8 + h) * 16
     entry = tl.arange(0, 16)
@@ -1982,7 +2007,7 @@ def selected_cached(
         s0 = block * 64 + step % tiles_of_block * BN
         m, z, acc0 = selected_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 64 + 64), scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, min(n, block * 64 + 64), scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -2000,7 +2025,7 @@ def selected_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
@@ -2011,7 +2036,8 @@ def window_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 8)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -2023,15 +2049,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 8)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2079,6 +2106,14 @@ def window_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -2091,17 +2126,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -2117,7 +2152,7 @@ def window_cached(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, sums_ptr, groups, live,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
@@ -2128,7 +2163,8 @@ def decode_scores_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 8)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2152,15 +2188,16 @@ def decode_scores_step(
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
     part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
     tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
+    p = device.scaled(p, v_scales_ptr, row, there, 8)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2185,6 +2222,14 @@ def decode_scores_source(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 8
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 8
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2198,7 +2243,7 @@ def decode_scores_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, sums_row, groups, live,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 16, C0=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2211,7 +2256,7 @@ def decode_scores_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2229,7 +2274,7 @@ def decode_scores(
     programs = tl.cdiv(queries, BM // 4) * splits
     if (at >= 0) & (at < programs):
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2290,7 +2335,7 @@ def decode_select(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
@@ -2301,7 +2346,8 @@ def decode_attend_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 8)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2313,15 +2359,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 8)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
@@ -2347,6 +2394,14 @@ def decode_attend_source0(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 8
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 8
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2360,7 +2415,7 @@ def decode_attend_source0(
         block = tl.load(blocks0_ptr + listed + step // per)
         s0 = block * 64 + step % per * BN
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, C0=True, C1=False,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2373,7 +2428,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2398,6 +2453,14 @@ def decode_attend_source1(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 8
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 8
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2410,7 +2473,7 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2423,7 +2486,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2441,7 +2504,7 @@ def decode_attend(
     programs = queries * splits0
     if (at >= 0) & (at < programs):
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
@@ -2449,7 +2512,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 4) * splits1
     if (at >= 0) & (at < programs):
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2508,7 +2571,7 @@ def decode_merge(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_ptr, k_ptr, new_v_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2529,16 +2592,24 @@ def cache_append(
         table_ptr += b * table_sb
     new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
     k = k_ptr + h * k_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
     if table_ptr is None:
         k += b * k_sb
+        if k_scales_ptr is not None:
+            k_scales_ptr += b * (k_sb // k_st) * 8
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
+        device.append_rows(new_k, new_k_st, k, k_st, k_scales_ptr, 8, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
     if table_ptr is None:
         v += b * v_sb
+        if v_scales_ptr is not None:
+            v_scales_ptr += b * (v_sb // v_st) * 8
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
+        device.append_rows(new_v, new_v_st, v, v_st, v_scales_ptr, 8, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     if job == 2:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2548,7 +2619,7 @@ def cache_append(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 256 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
+                device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 8, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -2557,9 +2628,14 @@ def cache_append(
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 8 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 8
+                    device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 8, out, out_scales, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
     if job == 3:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2569,13 +2645,18 @@ def cache_append(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 256 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
+                device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 8, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 8 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 8
+                    device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 8, out, out_scales, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
 
 
 # The same domains for the path without kernels.
@@ -3117,8 +3198,8 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
     compressed_cached[(tiles * 8 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3131,8 +3212,8 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_cached[(tiles * 8 * batch,)](
-        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3145,8 +3226,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
     window_cached[(tiles * 8 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3166,8 +3247,8 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
         select_scores_cached[(tiles * 8 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
-            *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+            *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 8 * batch,)](
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
@@ -3203,11 +3284,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -3252,7 +3334,7 @@ def _append(k, v, phi, cache):
     staged = cache.staged(phi, queries)
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(8 * cache.batch, 4)](
-        k["compressed"], cache["k"], v["compressed"], cache["v"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
+        k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
@@ -3275,8 +3357,8 @@ def _decode_scores(q, k, v, past, scale):
     groups = -(-max(1, past.capacity // 16) // 4)
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
     decode_scores[(8 * batch, programs)](
-        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
-        batch * queries * 32, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages,
+        k.scales, v.scales, queries, past.capacity, batch * queries * 32, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
     return parts, lses, sums
@@ -3298,8 +3380,8 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     decode_attend[(8 * batch, programs)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
-        batch * queries * 32, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages,
+        k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity, batch * queries * 32, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
     return parts0, lses0, parts1, lses1
@@ -3321,9 +3403,9 @@ def _decode_select(q, sums, lses, past):
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 5 launches -> out [B, m, 32, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
+    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
     blocks = _decode_select(q, split_sums, split_lse_compressed, past)
-    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache["k"], cache["v"], blocks, cache["k"], cache["v"], past, scale)
+    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, cache.rows("k"), cache.rows("v"), past, scale)
     out = launch.empty(q, (*q.shape[:3], 128), None)
     decode_merge[(out.shape[0] * out.shape[1] * 32,)](
         split_out_compressed, split_lse_compressed, split_out_selected, split_lse_selected, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 32,

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  36708de6de27
+content  d022828b08ba
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_36708de6de27"
+_SPACE = "nsagen_nsa_compressed_window_d022828b08ba"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -263,7 +263,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "09b92b4fcf34", {
+    "decode_attend": Tiles("decode_attend", "c348de9c5328", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -1016,7 +1016,7 @@ def window_gate(d_out_ptr, term1_ptr, lse1_ptr, gates_ptr, delta1_ptr, shift1_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
@@ -1027,7 +1027,8 @@ def compressed_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(16 * s <= t - 31, x, float("-inf"))
@@ -1037,15 +1038,16 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1093,6 +1095,14 @@ def compressed_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # ended: 16 * s <= t - 31
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
     all_hi = min(max(0, t0 - 15) // 16, n)
@@ -1101,12 +1111,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1124,7 +1134,7 @@ def compressed_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
@@ -1135,7 +1145,8 @@ def window_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -1147,15 +1158,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1202,6 +1214,12 @@ def window_cached(
     key_row = rows + sequence.to(tl.int64) * (0 + keep)
     k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        k_scales_ptr += key_row * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        v_scales_ptr += key_row * 4
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -1214,17 +1232,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -1240,7 +1258,7 @@ def window_cached(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31; C1: s <= t; C2: s > t - 512"""
@@ -1251,7 +1269,8 @@ def decode_attend_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -1265,15 +1284,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -1298,6 +1318,14 @@ def decode_attend_source0(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -1310,7 +1338,7 @@ def decode_attend_source0(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 16, 0, 0, C0=True, C1=False, C2=False,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -1323,7 +1351,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -1347,6 +1375,10 @@ def decode_attend_source1(
     v_base = v_ptr + h.to(tl.int64) * v_sh
     k_base += b * k_sb
     v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h + b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h + b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -1359,7 +1391,7 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 0, 519, C0=False, C1=True, C2=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -1372,7 +1404,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1390,7 +1422,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 16) * splits0
     if (at >= 0) & (at < programs):
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, BM, BN, PRECISION, PAGE,
         )
@@ -1398,7 +1430,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 16) * splits1
     if (at >= 0) & (at < programs):
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -1446,7 +1478,7 @@ def decode_merge(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_ptr, k_ptr, new_v_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1468,14 +1500,22 @@ def cache_append(
         table_ptr += b * table_sb
     new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
     k = k_ptr + h * k_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
     k += b * k_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += b * (k_sb // k_st) * 4
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 519)
+        device.append_rows(new_k, new_k_st, k, k_st, k_scales_ptr, 4, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 519)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
     v += b * v_sb
+    if v_scales_ptr is not None:
+        v_scales_ptr += b * (v_sb // v_st) * 4
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
+        device.append_rows(new_v, new_v_st, v, v_st, v_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
     if job == 2:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -1485,7 +1525,7 @@ def cache_append(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 519)
+                device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 519)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -1494,9 +1534,14 @@ def cache_append(
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 519)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 519)
     if job == 3:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -1506,13 +1551,18 @@ def cache_append(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, staged, 512, table_ptr, pages, start, past, total, lost, 32, 128, 128, PAGE, 0, 519)
+                device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, lost, 32, 128, 128, PAGE, 0, 519)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, pages, start, past, lost, 32, 128, 128, PAGE, 0, 519)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, lost, 32, 128, 128, PAGE, 0, 519)
 
 
 # The same domains for the path without kernels.
@@ -1878,8 +1928,8 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -1892,8 +1942,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -1921,11 +1971,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -1970,7 +2021,7 @@ def _append(k, v, phi, cache):
     staged = cache.staged(phi, queries)
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(4 * cache.batch, 4)](
-        k["compressed"], cache["k"], v["compressed"], cache["v"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
+        k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
@@ -1996,8 +2047,8 @@ def _decode_attend(q, k0, v0, k1, v1, past, scale):
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     decode_attend[(4 * batch, programs)](
-        q, k0, v0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
-        batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages,
+        k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity, batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
     return parts0, lses0, parts1, lses1
@@ -2006,7 +2057,7 @@ def _decode_attend(q, k0, v0, k1, v1, past, scale):
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_compressed, split_lse_compressed, split_out_window, split_lse_window = _decode_attend(q, cache["k_cmp"], cache["v_cmp"], cache["k"], cache["v"], past, scale)
+    split_out_compressed, split_lse_compressed, split_out_window, split_lse_window = _decode_attend(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), past, scale)
     out = launch.empty(q, (*q.shape[:3], 128), None)
     decode_merge[(out.shape[0] * out.shape[1] * 64,)](
         split_out_compressed, split_lse_compressed, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 64,

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  bfab910703f1
+content  70fe51f9c166
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_bfab910703f1"
+_SPACE = "nsagen_nsa_paper_70fe51f9c166"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -395,7 +395,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "e55f06940b6e", {
+    "decode_scores": Tiles("decode_scores", "89fa88af80ec", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -410,7 +410,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "90ec57167916", {
+    "decode_attend": Tiles("decode_attend", "5c8189df2efa", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624),
             Config(16, 64, 4, 2, 88064), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 1, 47104), Config(16, 32, 4, 1, 26624),
@@ -1731,7 +1731,7 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
@@ -1742,10 +1742,11 @@ def compressed_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(16 * s <= t - 31, x, float("-inf"))
@@ -1755,15 +1756,16 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1813,6 +1815,14 @@ def compressed_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # ended: 16 * s <= t - 31
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
     all_hi = min(max(0, t0 - 15) // 16, n)
@@ -1821,12 +1831,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, pages, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1843,7 +1853,7 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_step(
-    q0, q1, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q0, q1, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
     s = s0 + tl.arange(0, BN)
@@ -1852,17 +1862,18 @@ def select_scores_cached_step(
     x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
     return tl.sum(tl.reshape(p, [BT, 16, BN]), 1)
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 16 queries × the 16 heads of one KV head.
@@ -1920,6 +1931,10 @@ def select_scores_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     of_tile = tl.arange(0, BT)
     score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
     stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
@@ -1929,7 +1944,7 @@ def select_scores_cached(
     c2 = all_hi // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
     for s0 in range(0, c3, BN):
-        p = select_scores_cached_step(q0, q1, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 16, BT, BN, PRECISION)
+        p = select_scores_cached_step(q0, q1, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, BT, BN, PRECISION)
         s = s0 + tl.arange(0, BN)
         tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
 
@@ -1992,7 +2007,7 @@ def select_best_cached(
 @triton.jit
 def selected_cached_step(
     m, z, acc0,
-    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
@@ -2003,10 +2018,11 @@ def selected_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -2016,15 +2032,16 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_cached(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2074,6 +2091,14 @@ def selected_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # causal: s <= t, in the listed blocks
     listed = (first * 4 + h) * 16
     entry = tl.arange(0, 16)
@@ -2085,7 +2110,7 @@ def selected_cached(
         s0 = block * 64 + step % tiles_of_block * BN
         m, z, acc0 = selected_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 64 + 64), scale2, table_ptr, pages, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, min(n, block * 64 + 64), scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -2103,7 +2128,7 @@ def selected_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
@@ -2114,10 +2139,11 @@ def window_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -2129,15 +2155,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2186,6 +2213,12 @@ def window_cached(
     key_row = rows + sequence.to(tl.int64) * (0 + keep)
     k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        k_scales_ptr += key_row * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        v_scales_ptr += key_row * 4
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -2198,17 +2231,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -2224,7 +2257,7 @@ def window_cached(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, sums_ptr, groups, live,
+    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
@@ -2235,10 +2268,11 @@ def decode_scores_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2262,15 +2296,16 @@ def decode_scores_step(
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
     part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
     tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2297,6 +2332,14 @@ def decode_scores_source(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2310,7 +2353,7 @@ def decode_scores_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, sums_row, groups, live,
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 16, C0=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2323,7 +2366,7 @@ def decode_scores_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2341,7 +2384,7 @@ def decode_scores(
     programs = tl.cdiv(queries, BM // 16) * splits
     if (at >= 0) & (at < programs):
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2402,7 +2445,7 @@ def decode_select(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages,
+    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
@@ -2413,10 +2456,11 @@ def decode_attend_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2428,15 +2472,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
@@ -2464,6 +2509,14 @@ def decode_attend_source0(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2477,7 +2530,7 @@ def decode_attend_source0(
         block = tl.load(blocks0_ptr + listed + step // per)
         s0 = block * 64 + step % per * BN
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages,
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 0, 0, C0=True, C1=False,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2490,7 +2543,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2516,6 +2569,10 @@ def decode_attend_source1(
     v_base = v_ptr + h.to(tl.int64) * v_sh
     k_base += b * k_sb
     v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h + b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h + b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2528,7 +2585,7 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 0, 519, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2541,7 +2598,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2559,7 +2616,7 @@ def decode_attend(
     programs = queries * splits0
     if (at >= 0) & (at < programs):
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
@@ -2567,7 +2624,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 16) * splits1
     if (at >= 0) & (at < programs):
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2626,7 +2683,7 @@ def decode_merge(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_selected_ptr, k_selected_ptr, new_v_selected_ptr, v_selected_ptr, new_k_window_ptr, k_window_ptr, new_v_window_ptr, v_window_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+    new_k_compressed_ptr, k_compressed_ptr, k_compressed_scales_ptr, new_v_compressed_ptr, v_compressed_ptr, v_compressed_scales_ptr, new_k_selected_ptr, k_selected_ptr, k_selected_scales_ptr, new_v_selected_ptr, v_selected_ptr, v_selected_scales_ptr, new_k_window_ptr, k_window_ptr, k_window_scales_ptr, new_v_window_ptr, v_window_ptr, v_window_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2648,36 +2705,60 @@ def cache_append(
         table_ptr += b * table_sb
     new_k_compressed = new_k_compressed_ptr + b * new_k_compressed_sb + h * new_k_compressed_sh
     k_compressed = k_compressed_ptr + h * k_compressed_sh
+    if k_compressed_scales_ptr is not None:
+        k_compressed_scales_ptr += h
     k_compressed += b * k_compressed_sb
+    if k_compressed_scales_ptr is not None:
+        k_compressed_scales_ptr += b * (k_compressed_sb // k_compressed_st) * 4
     if job == 0:
-        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 39)
+        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 4, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 39)
     new_v_compressed = new_v_compressed_ptr + b * new_v_compressed_sb + h * new_v_compressed_sh
     v_compressed = v_compressed_ptr + h * v_compressed_sh
+    if v_compressed_scales_ptr is not None:
+        v_compressed_scales_ptr += h
     v_compressed += b * v_compressed_sb
+    if v_compressed_scales_ptr is not None:
+        v_compressed_scales_ptr += b * (v_compressed_sb // v_compressed_st) * 4
     if job == 1:
-        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 39)
+        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 39)
     new_k_selected = new_k_selected_ptr + b * new_k_selected_sb + h * new_k_selected_sh
     k_selected = k_selected_ptr + h * k_selected_sh
+    if k_selected_scales_ptr is not None:
+        k_selected_scales_ptr += h
     if table_ptr is None:
         k_selected += b * k_selected_sb
+        if k_selected_scales_ptr is not None:
+            k_selected_scales_ptr += b * (k_selected_sb // k_selected_st) * 4
     if job == 2:
-        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 0)
+        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, k_selected_scales_ptr, 4, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 0)
     new_v_selected = new_v_selected_ptr + b * new_v_selected_sb + h * new_v_selected_sh
     v_selected = v_selected_ptr + h * v_selected_sh
+    if v_selected_scales_ptr is not None:
+        v_selected_scales_ptr += h
     if table_ptr is None:
         v_selected += b * v_selected_sb
+        if v_selected_scales_ptr is not None:
+            v_selected_scales_ptr += b * (v_selected_sb // v_selected_st) * 4
     if job == 3:
-        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 0)
+        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, v_selected_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 0)
     new_k_window = new_k_window_ptr + b * new_k_window_sb + h * new_k_window_sh
     k_window = k_window_ptr + h * k_window_sh
+    if k_window_scales_ptr is not None:
+        k_window_scales_ptr += h
     k_window += b * k_window_sb
+    if k_window_scales_ptr is not None:
+        k_window_scales_ptr += b * (k_window_sb // k_window_st) * 4
     if job == 4:
-        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 519)
+        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, k_window_scales_ptr, 4, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 519)
     new_v_window = new_v_window_ptr + b * new_v_window_sb + h * new_v_window_sh
     v_window = v_window_ptr + h * v_window_sh
+    if v_window_scales_ptr is not None:
+        v_window_scales_ptr += h
     v_window += b * v_window_sb
+    if v_window_scales_ptr is not None:
+        v_window_scales_ptr += b * (v_window_sb // v_window_st) * 4
     if job == 5:
-        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
+        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, v_window_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
     if job == 6:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2687,7 +2768,7 @@ def cache_append(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 192
-                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, staged, 768, table_ptr, pages, start, past, total, None, 32, 192, 256, PAGE, 0, 39)
+                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 4, staged, 768, table_ptr, pages, start, past, total, None, 32, 192, 256, PAGE, 0, 39)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -2696,9 +2777,14 @@ def cache_append(
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, out, table_ptr, pages, start, past, None, 32, 192, 256, PAGE, 0, 39)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 192, 256, PAGE, 0, 39)
     if job == 7:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2708,13 +2794,18 @@ def cache_append(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, staged, 512, table_ptr, pages, start, past, total, lost, 32, 128, 128, PAGE, 0, 39)
+                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, lost, 32, 128, 128, PAGE, 0, 39)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, out, table_ptr, pages, start, past, lost, 32, 128, 128, PAGE, 0, 39)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, lost, 32, 128, 128, PAGE, 0, 39)
 
 
 # The same domains for the path without kernels.
@@ -3256,8 +3347,8 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3270,8 +3361,8 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_cached[(tiles * 4 * batch,)](
-        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3284,8 +3375,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3305,8 +3396,8 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 16, cu_seqlens)
         select_scores_cached[(tiles * 4 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, past.pages, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
-            *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+            *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 4 * batch,)](
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
@@ -3342,11 +3433,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -3391,7 +3483,7 @@ def _append(k, v, phi, cache):
     staged = cache.staged(phi, queries)
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(4 * cache.batch, 8)](
-        k["compressed"], cache["k_compressed"], v["compressed"], cache["v_compressed"], k["selected"], cache["k_selected"], v["selected"], cache["v_selected"], k["window"], cache["k_window"], v["window"], cache["v_window"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
+        k["compressed"], *cache.rows("k_compressed"), v["compressed"], *cache.rows("v_compressed"), k["selected"], *cache.rows("k_selected"), v["selected"], *cache.rows("v_selected"), k["window"], *cache.rows("k_window"), v["window"], *cache.rows("v_window"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k_compressed"]), *launch.strides(v["compressed"]), *launch.strides(cache["v_compressed"]), *launch.strides(k["selected"]), *launch.strides(cache["k_selected"]), *launch.strides(v["selected"]), *launch.strides(cache["v_selected"]), *launch.strides(k["window"]), *launch.strides(cache["k_window"]), *launch.strides(v["window"]), *launch.strides(cache["v_window"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
@@ -3414,8 +3506,8 @@ def _decode_scores(q, k, v, past, scale):
     groups = -(-max(1, past.capacity // 16) // 4)
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
     decode_scores[(4 * batch, programs)](
-        q, k, v, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
-        batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages,
+        k.scales, v.scales, queries, past.capacity, batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
     return parts, lses, sums
@@ -3437,8 +3529,8 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     decode_attend[(4 * batch, programs)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
-        batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages,
+        k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity, batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
     return parts0, lses0, parts1, lses1
@@ -3460,9 +3552,9 @@ def _decode_select(q, sums, lses, past):
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 5 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
+    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
     blocks = _decode_select(q, split_sums, split_lse_compressed, past)
-    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache["k_selected"], cache["v_selected"], blocks, cache["k_window"], cache["v_window"], past, scale)
+    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache.rows("k_selected"), cache.rows("v_selected"), blocks, cache.rows("k_window"), cache.rows("v_window"), past, scale)
     out = launch.empty(q, (*q.shape[:3], 128), None)
     decode_merge[(out.shape[0] * out.shape[1] * 64,)](
         split_out_compressed, split_lse_compressed, split_out_selected, split_lse_selected, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 64,

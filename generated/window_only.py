@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  9e58edf96a88
+content  182996615945
 runtime  7
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_9e58edf96a88"
+_SPACE = "nsagen_window_only_182996615945"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "30ae8706ec9e", {
+    "decode_attend": Tiles("decode_attend", "bafe16e1f3e2", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -479,7 +479,7 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
@@ -490,7 +490,8 @@ def window_cached_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -502,15 +503,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -557,6 +559,12 @@ def window_cached(
     key_row = rows + sequence.to(tl.int64) * (0 + keep)
     k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        k_scales_ptr += key_row * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        v_scales_ptr += key_row * 4
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -569,17 +577,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, None, 0, 1, oldest, 0, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -595,7 +603,7 @@ def window_cached(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
@@ -606,7 +614,8 @@ def decode_attend_step(
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -618,15 +627,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -650,6 +660,10 @@ def decode_attend_source(
     v_base = v_ptr + h.to(tl.int64) * v_sh
     k_base += b * k_sb
     v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h + b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h + b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -662,7 +676,7 @@ def decode_attend_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 0, 519, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -675,7 +689,7 @@ def decode_attend_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_attend(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, part_rows, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -693,7 +707,7 @@ def decode_attend(
     programs = tl.cdiv(queries, BM // 16) * splits
     if (at >= 0) & (at < programs):
         decode_attend_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -730,7 +744,7 @@ def decode_merge(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
     TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -752,14 +766,22 @@ def cache_append(
         table_ptr += b * table_sb
     new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
     k = k_ptr + h * k_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
     k += b * k_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += b * (k_sb // k_st) * 4
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 519)
+        device.append_rows(new_k, new_k_st, k, k_st, k_scales_ptr, 4, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 519)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
     v += b * v_sb
+    if v_scales_ptr is not None:
+        v_scales_ptr += b * (v_sb // v_st) * 4
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
+        device.append_rows(new_v, new_v_st, v, v_st, v_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
 
 
 # The same domains for the path without kernels.
@@ -897,8 +919,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -922,11 +944,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -963,7 +986,7 @@ def _append(k, v, phi, cache):
     past = cache.step(k["window"])
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(4 * cache.batch, 2)](
-        k["window"], cache["k"], v["window"], cache["v"], cache.lengths, past.lengths,
+        k["window"], *cache.rows("k"), v["window"], *cache.rows("v"), cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, 0,
         *launch.strides(k["window"]), *launch.strides(cache["k"]), *launch.strides(v["window"]), *launch.strides(cache["v"]),
         tokens, past.page,
@@ -983,8 +1006,8 @@ def _decode_attend(q, k, v, past, scale):
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     decode_attend[(4 * batch, programs)](
-        q, k, v, parts, lses, past.lengths, past.table, past.table_stride, past.pages, queries, past.capacity,
-        batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        q, k.data, v.data, parts, lses, past.lengths, past.table, past.table_stride, past.pages,
+        k.scales, v.scales, queries, past.capacity, batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options,
     )
     return parts, lses
@@ -993,7 +1016,7 @@ def _decode_attend(q, k, v, past, scale):
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_window, split_lse_window = _decode_attend(q, cache["k"], cache["v"], past, scale)
+    split_out_window, split_lse_window = _decode_attend(q, cache.rows("k"), cache.rows("v"), past, scale)
     out = launch.empty(q, (*q.shape[:3], 128), None)
     decode_merge[(out.shape[0] * out.shape[1] * 64,)](
         split_out_window, split_lse_window, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 64,

@@ -111,6 +111,11 @@ class BranchView:
         return [x for s in self.sources for x in (s.k, s.v, *((s.blocks,) if s.listed else ()))]
 
     @property
+    def rows(self) -> list[str]:
+        """The same of a cache, whose keys and values come with scales."""
+        return [f"{x}.data" if x in self.keys else x for x in self.pointers]
+
+    @property
     def arguments(self) -> list[str]:
         """The same as the host functions take them: lists last."""
         return [*self.keys, *(s.blocks for s in self.sources if s.listed)]

@@ -137,6 +137,7 @@ class KernelView:
     descending: bool
     split: bool  # programs share a key tile's loop
     cached: bool  # keys lie in a cache
+    valued: bool  # and values
     rows_may_be_empty: bool
     rows: str  # rows of a tile that belong to one query
     live: str  # which rows of a query tile are queries
@@ -175,12 +176,19 @@ class KernelView:
     def cache_arguments(self) -> str:
         """What a kernel over a cache is told of it; keep: the tokens before a query that a ring holds for it."""
         keeps = "".join(f"keep{s.suffix}, " for s in self.sources if s.ring)
-        return f"past_ptr, table_ptr, table_sb, pages, {keeps}" if self.cached else ""
+        scales = "".join(f"{side}{s.suffix}_scales_ptr, " for s in self.sources for side in self.sides)
+        return f"past_ptr, table_ptr, table_sb, pages, {keeps}{scales}" if self.cached else ""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Keys, and values where the kernel has some."""
+        return ("k", "v") if self.valued else ("k",)
 
     @property
     def step_arguments(self) -> str:
         rings = " oldest, SINKS: tl.constexpr," if self.ringed else ""
-        return f"table_ptr, pages, PAGE: tl.constexpr,{rings}"
+        scales = "".join(f" {side}_scales_ptr," for side in self.sides)
+        return f"table_ptr, pages, PAGE: tl.constexpr,{rings}{scales}"
 
     @property
     def step_row(self) -> str:
@@ -198,9 +206,10 @@ class KernelView:
         """What a step is told of a source's cache: the table, and rows of a page; or a ring, which has neither."""
         if not self.cached:
             return ""
+        scales = "".join(f"{side}{source.suffix}_scales_ptr, " for side in self.sides)
         if source.ring:
-            return f"None, 0, 1, oldest, {source.ring.sinks}, "
-        return f"table_ptr, pages, PAGE // {source.stride}, " + ("0, -1, " if self.ringed else "")
+            return f"None, 0, 1, oldest, {source.ring.sinks}, {scales}"
+        return f"table_ptr, pages, PAGE // {source.stride}, {'0, -1, ' if self.ringed else ''}{scales}"
 
     def guard(self, operand: str) -> str:
         return self.guards[operand]
@@ -234,6 +243,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         descending=kernel.grid.order == "descending",
         split=kernel.grid.split,
         cached=kernel.cached,
+        valued=any(o.role == "v" for o in kernel.operands),
         rows_may_be_empty="rows_may_be_empty" in kernel.facts,
         rows=_rows(kernel, h),
         live="(t < T)" + _heads_live(kernel, h),

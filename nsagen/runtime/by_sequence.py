@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from nsagen.runtime.rings import Ring
-from nsagen.runtime.stores import Past
+from nsagen.runtime.stores import Past, Rows
 
 
 class Seen(NamedTuple):
     """What a call's queries see of a value: its storage, tokens a row, and the ring that it is the `recent` rows of."""
 
-    store: Tensor
+    rows: Rows
     stride: int
     ring: tuple[int, int, int] | None = None
 
@@ -28,7 +28,7 @@ def run(
 
     forward(q, *keys, *more, cu_seqlens, scale) -> out; more: gates, lists.
     """
-    out = torch.zeros(*q.shape[:3], keys[1].store.shape[-1], dtype=q.dtype, device=q.device)
+    out = torch.zeros(*q.shape[:3], keys[1].rows.data.shape[-1], dtype=q.dtype, device=q.device)
     batch = len(past.lengths)
     ends = [i * q.shape[1] for i in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     flat = [x.flatten(0, 1) for x in (q, *more)]
@@ -37,24 +37,31 @@ def run(
         total = before + ends[s + 1] - ends[s]
         if total == before:
             continue
-        of = [_contiguous(x, s, ends[s], before, total, past).unsqueeze(0) for x in keys]
+        of = [_contiguous(x, s, ends[s], before, total, past).numbers(q.dtype).unsqueeze(0) for x in keys]
         behind = [torch.nn.functional.pad(x[rows].unsqueeze(0), (0, 0, 0, 0, before, 0)) for x in flat]
         out.flatten(0, 1)[rows] = forward(behind[0], *of, *behind[1:], None, scale)[0, before:]
     return out
 
 
-def _contiguous(seen: Seen, s: int, start: int, before: int, total: int, past: Past) -> Tensor:
+def _contiguous(seen: Seen, s: int, start: int, before: int, total: int, past: Past) -> Rows:
     """[rows, Hkv, D]: a sequence's first rows; of a pooled store all of the blocks that could have ended."""
-    if seen.ring is not None:
-        return _unrolled(seen.store[0], Ring(*seen.ring).within(past.capacity), s, start, before, total)
     count = total // seen.stride if seen.stride > 1 else total
+    if seen.ring is not None:
+        ring = Ring(*seen.ring).within(past.capacity)
+        return seen.rows.each(lambda x: _unrolled(x[0], ring, s, start, before, total))
     if past.table is None:
-        return seen.store[s, :count]
-    flat, per = seen.store.flatten(0, 1), past.page // seen.stride
-    row = torch.arange(count, device=flat.device)
+        return seen.rows.each(lambda x: x[s, :count])
+    per = past.page // seen.stride
+    row = torch.arange(count, device=past.table.device)
     page = past.table[s, row // per].long()
     there = (page >= 0) & (page < past.pages)
-    return torch.where(there.view(-1, 1, 1), flat[torch.where(there, page * per + row % per, 0)], 0)
+    at = torch.where(there, page * per + row % per, 0)
+    return seen.rows.each(lambda x: _where(there, x.flatten(0, 1)[at]))
+
+
+def _where(there: Tensor, x: Tensor) -> Tensor:
+    """x, with zeros in the rows that are not there."""
+    return torch.where(there.view(-1, *(1 for _ in x.shape[1:])), x, torch.zeros_like(x))
 
 
 def _unrolled(recent: Tensor, ring: Ring, s: int, start: int, before: int, total: int) -> Tensor:

@@ -124,29 +124,57 @@ def spoil(x, lost):
 
 
 @triton.jit
+def scaled(x, scales_ptr, row, inside, HEADS: tl.constexpr):
+    """x [rows, keys] times the scale of each key; x itself where there are none."""
+    if scales_ptr is None:
+        return x
+    else:
+        return x * tl.load(scales_ptr + row * HEADS, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def put_rows(store, scales_ptr, row, there, x, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """x [rows, WIDTH] to store [rows, WIDTH] of pointers: as it is, or e4m3 with a scale a row."""
+    mask = there[:, None] & (tl.arange(0, WIDTH)[None, :] < DIM)
+    if scales_ptr is None:
+        tl.store(store, x.to(store.dtype.element_ty), mask=mask)
+    else:
+        x = x.to(tl.float32)
+        sums = tl.sum(x, 1)
+        scale = tl.where(sums == sums, tl.max(tl.abs(x), 1) / 448.0, sums)  # a NaN is the whole row's
+        tl.store(scales_ptr + row * HEADS, scale, mask=there)
+        x = x / tl.where(scale == 0, 1.0, scale)[:, None]
+        tl.store(store, x.to(store.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def append_rows(
-    new, new_st, store, store_st, table_ptr, pages, past, total, lost, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, table_ptr, pages, past, total, lost,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     """Tokens past … total − 1 of a sequence and KV head, row i of `new` the i-th, to their rows of the store."""
     i = tl.arange(0, TOKENS)
     d = tl.arange(0, WIDTH)[None, :]
     row = token_row(table_ptr, pages, past + i, past + i < total, PAGE, SINKS, RING)
-    mask = ((past + i < total) & (row >= 0))[:, None] & (d < DIM)
-    x = tl.load(new + i[:, None] * new_st + d, mask=mask, other=0.0)
-    tl.store(store + row[:, None] * store_st + d, spoil(x, lost), mask=mask)
+    there = (past + i < total) & (row >= 0)
+    x = tl.load(new + i[:, None] * new_st + d, mask=there[:, None] & (d < DIM), other=0.0)
+    put_rows(store + row[:, None] * store_st + d, scales_ptr, row, there, spoil(x, lost), HEADS, DIM, WIDTH)
 
 
 @triton.jit
 def known_rows(
-    new, new_st, store, store_st, table_ptr, pages, s, inside, past, lost, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, table_ptr, pages, s, inside, past, lost,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Tokens s of a sequence and KV head, [rows, WIDTH]: old ones from the store, from token `past` on from `new`."""
     d = tl.arange(0, WIDTH)[None, :]
     row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
     old = (inside & (s < past) & (row >= 0))[:, None] & (d < DIM)
     x = tl.load(store + row[:, None] * store_st + d, mask=old, other=0.0)
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + row * HEADS, mask=inside & (s < past) & (row >= 0), other=0.0)
+        x = (x.to(tl.float32) * scale[:, None]).to(new.dtype.element_ty)
     late = (inside & (s >= past))[:, None] & (d < DIM)
     fresh = tl.load(new + (s - past)[:, None] * new_st + d, mask=late, other=0.0)
     return tl.where(late, spoil(fresh, lost), x)
@@ -154,8 +182,9 @@ def known_rows(
 
 @triton.jit
 def mean_of_block(
-    new, new_st, store, store_st, out, table_ptr, pages, start, past, lost, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, out, out_scales_ptr, table_ptr, pages, start, past,
+    lost, BLOCK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]."""
     sums = tl.zeros([WIDTH], dtype=tl.float32)
@@ -163,17 +192,35 @@ def mean_of_block(
         s = start + first + tl.arange(0, 16)
         inside = s < start + BLOCK
         x = known_rows(
-            new, new_st, store, store_st, table_ptr, pages, s, inside, past, lost, DIM, WIDTH, PAGE, SINKS, RING
+            new,
+            new_st,
+            store,
+            store_st,
+            scales_ptr,
+            HEADS,
+            table_ptr,
+            pages,
+            s,
+            inside,
+            past,
+            lost,
+            DIM,
+            WIDTH,
+            PAGE,
+            SINKS,
+            RING,
         )
         sums += tl.sum(x.to(tl.float32), 0)
-    d = tl.arange(0, WIDTH)
-    tl.store(out + d, (sums / BLOCK).to(out.dtype.element_ty), mask=d < DIM)
+    d = tl.arange(0, WIDTH)[None, :]
+    one = tl.zeros([1], dtype=tl.int32)
+    put_rows(out + d, out_scales_ptr, one, one == 0, (sums / BLOCK)[None, :], HEADS, DIM, WIDTH)
 
 
 @triton.jit
 def copy_block(
-    new, new_st, store, store_st, out, out_st, table_ptr, pages, start, past, total, lost, BLOCK: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, out, out_st, table_ptr, pages, start, past, total,
+    lost, BLOCK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     """Tokens start … start + BLOCK − 1 to out [BLOCK, DIM]; zeros for those past the end."""
     d = tl.arange(0, WIDTH)[None, :]
@@ -181,6 +228,22 @@ def copy_block(
         i = first + tl.arange(0, 16)
         inside = (i < BLOCK) & (start + i < total)
         x = known_rows(
-            new, new_st, store, store_st, table_ptr, pages, start + i, inside, past, lost, DIM, WIDTH, PAGE, SINKS, RING
+            new,
+            new_st,
+            store,
+            store_st,
+            scales_ptr,
+            HEADS,
+            table_ptr,
+            pages,
+            start + i,
+            inside,
+            past,
+            lost,
+            DIM,
+            WIDTH,
+            PAGE,
+            SINKS,
+            RING,
         )
         tl.store(out + i[:, None] * out_st + d, x, mask=(i < BLOCK)[:, None] & (d < DIM))

@@ -19,7 +19,7 @@ from nsagen.runtime import compress, pooling
 from nsagen.runtime.checks import DTYPES, Layout
 from nsagen.runtime.recent import New, Recent
 from nsagen.runtime.rings import Ring, TakenBack
-from nsagen.runtime.stores import Past, Store
+from nsagen.runtime.stores import Flat, Past, Rows, Store
 
 
 class Staged(NamedTuple):
@@ -38,7 +38,7 @@ class Appended(NamedTuple):
     past: Past
     seen: dict[str, Store | Recent]
 
-    def part(self, first: int, end: int) -> tuple[Past, dict[str, Tensor]]:
+    def part(self, first: int, end: int) -> tuple[Past, dict[str, Rows]]:
         """Of sequences [first, end); of packed ones only all."""
         return self.past.part(first, end), {name: x.part(first, end, self.past) for name, x in self.seen.items()}
 
@@ -60,10 +60,13 @@ class KVCache:
         dtype: torch.dtype,
         page_size: int | None,
         num_pages: int | None,
+        kv_dtype: torch.dtype | None = None,
         mean_of: str = "",
     ) -> None:
         self.layout, self.batch, self.max_len, self.page_size, self.mean_of = layout, batch, max_len, page_size, mean_of
         self._check(num_pages, dtype)
+        self._check_kept(kv_dtype, torch.device(device))
+        self.kv_dtype = dtype if kv_dtype is None else kv_dtype
         per_sequence = -(-self.max_len // page_size) if page_size else 0
         self._pages = (batch * per_sequence if num_pages is None else num_pages) if page_size else 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -79,13 +82,17 @@ class KVCache:
         self._taken_back = TakenBack(rings, self.lengths) if rings else None
 
     def __getitem__(self, name: str) -> Tensor:
-        """The storage of a value: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
+        """The storage of a value, in `kv_dtype`: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
+        return self.rows(name).data
+
+    def rows(self, name: str) -> Rows:
+        """The same with scales [B, rows, Hkv], or [pages, rows of a page, Hkv], that it is to be multiplied by."""
         return self._stores[name].view
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(s.data.nbytes for s in self._stores.values())
+        return sum(s.nbytes for s in self._stores.values())
 
     @property
     def past(self) -> Past:
@@ -154,18 +161,18 @@ class KVCache:
         assert staged.rows is not None and staged.starts is not None
         rows = staged.rows.long()
         for name, x in zip(("k_cmp", "v_cmp"), phi.of_blocks(staged.k, staged.v, staged.starts.long()), strict=True):
-            self._stores[name].write(rows, x)
+            self._stores[name].flat.write(rows, x)
 
     def _add(self, store: Store, past: Past, new: New, x: Tensor) -> Store | Recent:
         """Write new tokens [T, Hkv, D]; returns where their queries see them, and the old ones."""
         if store.ring is None:
-            store.write(store.rows(new.sequence, new.position, past), x)
+            store.flat.write(store.rows(new.sequence, new.position, past), x)
             return store
         seen = Recent(store, past, new, x)
         known = new.sequence.clamp(max=self.batch - 1)
         total = (past.lengths + new.counts)[known]
         stays = torch.where(store.ring.stays(new.position, total), new.sequence, self.batch)
-        store.write(store.rows(stays, new.position, past), x)
+        store.flat.write(store.rows(stays, new.position, past), x)
         return seen
 
     def _sound(self, side: str, x: Tensor, new: New) -> Tensor:
@@ -210,7 +217,7 @@ class KVCache:
         if ring is not None:
             per, count = min(ring.rows, self.max_len), self.batch
         shape = (count * per + 1, self.layout.kv_heads, dim)
-        return Store(torch.zeros(shape, device=self.device, dtype=self.dtype), per, stride, ring)
+        return Store(Flat(shape, self.dtype, self.device, self.kv_dtype != self.dtype), per, stride, ring)
 
     def _token_store(self, side: str, branch: str) -> str:
         return f"{side}_{branch}" if self.layout.per_branch else side
@@ -245,6 +252,14 @@ class KVCache:
             self._fail(f"page_size must be a multiple of {unit}", self.page_size, "whole blocks lie in a page")
         else:
             self.max_len = -(-self.max_len // self.page_size) * self.page_size
+
+    def _check_kept(self, kv_dtype: torch.dtype | None, device: torch.device) -> None:
+        if kv_dtype not in (None, torch.float8_e4m3fn):
+            self._fail("kv_dtype must be None or float8_e4m3fn", kv_dtype, "leave it out to keep dtype")
+        if kv_dtype is not None and device.type == "cuda" and torch.version.cuda:
+            found = torch.cuda.get_device_capability(device)
+            if found < (8, 9):
+                self._fail("float8_e4m3fn needs a GPU of compute capability 8.9 or more", found, "leave kv_dtype out")
 
     def _room(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
         """The host counts what it appended at most; only where that passes max_len does it ask the device."""

@@ -29,11 +29,11 @@ def pool(
     sequence = torch.searchsorted(cu[1:], row, right=True)
     known = sequence.clamp(max=batch - 1)
     position = start[known] + row - cu[known]
-    tokens = [x.read(x.rows(sequence, position, past)).unsqueeze(0) for x in sources]
+    tokens = [x.flat.read(x.rows(sequence, position, past)).unsqueeze(0) for x in sources]
     out = torch.arange(row.shape[0] // stride, device=device)
     owner = (torch.searchsorted(cu[:-1] // stride, out, right=True) - 1).clamp(min=0)
     number = out - cu[owner] // stride
     ended = number * stride + block <= counts[owner]
     at = into[0].rows(torch.where(ended, owner, batch), done[owner] + number, past)
     for store, x in zip(into, phi(*tokens, cu_seqlens=cu.to(torch.int32), start=start), strict=True):
-        store.write(at, x[0])
+        store.flat.write(at, x[0])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsagen.runtime.stores import Past, Store
+from nsagen.runtime.stores import Past, Rows, Store
 
 
 class New(NamedTuple):
@@ -30,18 +30,20 @@ class Recent:
         assert store.ring is not None
         self.ring, self.past, self.starts = store.ring, past.lengths.long(), new.starts
         batch, before = len(self.past), self.ring.before
-        self.data = store.data.new_empty(len(x) + batch * before, *store.data.shape[1:])
+        self.flat = store.flat.blank(len(x) + batch * before)
         self._fill_old(store, past)
         row = torch.arange(len(x), device=x.device)
-        self.data.index_copy_(0, row + (new.sequence + 1).clamp(max=batch) * before, x.to(self.data.dtype))
+        self.flat.write(row + (new.sequence + 1).clamp(max=batch) * before, x)
         if self.ring.sinks:
             self._fill_sinks(new)
 
-    def part(self, first: int, end: int, past: Past) -> Tensor:
+    def part(self, first: int, end: int, past: Past) -> Rows:
         """Rows [1, …] of sequences [first, end): all of them, or where each has as many new tokens."""
-        each = len(self.data) // len(self.past)
-        whole = first == 0 and end == len(self.past)
-        return (self.data if whole else self.data[first * each : end * each]).unsqueeze(0)
+        rows = self.flat.all
+        if end - first < len(self.past):
+            each = len(rows.data) // len(self.past)
+            rows = rows.cut(first * each, end * each)
+        return rows.view(1, -1)
 
     def rows(self, sequence: Tensor, position: Tensor, past: Past) -> Tensor:
         """Rows of tokens: sinks, or from past − keep on; 0 for nobody's."""
@@ -49,9 +51,6 @@ class Recent:
         late = position - self.past[known] + self.ring.before
         at = self._first(known) + torch.where(position < self.ring.sinks, position, late)
         return torch.where(sequence < len(self.past), at, 0)
-
-    def read(self, rows: Tensor) -> Tensor:
-        return self.data[rows]
 
     def _first(self, sequence: Tensor) -> Tensor:
         return self.starts[sequence] + sequence * self.ring.before
@@ -67,8 +66,8 @@ class Recent:
         position = torch.where(i < self.ring.sinks, i, self.past[sequence] - self.ring.before + i)
         first = torch.where(i < self.ring.sinks, 0, self.ring.sinks)
         there = (position >= first) & (position < self.past[sequence])
-        old = store.read(store.rows(sequence, position, past))
-        self.data.index_copy_(0, self._first(sequence) + i, torch.where(there.view(-1, 1, 1), old, 0))
+        old = store.flat.read(store.rows(sequence, position, past))
+        self.flat.write(self._first(sequence) + i, torch.where(there.view(-1, 1, 1), old, 0))
 
     def _fill_sinks(self, new: New) -> None:
         """Those that are among the new tokens also stand in front."""
@@ -77,4 +76,4 @@ class Recent:
         fresh = (i >= past) & (i < past + new.counts[sequence])
         row = self._first(sequence) + i
         late = self._first(sequence) + self.ring.before + i - past
-        self.data.index_copy_(0, row, self.data[torch.where(fresh, late, row)])
+        self.flat.write(row, self.flat.read(torch.where(fresh, late, row)))

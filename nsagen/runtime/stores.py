@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsagen.runtime.rings import Ring
+
+MOST = 448.0  # the largest number of e4m3
 
 
 class Past(NamedTuple):
@@ -30,27 +33,90 @@ class Past(NamedTuple):
         return self._replace(lengths=self.lengths[first:end], table=table)
 
 
+class Rows(NamedTuple):
+    """Rows as kernels take them: numbers [..., Hkv, D], times scales [..., Hkv] float32 where there are scales."""
+
+    data: Tensor
+    scales: Tensor | None
+
+    def cut(self, first: int, end: int) -> Rows:
+        return self.each(lambda x: x[first:end])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The same change of both, which must leave the last dims as they are."""
+        return Rows(change(self.data), None if self.scales is None else change(self.scales))
+
+    def view(self, *shape: int) -> Rows:
+        """[N, Hkv, D] as [*shape, Hkv, D]."""
+        return self.each(lambda x: x.view(*shape, *x.shape[1:]))
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """data times scales, in float32 if they are not of that dtype."""
+        if self.scales is None:
+            return self.data
+        return (self.data.float() * self.scales.unsqueeze(-1)).to(dtype)
+
+
+class Flat:
+    """Rows [N, Hkv, D] to be read and written in `dtype`; kept as e4m3 with a scale a row and head if `quantised`."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, quantised: bool) -> None:
+        self.dtype, self.quantised = dtype, quantised
+        data = torch.zeros(shape, dtype=torch.float8_e4m3fn if quantised else dtype, device=device)
+        self.all = Rows(data, torch.zeros(shape[:2], device=device) if quantised else None)
+
+    def blank(self, count: int) -> Flat:
+        """`count` rows of the same kind."""
+        heads, dim = self.all.data.shape[1:]
+        return Flat((count, heads, dim), self.dtype, self.all.data.device, self.quantised)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """[len(rows), Hkv, D] in `dtype`."""
+        return self.all.each(lambda x: x[rows]).numbers(self.dtype)
+
+    def write(self, rows: Tensor, x: Tensor) -> None:
+        """x [len(rows), Hkv, D] to its rows."""
+        data, scales = self.all
+        if scales is not None:
+            x = x.float()
+            scale = x.abs().amax(-1) / MOST  # NaN where one is, and so the row
+            scales.index_copy_(0, rows, scale)
+            x = x / torch.where(scale == 0, 1, scale).unsqueeze(-1)
+            _bytes(data).index_copy_(0, rows, _bytes(x.to(data.dtype)))
+        else:
+            data.index_copy_(0, rows, x.to(data.dtype))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """torch copies numbers of 8 bits by index only as integers."""
+    return x.view(torch.uint8)
+
+
 class Store:
-    """Rows [rows, Hkv, D] of one value, and a spare row behind them for what has no place.
+    """Rows of one value, and a spare row behind them for what has no place.
 
     stride: tokens a row. per: rows of a sequence, or of a page.
     """
 
-    def __init__(self, data: Tensor, per: int, stride: int, ring: Ring | None = None) -> None:
-        self.data, self.per, self.stride, self.ring = data, per, stride, ring
+    def __init__(self, flat: Flat, per: int, stride: int, ring: Ring | None = None) -> None:
+        self.flat, self.per, self.stride, self.ring = flat, per, stride, ring
 
     @property
     def spare(self) -> int:
-        return len(self.data) - 1
+        return len(self.flat.all.data) - 1
 
     @property
-    def view(self) -> Tensor:
-        """Without the spare row: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
-        return self.data[:-1].view(-1, self.per, *self.data.shape[1:])
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.flat.all if x is not None)
 
-    def part(self, first: int, end: int, past: Past) -> Tensor:
+    @property
+    def view(self) -> Rows:
+        """Without the spare row: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
+        return self.flat.all.cut(0, self.spare).view(-1, self.per)
+
+    def part(self, first: int, end: int, past: Past) -> Rows:
         """What the queries of sequences [first, end) see: their rows, or all pages."""
-        return self.view[first:end] if past.table is None else self.view
+        return self.view.cut(first, end) if past.table is None else self.view
 
     def rows(self, sequence: Tensor, position: Tensor, past: Past) -> Tensor:
         """Flat rows of row number `position` of each sequence; the spare one for what has no place.
@@ -67,10 +133,3 @@ class Store:
         page = past.table[known, torch.where(inside, position // self.per, 0)].long()
         inside &= (page >= 0) & (page < past.pages)
         return torch.where(inside, page * self.per + position % self.per, self.spare)
-
-    def read(self, rows: Tensor) -> Tensor:
-        return self.data[rows]
-
-    def write(self, rows: Tensor, x: Tensor) -> None:
-        """x [N, Hkv, D] to its rows."""
-        self.data.index_copy_(0, rows, x.to(self.data.dtype))

@@ -67,6 +67,7 @@ class Served:
         page: int | None,
         dtype: torch.dtype = torch.float32,
         room: int = 64,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.module: Any = nsagen.load(SPECS[name])
         with torch.no_grad():
@@ -76,7 +77,7 @@ class Served:
             made = hasattr(self.module, "Compressor")
             self.phi = self.module.Compressor(device=device, dtype=dtype) if made else None
             self.want = self.module.attention(self.q, self.k, self.v, self.gates, self.phi)
-        self.cache = self.module.KVCache(2, room, device=device, dtype=dtype, page_size=page)
+        self.cache = self.module.KVCache(2, room, device=device, dtype=dtype, page_size=page, kv_dtype=kv_dtype)
 
     def outputs(self, first: int, end: int, decode: bool = False) -> torch.Tensor:
         """Append tokens [first, end) of both sequences."""

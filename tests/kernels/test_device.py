@@ -68,13 +68,17 @@ def test_add_to_touches_only_what_the_mask_holds(accumulate: bool, device: str) 
 def a_step(
     new_ptr, store_ptr, mean_ptr, copy_ptr, table_ptr, start, past, total, lost, PAGE: tl.constexpr, RING: tl.constexpr
 ):
-    d.mean_of_block(new_ptr, 5, store_ptr, 5, mean_ptr, table_ptr, 4, start, past, lost, 20, 5, 8, PAGE, 3, RING)
-    d.copy_block(new_ptr, 5, store_ptr, 5, copy_ptr, 5, table_ptr, 4, start, past, total, lost, 20, 5, 8, PAGE, 3, RING)
+    d.mean_of_block(
+        new_ptr, 5, store_ptr, 5, None, 1, mean_ptr, None, table_ptr, 4, start, past, lost, 20, 5, 8, PAGE, 3, RING
+    )
+    d.copy_block(
+        new_ptr, 5, store_ptr, 5, None, 1, copy_ptr, 5, table_ptr, 4, start, past, total, lost, 20, 5, 8, PAGE, 3, RING
+    )
 
 
 @triton.jit
 def tokens_in(new_ptr, store_ptr, table_ptr, past, total, PAGE: tl.constexpr, RING: tl.constexpr):
-    d.append_rows(new_ptr, 5, store_ptr, 5, table_ptr, 4, past, total, None, 5, 8, 8, PAGE, 3, RING)
+    d.append_rows(new_ptr, 5, store_ptr, 5, None, 1, table_ptr, 4, past, total, None, 5, 8, 8, PAGE, 3, RING)
 
 
 @pytest.mark.parametrize(("pages", "ring"), [(None, 0), ([2, 0, 3, 1], 0), (None, 27)])

@@ -108,12 +108,12 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str) -> No
 def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
     """So a captured step may be replayed: nothing of the cache moves, and lengths advance in place."""
     of = Served("whole", 24, device, 8)
-    held = [*(s.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
+    held = [*(s.view.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
     places = [x.data_ptr() for x in held]
     of.step(0, 20)
     for first in range(20, 24):
         of.step(first, first + 1, decode=True)
-    now = [*(s.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
+    now = [*(s.view.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
     assert [x.data_ptr() for x in now] == places
 
 
