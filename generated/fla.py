@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  d54ef7288840
+content  8679651570d0
 runtime  7
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_d54ef7288840"
+_SPACE = "nsagen_fla_8679651570d0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -1634,7 +1634,7 @@ def compressed_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 64 * s <= t - 63"""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     inside = (s < n) & (row >= 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1750,7 +1750,7 @@ def select_scores_cached_step(
 ):
     """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     inside = (s < n) & (row >= 0)  # a key of no page is zero
     x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 128)[:, None]
@@ -1892,7 +1892,7 @@ def selected_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     inside = (s < n) & (row >= 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -2008,7 +2008,7 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, pages, s, s < n, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
     inside = (s < n) & (row >= 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]

@@ -194,8 +194,8 @@ class KernelView:
     def step_row(self) -> str:
         """The rows of a step's keys."""
         if self.ringed:
-            return "device.recent_row(table_ptr, pages, s, s < n, PAGE, oldest, SINKS)"
-        return "device.cached_row(table_ptr, pages, s, s < n, PAGE)"
+            return "device.recent_rows(table_ptr, pages, s0, n, BN, PAGE, oldest, SINKS)"
+        return "device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)"
 
     def ring_of(self, source: SourceView) -> str:
         """What a decoding step is told of a source's ring, in a kernel that has one."""

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from nsagen.runtime.rings import Ring
-from nsagen.runtime.stores import Past, Rows
+from nsagen.runtime.stores import Kept, Past
 
 
 class Seen(NamedTuple):
     """What a call's queries see of a value: its storage, tokens a row, and the ring that it is the `recent` rows of."""
 
-    rows: Rows
+    rows: Kept
     stride: int
     ring: tuple[int, int, int] | None = None
 
@@ -43,7 +43,7 @@ def run(
     return out
 
 
-def _contiguous(seen: Seen, s: int, start: int, before: int, total: int, past: Past) -> Rows:
+def _contiguous(seen: Seen, s: int, start: int, before: int, total: int, past: Past) -> Kept:
     """[rows, Hkv, D]: a sequence's first rows; of a pooled store all of the blocks that could have ended."""
     count = total // seen.stride if seen.stride > 1 else total
     if seen.ring is not None:

@@ -72,15 +72,6 @@ def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constex
 
 
 @triton.jit
-def recent_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr):
-    """cached_row; with SINKS ≥ 0 the rows of a prefill over a ring: the sinks, then the tokens from `oldest` on."""
-    if SINKS >= 0:
-        return tl.where(s < SINKS, s, SINKS + tl.maximum(s - oldest, 0)).to(tl.int64)
-    else:
-        return cached_row(table_ptr, pages, s, inside, PAGE)
-
-
-@triton.jit
 def tile_rows(table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr):
     """token_row of the keys s0 … s0 + BN − 1 below n, −1 for those that a ring no longer has.
 
@@ -95,6 +86,16 @@ def tile_rows(table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, SIN
         return row_in_page(tl.load(table_ptr + s0 // PAGE, mask=s0 < n, other=-1), pages, s, PAGE)
     else:
         return cached_row(table_ptr, pages, s, s < n, PAGE)
+
+
+@triton.jit
+def recent_rows(table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr):
+    """tile_rows; with SINKS ≥ 0 those of a prefill over a ring: the sinks, then the tokens from `oldest` on."""
+    if SINKS >= 0:
+        s = s0 + tl.arange(0, BN)
+        return tl.where(s < SINKS, s, SINKS + tl.maximum(s - oldest, 0)).to(tl.int64)
+    else:
+        return tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
 
 
 @triton.jit

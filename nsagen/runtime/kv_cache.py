@@ -8,18 +8,17 @@ see only the last (a window's, and those that only φ reads) lie in rings [B, ro
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsagen.errors import InputError
-from nsagen.runtime import compress, pooling
-from nsagen.runtime.checks import DTYPES, Layout
+from nsagen.runtime import cache_shape, compress, pooling
+from nsagen.runtime.cache_shape import CachedValue
+from nsagen.runtime.checks import Layout
 from nsagen.runtime.recent import New, Recent
 from nsagen.runtime.rings import Ring, TakenBack
-from nsagen.runtime.stores import Flat, Past, Rows, Store
+from nsagen.runtime.stores import Flat, Kept, Past, Store
 
 
 class Staged(NamedTuple):
@@ -38,7 +37,7 @@ class Appended(NamedTuple):
     past: Past
     seen: dict[str, Store | Recent]
 
-    def part(self, first: int, end: int) -> tuple[Past, dict[str, Rows]]:
+    def part(self, first: int, end: int) -> tuple[Past, dict[str, Kept]]:
         """Of sequences [first, end); of packed ones only all."""
         return self.past.part(first, end), {name: x.part(first, end, self.past) for name, x in self.seen.items()}
 
@@ -63,9 +62,9 @@ class KVCache:
         kv_dtype: torch.dtype | None = None,
         mean_of: str = "",
     ) -> None:
-        self.layout, self.batch, self.max_len, self.page_size, self.mean_of = layout, batch, max_len, page_size, mean_of
-        self._check(num_pages, dtype)
-        self._check_kept(kv_dtype, torch.device(device))
+        self.layout, self.batch, self.page_size, self.mean_of = layout, batch, page_size, mean_of
+        self.max_len = cache_shape.whole_length(layout, batch, max_len, page_size, num_pages)
+        cache_shape.check_dtypes(layout, dtype, kv_dtype, torch.device(device))
         self.kv_dtype = dtype if kv_dtype is None else kv_dtype
         per_sequence = -(-self.max_len // page_size) if page_size else 0
         self._pages = (batch * per_sequence if num_pages is None else num_pages) if page_size else 0
@@ -77,7 +76,7 @@ class KVCache:
         self._before = torch.zeros_like(self.lengths)  # the lengths before the call that runs
         self._most = 0  # no sequence is longer, as far as the host knows
         self.dtype, self.device = dtype, self.lengths.device
-        self._stores = {name: self._store(name, dim, stride) for name, dim, stride in self._wanted()}
+        self._stores = {value.name: self._store(value) for value in cache_shape.values(layout, mean_of)}
         rings = [s.ring for s in self._stores.values() if s.ring is not None]
         self._taken_back = TakenBack(rings, self.lengths) if rings else None
 
@@ -85,7 +84,7 @@ class KVCache:
         """The storage of a value, in `kv_dtype`: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
         return self.rows(name).data
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> Kept:
         """The same with scales [B, rows, Hkv], or [pages, rows of a page, Hkv], that it is to be multiplied by."""
         return self._stores[name].view
 
@@ -129,7 +128,8 @@ class KVCache:
         past, new = self.past, self._new(first, cu_seqlens)
         seen: dict[str, Store | Recent] = dict(self._stores)
         for side, given in (("k", k), ("v", v)):
-            for name, x in self._named(side, given).items():
+            named = {cache_shape.token_value(self.layout, side, branch): x for branch, x in given.items()}
+            for name, x in named.items():
                 seen[name] = self._add(self._stores[name], past, new, self._sound(side, x.flatten(0, 1), new))
         self.lengths.copy_((past.lengths + new.counts).clamp(max=self.max_len))
         self._pool(phi, past, new, seen)
@@ -185,7 +185,7 @@ class KVCache:
     def _pool(self, phi: Any, past: Past, new: New, seen: dict[str, Store | Recent]) -> None:
         """The blocks that end within the new tokens: φ's, and the plain means that score blocks."""
         if self.layout.pooled:
-            pair = tuple(seen[self._token_store(side, "compressed")] for side in ("k", "v"))
+            pair = tuple(seen[cache_shape.token_value(self.layout, side, "compressed")] for side in ("k", "v"))
             into = tuple(self._stores[name] for name in ("k_cmp", "v_cmp"))
             pooling.pool(self.layout.pooled[1], pair, into, past, new, phi)
         if self.mean_of:
@@ -209,57 +209,15 @@ class KVCache:
             counts, starts, within = cu[1:] - cu[:-1], cu[:-1], rows - cu[sequence.clamp(max=self.batch - 1)]
         return New(sequence, self.lengths.long()[sequence.clamp(max=self.batch - 1)] + within, counts, starts)
 
-    def _store(self, name: str, dim: int, stride: int) -> Store:
-        ring = self.layout.rings.get(name)
+    def _store(self, value: CachedValue) -> Store:
+        ring = self.layout.rings.get(value.name)
         ring = ring and Ring(*ring).within(self.max_len)
-        per = (self.page_size or self.max_len) // stride
+        per = (self.page_size or self.max_len) // value.stride
         count = self.batch if self.page_size is None else self._pages
         if ring is not None:
             per, count = min(ring.rows, self.max_len), self.batch
-        shape = (count * per + 1, self.layout.kv_heads, dim)
-        return Store(Flat(shape, self.dtype, self.device, self.kv_dtype != self.dtype), per, stride, ring)
-
-    def _token_store(self, side: str, branch: str) -> str:
-        return f"{side}_{branch}" if self.layout.per_branch else side
-
-    def _named(self, side: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {self._token_store(side, branch): x for branch, x in given.items()}
-
-    def _wanted(self) -> list[tuple[str, int, int]]:
-        """(name, head dim, tokens a row) of every storage."""
-        of = self.layout
-        branches = of.branches if of.per_branch else of.branches[:1]
-        dims = (("k", of.qk_dim), ("v", of.v_dim))
-        found = [(self._token_store(side, branch), dim, 1) for branch in branches for side, dim in dims]
-        if of.pooled:
-            found += [(f"{side}_cmp", dim, of.pooled[2]) for side, dim in dims]
-        if self.mean_of:
-            assert of.scored is not None
-            found.append(("k_pooled", of.qk_dim, of.scored[1]))
-        return found
-
-    def _check(self, num_pages: int | None, dtype: torch.dtype) -> None:
-        unit = math.lcm(*(self.layout.scored or (1,)), *(self.layout.pooled[2:] if self.layout.pooled else (1,)))
-        if self.batch < 1 or self.max_len < 1:
-            self._fail("batch and max_len must be 1 or more", f"{self.batch} and {self.max_len}", "make room for one")
-        if dtype not in DTYPES:
-            self._fail("dtype must be float32, bfloat16, float16 or float64", dtype, "take that of q")
-        if self.page_size is None:
-            if num_pages is not None:
-                self._fail("num_pages goes with a page_size", num_pages, "pass page_size too")
-            self.max_len = -(-self.max_len // unit) * unit
-        elif self.page_size < 1 or self.page_size % unit:
-            self._fail(f"page_size must be a multiple of {unit}", self.page_size, "whole blocks lie in a page")
-        else:
-            self.max_len = -(-self.max_len // self.page_size) * self.page_size
-
-    def _check_kept(self, kv_dtype: torch.dtype | None, device: torch.device) -> None:
-        if kv_dtype not in (None, torch.float8_e4m3fn):
-            self._fail("kv_dtype must be None or float8_e4m3fn", kv_dtype, "leave it out to keep dtype")
-        if kv_dtype is not None and device.type == "cuda" and torch.version.cuda:
-            found = torch.cuda.get_device_capability(device)
-            if found < (8, 9):
-                self._fail("float8_e4m3fn needs a GPU of compute capability 8.9 or more", found, "leave kv_dtype out")
+        shape = (count * per + 1, self.layout.kv_heads, value.dim)
+        return Store(Flat(shape, self.dtype, self.device, self.kv_dtype != self.dtype), per, value.stride, ring)
 
     def _room(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
         """The host counts what it appended at most; only where that passes max_len does it ask the device."""
@@ -293,4 +251,4 @@ class KVCache:
         return self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _fail(self, rule: str, got: object, way_out: str) -> None:
-        raise InputError(f"{self.layout.name}.KVCache: {rule}, got {got}: {way_out}")
+        cache_shape.fail(self.layout, rule, got, way_out)

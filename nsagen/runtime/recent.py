@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsagen.runtime.stores import Past, Rows, Store
+from nsagen.runtime.stores import Kept, Past, Store
 
 
 class New(NamedTuple):
@@ -37,7 +37,7 @@ class Recent:
         if self.ring.sinks:
             self._fill_sinks(new)
 
-    def part(self, first: int, end: int, past: Past) -> Rows:
+    def part(self, first: int, end: int, past: Past) -> Kept:
         """Rows [1, …] of sequences [first, end): all of them, or where each has as many new tokens."""
         rows = self.flat.all
         if end - first < len(self.past):

@@ -33,20 +33,20 @@ class Past(NamedTuple):
         return self._replace(lengths=self.lengths[first:end], table=table)
 
 
-class Rows(NamedTuple):
+class Kept(NamedTuple):
     """Rows as kernels take them: numbers [..., Hkv, D], times scales [..., Hkv] float32 where there are scales."""
 
     data: Tensor
     scales: Tensor | None
 
-    def cut(self, first: int, end: int) -> Rows:
+    def cut(self, first: int, end: int) -> Kept:
         return self.each(lambda x: x[first:end])
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Kept:
         """The same change of both, which must leave the last dims as they are."""
-        return Rows(change(self.data), None if self.scales is None else change(self.scales))
+        return Kept(change(self.data), None if self.scales is None else change(self.scales))
 
-    def view(self, *shape: int) -> Rows:
+    def view(self, *shape: int) -> Kept:
         """[N, Hkv, D] as [*shape, Hkv, D]."""
         return self.each(lambda x: x.view(*shape, *x.shape[1:]))
 
@@ -63,7 +63,7 @@ class Flat:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, quantised: bool) -> None:
         self.dtype, self.quantised = dtype, quantised
         data = torch.zeros(shape, dtype=torch.float8_e4m3fn if quantised else dtype, device=device)
-        self.all = Rows(data, torch.zeros(shape[:2], device=device) if quantised else None)
+        self.all = Kept(data, torch.zeros(shape[:2], device=device) if quantised else None)
 
     def blank(self, count: int) -> Flat:
         """`count` rows of the same kind."""
@@ -110,11 +110,11 @@ class Store:
         return sum(x.nbytes for x in self.flat.all if x is not None)
 
     @property
-    def view(self) -> Rows:
+    def view(self) -> Kept:
         """Without the spare row: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
         return self.flat.all.cut(0, self.spare).view(-1, self.per)
 
-    def part(self, first: int, end: int, past: Past) -> Rows:
+    def part(self, first: int, end: int, past: Past) -> Kept:
         """What the queries of sequences [first, end) see: their rows, or all pages."""
         return self.view.cut(first, end) if past.table is None else self.view
 
