@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,8 +77,12 @@ class Served:
             torch.manual_seed(3)
             made = hasattr(self.module, "Compressor")
             self.phi = self.module.Compressor(device=device, dtype=dtype) if made else None
-            self.want = self.module.attention(self.q, self.k, self.v, self.gates, self.phi)
         self.cache = self.module.KVCache(2, room, device=device, dtype=dtype, page_size=page, kv_dtype=kv_dtype)
+
+    @cached_property
+    def want(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.module.attention(self.q, self.k, self.v, self.gates, self.phi)
 
     def outputs(self, first: int, end: int, decode: bool = False) -> torch.Tensor:
         """Append tokens [first, end) of both sequences."""

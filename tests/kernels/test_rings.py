@@ -35,7 +35,7 @@ def test_rounds_of_a_ring_with_drafts(name: str, page: int | None, dtype: torch.
 
 def test_more_than_a_ring_holds(device: str) -> None:
     """Refused where the host can know, before anything is lost; a new sequence may always begin."""
-    of = Served("rings", 24, device, None)
+    of = Served("rings", 24, device, None, torch.float64)
 
     def cut_to(*lengths: int) -> None:
         of.cache.truncate(torch.tensor(lengths, device=device, dtype=torch.int32))
@@ -115,3 +115,22 @@ def test_prefill_in_slices(page: int | None, device: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(of.module.launch, "SLICE_BYTES", 1)
     of.step(0, 5)
     of.step(5, 14)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_truncation() -> None:
+    """It cannot ask, so the sequence that lost tokens gives NaN; the other one goes on."""
+    of = Served("rings", 26, "cuda", None)
+    of.step(0, 24)
+    of.step(24, 25, decode=True)
+    at = torch.full_like(of.cache.lengths, 25)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        of.cache.truncate(at)
+    at.copy_(torch.tensor([10, 24]))
+    graph.replay()
+    assert of.cache.lengths.tolist() == [10, 24]
+    out = of.outputs(24, 25, decode=True)
+    assert out[0].isnan().all()
+    torch.testing.assert_close(out[1], of.want[1, 24:25], rtol=1e-4, atol=2e-5)
