@@ -6,18 +6,20 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  d57112aadb2c
-runtime  7
+content  2f4099aa54a9
+runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
-select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_list            block_major, because group 4: a (query, block) pair costs 0.96 ns in parts, against 3.41 ns for reading the block once a query; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+selected_merge           block_major, because group 4: a (query, block) pair costs 0.96 ns in parts, against 3.41 ns for reading the block once a query
+selected_dkv             block_major, because group 4: a (query, block) pair costs 1.28 ns in parts, against 4.05 ns for reading the block once a query; key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
+selected_dq              block_major, because group 4: a (query, block) pair costs 1.28 ns in parts, against 4.05 ns for reading the block once a query
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -28,14 +30,14 @@ compressed_gate          one_branch, because recompute: one branch's output at a
 selected_gate            one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 window_gate              one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
-decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's probabilities are kept as sums a block, relative to a tile's maximum: no key is read again for lse
+decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 """
 
 from typing import Optional
@@ -48,7 +50,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "gqa_llama")
+version.require(8, "gqa_llama")
 
 SPEC = {'name': 'gqa_llama',
  'heads': {'query': 32, 'kv': 8, 'qk_dim': 128, 'v_dim': 128},
@@ -64,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_d57112aadb2c"
+_SPACE = "nsagen_gqa_llama_2f4099aa54a9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -155,27 +157,26 @@ _CONFIGS = {
             Config(16, 1, 4, 1, 0),
         ),
     }),
-    "select_scores": Tiles("select_scores", "610a74413c94", {
+    "select_scores": Tiles("select_scores", "493d5bd950c0", {
         ("sm_80", 16): (
-            Config(64, 64, 4, 2, 49152), Config(128, 64, 4, 2, 65536), Config(64, 64, 4, 3, 65536), Config(128, 64, 4, 3, 81920),
-            Config(64, 128, 4, 2, 81920), Config(128, 64, 8, 2, 65536), Config(128, 64, 8, 3, 81920), Config(64, 32, 4, 2, 32768),
-            Config(128, 32, 4, 2, 49152), Config(64, 32, 4, 3, 40960), Config(128, 32, 4, 3, 57344), Config(128, 128, 8, 2, 98304),
-            Config(16, 16, 4, 1, 8192),
+            Config(64, 128, 4, 2, 65536), Config(128, 64, 4, 2, 81920), Config(128, 128, 8, 2, 98304), Config(32, 128, 4, 2, 49152),
+            Config(32, 256, 4, 2, 81920), Config(64, 64, 4, 2, 49152), Config(64, 256, 8, 2, 98304), Config(64, 128, 8, 2, 65536),
+            Config(32, 64, 4, 2, 32768), Config(128, 64, 8, 2, 81920), Config(64, 128, 4, 3, 81920), Config(128, 32, 4, 2, 73728),
+            Config(32, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(64, 16, 8, 1, 40960), Config(64, 16, 8, 2, 49152), Config(64, 16, 8, 3, 57344), Config(32, 16, 4, 1, 24576),
-            Config(32, 16, 4, 2, 32768), Config(32, 16, 4, 3, 40960), Config(16, 32, 4, 1, 24576), Config(16, 32, 4, 2, 40960),
-            Config(16, 32, 4, 3, 57344), Config(32, 32, 8, 1, 32768), Config(32, 32, 8, 2, 49152), Config(32, 32, 8, 3, 65536),
-            Config(16, 16, 4, 1, 16384),
+            Config(32, 16, 4, 1, 24576), Config(32, 16, 4, 2, 40960), Config(64, 16, 8, 1, 40960), Config(32, 16, 4, 3, 57344),
+            Config(64, 16, 8, 2, 73728), Config(64, 16, 8, 3, 106496), Config(32, 32, 8, 1, 32768), Config(32, 32, 8, 2, 49152),
+            Config(32, 32, 8, 3, 65536), Config(32, 16, 8, 1, 24576), Config(32, 16, 8, 2, 40960), Config(32, 16, 8, 3, 57344),
         ),
         ("sm_90", 16): (
-            Config(64, 64, 4, 2, 49152), Config(128, 64, 4, 2, 65536), Config(64, 64, 4, 3, 65536), Config(128, 64, 4, 3, 81920),
-            Config(64, 128, 4, 2, 81920), Config(128, 64, 8, 2, 65536), Config(128, 64, 8, 3, 81920), Config(64, 32, 4, 2, 32768),
-            Config(64, 128, 4, 3, 114688), Config(128, 32, 4, 2, 49152), Config(64, 32, 4, 3, 40960), Config(128, 32, 4, 3, 57344),
-            Config(16, 16, 4, 1, 8192),
+            Config(64, 128, 4, 2, 65536), Config(128, 64, 4, 2, 81920), Config(128, 128, 8, 2, 98304), Config(64, 64, 4, 2, 49152),
+            Config(64, 256, 8, 2, 98304), Config(64, 128, 8, 2, 65536), Config(128, 64, 8, 2, 81920), Config(64, 128, 4, 3, 81920),
+            Config(128, 32, 4, 2, 73728), Config(128, 64, 4, 3, 114688), Config(128, 128, 8, 3, 131072), Config(64, 32, 4, 2, 40960),
+            Config(32, 16, 4, 1, 12288),
         ),
     }),
-    "select_best": Tiles("select_best", "148ae139ad1e", {
+    "select_best": Tiles("select_best", "3995dfa8c6ee", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -204,34 +205,40 @@ _CONFIGS = {
             Config(16, 16, 1, 1, 24576), Config(16, 32, 1, 2, 73728), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
             Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
         ),
-    }),
-    "selected_dq": Tiles("selected_dq", "eec5e9980400", {
+    }, (0, 2048)),
+    "selected_list": Tiles("selected_list", "a22ade82cc11", {
         ("sm_80", 16): (
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 2, 24576), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 3, 57344),
-            Config(16, 64, 2, 2, 73728), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576), Config(16, 64, 2, 1, 40960),
-            Config(16, 64, 2, 3, 106496), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
+            Config(64, 64, 4, 3, 81920), Config(64, 64, 4, 2, 65536), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304),
+            Config(64, 32, 4, 3, 65536), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 81920), Config(128, 32, 8, 3, 114688),
+            Config(128, 32, 8, 2, 81920), Config(64, 64, 4, 1, 49152), Config(128, 32, 4, 3, 114688), Config(64, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 2, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920),
-            Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
+            Config(32, 16, 4, 1, 32768), Config(32, 16, 4, 2, 49152), Config(64, 16, 8, 1, 49152), Config(32, 16, 4, 3, 65536),
+            Config(64, 16, 8, 2, 81920), Config(64, 16, 8, 3, 114688), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 49152),
+            Config(32, 32, 8, 1, 49152), Config(16, 32, 4, 3, 57344), Config(32, 32, 8, 2, 65536), Config(32, 32, 8, 3, 81920),
+            Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
-            Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 3, 57344), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 2, 40960),
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576),
-            Config(16, 64, 2, 1, 40960), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
+            Config(64, 64, 4, 3, 81920), Config(64, 64, 4, 2, 65536), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304),
+            Config(64, 32, 4, 3, 65536), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 3, 114688), Config(128, 32, 4, 2, 81920),
+            Config(128, 32, 8, 3, 114688), Config(128, 32, 8, 2, 81920), Config(64, 64, 4, 1, 49152), Config(64, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 12288),
         ),
-        ("sm_90", 32): (
-            Config(16, 32, 2, 1, 49152), Config(16, 32, 1, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688),
-            Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
-        ),
-    }),
-    "selected_dkv": Tiles("selected_dkv", "09e653211910", {
+    }, (2048, None)),
+    "selected_merge": Tiles("selected_merge", "5e53bac362ce", {
         ("sm_80", 16): (
-            Config(32, 64, 4, 2, 69632), Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 64, 8, 2, 106496), Config(32, 32, 4, 3, 67584),
-            Config(32, 64, 8, 3, 86016), Config(32, 32, 4, 2, 51200), Config(32, 64, 8, 2, 69632), Config(64, 32, 4, 3, 118784),
+            Config(1, 1, 1, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(1, 1, 1, 1, 0),
+        ),
+    }, (2048, None)),
+    "selected_dkv": Tiles("selected_dkv", "20021d598eeb", {
+        ("sm_80", 16): (
+            Config(32, 64, 4, 2, 69632), Config(64, 64, 4, 3, 139264), Config(64, 64, 4, 2, 106496), Config(32, 64, 4, 3, 86016),
+            Config(16, 64, 4, 3, 59392), Config(64, 64, 4, 1, 73728), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 1, 53248),
+            Config(64, 64, 8, 3, 139264), Config(64, 64, 8, 2, 106496), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_80", 32): (
@@ -241,9 +248,9 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
         ("sm_90", 16): (
-            Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
-            Config(32, 64, 4, 1, 53248), Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496),
-            Config(128, 64, 8, 2, 180224), Config(32, 32, 4, 3, 67584), Config(32, 64, 8, 3, 86016), Config(32, 32, 4, 2, 51200),
+            Config(64, 64, 4, 2, 106496), Config(32, 64, 4, 3, 86016), Config(32, 64, 4, 2, 69632), Config(64, 64, 4, 3, 139264),
+            Config(16, 64, 4, 3, 59392), Config(64, 64, 4, 1, 73728), Config(16, 64, 4, 2, 51200), Config(32, 64, 4, 1, 53248),
+            Config(64, 64, 8, 3, 139264), Config(64, 32, 4, 2, 86016), Config(64, 64, 8, 2, 106496), Config(128, 64, 8, 2, 180224),
             Config(16, 16, 4, 1, 16896),
         ),
         ("sm_90", 32): (
@@ -259,6 +266,14 @@ _CONFIGS = {
         ),
         ("sm_80", 32): (
             Config(1, 16, 4, 1, 0),
+        ),
+    }),
+    "selected_dq": Tiles("selected_dq", "e298e3f64c3d", {
+        ("sm_80", 16): (
+            Config(1, 1, 1, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(1, 1, 1, 1, 0),
         ),
     }),
     "window_fwd": Tiles("window_fwd", "003936770bb3", {
@@ -391,7 +406,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "8d7e94497551", {
+    "decode_scores": Tiles("decode_scores", "e641c7296435", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -406,7 +421,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "05e7bfb62dc6", {
+    "decode_attend": Tiles("decode_attend", "fc7707d30652", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -742,38 +757,43 @@ def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, AC
 
 
 @triton.jit
-def select_scores_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+def select_scores_sum(
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
+    """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
-    x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
-    p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
-    return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [128, BN]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for head in range(heads):
+        lse = tl.load(lse_ptr + head) * 1.4426950408889634
+        x = tl.zeros([BM, BN], dtype=tl.float32)
+        c = tl.arange(0, 128)[None, :]
+        q = tl.load(q_ptr + q_row[:, None] + c)  # [BM, 128]
+        x = tl.dot(q, k0, x, input_precision=PRECISION)
+        total += tl.exp2(x * scale - lse[:, None])
+        q_ptr += q_sh
+    return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 4 heads of one KV head.
+    """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 4 heads of one KV head.
 
-    scores float32 [B, chunk, 8, blocks] of the queries (packed: rows) [chunk_first, chunk_end); blocks that have not ended
-    hold anything.
+    scores float32 [B, chunk, 8, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
+    where no key has ended, anything. heads: of the group, 4; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
-    BT: tl.constexpr = BM // 4  # queries of a tile, each with the 4 heads of its group
-    pid = tl.program_id(0)
+    BT: tl.constexpr = BM  # queries of a tile, of one head at a time
+    pid = tl.program_id(0) // splits
     tile = tiles - 1 - pid % tiles
     h = pid // tiles % 8  # KV head
     b = (pid // tiles // 8).to(tl.int64)
-    if cu_ptr is None:
-        tile += chunk_first // BT
+    tile += chunk_first // BT  # no tile before it has a row of the chunk, packed neither
     start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
     rows = b * T  # row of that token
     if cu_ptr is not None:
@@ -786,42 +806,49 @@ def select_scores(
     if t0 >= T:
         return
     first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // 4
-    head = row % 4
-    live = (t < T)
-    stat = first * 32 + h * 4 + row // 4 * 32 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 4 + head).to(tl.int64) * q_sh
-    t = t[:, None]
-    d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
     here = start + t0  # the tile's first row in the chunk's numbering
     if (here >= chunk_end) | (here + BT <= chunk_first):
         return
-    lse = tl.load(lse_ptr + stat, mask=live, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]  # sees nothing: p = 0
+    t = tl.minimum(tl.arange(0, BM), T - 1 - t0)  # rows past the end read the last one's
+    lse_row = lse_ptr + (first + t) * 32 + h * 4
+    q_row = (here + t) * q_st
+    q_base = q_ptr + b * q_sb + (h * 4).to(tl.int64) * q_sh
     n = max(0, T - 16) // 16  # keys, whole blocks only
     key_row = start // 16
     k_base = k_ptr + b * k_sb + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + b * v_sb + key_row * v_st + h.to(tl.int64) * v_sh
-    of_tile = tl.arange(0, BT)
-    score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
-    stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
     # ended: 16 * s <= t - 31
+    some_lo = 0
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
-    all_hi = min(max(0, t0 - 15) // 16, n)
-    c2 = all_hi // BN * BN
+    c0 = some_lo // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
-    for s0 in range(0, c3, BN):
-        p = select_scores_step(q0, k_base, k_st, lse, live, s0, n, scale2, BT, BN, PRECISION)
-        s = s0 + tl.arange(0, BN)
-        tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
+    s0 = c0 + tl.program_id(0) % splits * BN
+    if s0 >= c3:
+        return
+    total = select_scores_sum(
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, BM, BN, PRECISION,
+    )
+    i = tl.arange(0, BM)
+    t = (t0 + i)[:, None]
+    s = s0 + tl.arange(0, BN)[None, :]
+    total = tl.where(16 * s <= t - 31, total, 0.0)
+    stored = ((here + i >= chunk_first) & (here + i < chunk_end))[:, None] & (t < T)
+    scores = (scores_ptr + b * score_sb + (here - chunk_first + i) * score_st + h * score_sh)[:, None]
+    key = tl.arange(0, BN)[None, :] % 4  # of its block
+    j = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.full([1, BN], 2.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + j, part, mask=stored & (j < score_sp))
+    weight = tl.full([1, BN], 0.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + score_sp + 1 + j, part, mask=stored & (j + 1 < score_sp))
 
 
-@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows", "score_st"])
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows"])
 def select_best(
-    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, CANDIDATES: tl.constexpr,
+    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr,
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
@@ -844,27 +871,24 @@ def select_best(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    i = j * 4 + -1
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 0
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 1
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 2
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 3
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 16 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 16, least | bit, least)
+        bit = tl.where(reach == 16, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 16:  # the last ones tie
+        above = bits > least
+        room = 16 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 16)
@@ -967,102 +991,144 @@ def selected_fwd(
 
 
 @triton.jit
-def selected_dq_step(
-    dq0,
-    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
-    BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
+def selected_list_step(
+    k0, v0, q_ptr, q_st, q_sh, s, n, entry, end, scale, list_ptr, first_row,
+    first_place, tile, out_parts_ptr, lse_parts_ptr, TILES: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
-    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t"""
-    s = s0 + tl.arange(0, BN)
-    row = s.to(tl.int64)
-    x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
-    dp = tl.zeros([t.shape[0], BN], dtype=tl.float32)
+    """The parts of BT entries; lse in log2 units. C0: s <= t"""
+    row = tl.arange(0, BM)
+    head = row % 4
+    entry += row // 4
+    live = (entry < end)
+    place = tl.load(list_ptr + entry, mask=live, other=0)  # in the lists [B, T, 8, 16]
+    t = (place // 128 - first_row).to(tl.int32)
+    q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
+    x = tl.zeros([BM, s.shape[1]], dtype=tl.float32)
     d = tl.arange(0, 128)[None, :]
-    k0 = device.load(k_ptr + row[:, None] * k_st + d, (s < n)[:, None], EXTENT)  # [BN, 128]
-    x = tl.dot(q0, tl.trans(k0), x, input_precision=PRECISION)
-    d = tl.arange(0, 128)[:, None]
-    v = device.load(v_ptr + row[None, :] * v_st + d, (row < n)[None, :], EXTENT)  # [128, BN]
-    dp = tl.dot(do0, v, dp, input_precision=PRECISION)
-    p = tl.exp2(x * scale - lse)
-    s = s[None, :]
+    q = device.load(q_ptr + q_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
+    x = tl.dot(q, tl.trans(k0), x, input_precision=PRECISION)
+    t = t[:, None]
+    x = tl.where(s < n, x, float("-inf"))
     if C0:
-        p = tl.where(s <= t, p, 0.0)
-    if EXTENT:
-        p = tl.where(s < n, p, 0.0)
-    ds = p * (dp - delta)
-    dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision=PRECISION)
-    return dq0
+        x = tl.where(s <= t, x, float("-inf"))
+    m = tl.maximum(tl.max(x, 1) * scale, -1.0e30)  # finite: a row that sees nothing of the block must not give NaN
+    p = tl.exp2(x * scale - m[:, None])
+    z = tl.sum(p, 1)
+    some = z > 0
+    z = tl.where(some, z, 1.0)
+    part = ((place - first_place).to(tl.int64) * TILES + tile) * 4 + head
+    tl.store(lse_parts_ptr + part, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
+    d = tl.arange(0, 128)[None, :]
+    out = tl.dot(p.to(v0.dtype), v0, input_precision=PRECISION) / z[:, None]
+    tl.store(out_parts_ptr + part[:, None] * 128 + d, out.to(out_parts_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences"])
-def selected_dq(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
-    T, tiles, sequences, scale,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "slots", "sequences", "blocks", "chunk_first", "chunk_rows"])
+def selected_list(
+    q_ptr, k_ptr, v_ptr, list_ptr, items_ptr, out_parts_ptr, lse_parts_ptr, cu_ptr,
+    T, slots, sequences, blocks, chunk_first, chunk_rows, scale, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """dq from the scores recomputed with lse; one program: one query × the 4 heads of one KV head."""
-    BT: tl.constexpr = 1  # queries of a tile, each with the 4 heads of its group
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    h = pid // tiles % 8  # KV head
-    b = (pid // tiles // 8).to(tl.int64)
-    start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
-    rows = b * T  # row of that token
+    """an item's parts of out, each a softmax over the item's key block, and their log-sum-exp; one program: BN keys and one item's queries × the 4 heads of one KV head."""
+    BT: tl.constexpr = BM // 4
+    TILES: tl.constexpr = (64 + BN - 1) // BN  # of a block
+    item = tl.program_id(0)
+    block = tl.load(items_ptr + 3 * item)  # (b·8 + h)·slots + slot
+    if block >= blocks:
+        return
+    slot = block % slots
+    h = block // slots % 8
+    b = (block // slots // 8).to(tl.int64)
+    first_place = (b * (T - chunk_rows) + chunk_first) * 128  # the chunk's, in the lists
+    start = tl.full([], 0, dtype=tl.int64)
+    rows = b * T  # of the sequence's first token
     if cu_ptr is not None:
-        sequence = device.find_sequence(cu_ptr, tile, sequences, 1, BT)
+        sequence = device.find_sequence(cu_ptr, slot, sequences, 1, 64)
         start = tl.load(cu_ptr + sequence).to(tl.int64)
         T = (tl.load(cu_ptr + sequence + 1) - start).to(tl.int32)
-        tile -= device.first_tile(start, sequence, 1, BT).to(tl.int32)
+        slot -= device.first_tile(start, sequence, 1, 64).to(tl.int32)
         rows = start
-    t0 = tile * BT
-    if t0 >= T:
-        return
-    first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // BM
-    head = row % BM
-    live = (t < T) & (head < 4)
-    stat = first * 32 + h * 4 + row // BM * 32 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 4 + head).to(tl.int64) * q_sh
-    t = t[:, None]
-    d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
-    do_row = stat * 128
-    d = tl.arange(0, 128)[None, :]
-    do0 = tl.load(do_ptr + do_row[:, None] + d, mask=live[:, None], other=0.0)
-    lse = device.load(lse_ptr + stat, live, True) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    delta = device.load(delta_ptr + stat, live, True)
-    lse, delta = lse[:, None], delta[:, None]
-    dq0 = tl.zeros([BM, 128], dtype=tl.float32)
+    s0 = slot * 64 + tl.program_id(1) * BN
     n = T  # keys
     key_row = start
     k_base = k_ptr + b * k_sb + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + b * v_sb + key_row * v_st + h.to(tl.int64) * v_sh
-    # causal: s <= t, in the listed blocks
-    listed = (first * 8 + h) * 16
-    entry = tl.arange(0, 16)
-    named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
-    blocks = tl.sum((named >= 0).to(tl.int32))
-    tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
-    for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
-        block = tl.load(blocks_ptr + listed + step // tiles_of_block)
-        s0 = block * 64 + step % tiles_of_block * BN
-        dq0 = selected_dq_step(
-            dq0, q0, do0, lse, delta,
-            k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
-        )
-    dq_row = stat * 128
+    n = min(n, slot * 64 + 64)
+    s = s0 + tl.arange(0, BN)
+    row = s.to(tl.int64)
+    inside = (s < n)[:, None]
     d = tl.arange(0, 128)[None, :]
-    device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
+    k0 = tl.load(k_base + row[:, None] * k_st + d, mask=inside, other=0.0)
+    d = tl.arange(0, 128)[None, :]
+    v0 = tl.load(v_base + row[:, None] * v_st + d, mask=inside, other=0.0)
+    head = h * 4
+    stat = rows * 32 + head  # of query 0, first head of the group
+    q_base = q_ptr + b * q_sb + start * q_st + head.to(tl.int64) * q_sh
+    scale2 = scale * 1.4426950408889634
+    s = s[None, :]
+    end = tl.load(items_ptr + 3 * item + 2)
+    for entry in range(tl.load(items_ptr + 3 * item + 1), end, BT):
+        selected_list_step(
+            k0, v0, q_base, q_st, q_sh, s, n, entry, end, scale2, list_ptr, rows,
+            first_place, tl.program_id(1), out_parts_ptr, lse_parts_ptr, TILES, BM, BT, PRECISION, C0=True, EXTENT=True,
+        )
+
+
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "rows", "chunk_rows"])
+def selected_merge(
+    out_parts_ptr, lse_parts_ptr, blocks_ptr, out_ptr, lse_ptr, cu_ptr, T, sequences, chunk_first, rows, chunk_rows,
+    TILES: tl.constexpr,
+):
+    """out and its log-sum-exp from the parts of the query's listed blocks; one program: a query and the heads of one KV head."""
+    pid = tl.program_id(0)
+    h = pid % 8
+    row = pid // 8 % rows
+    b = (pid // 8 // rows).to(tl.int64)
+    t = chunk_first + row
+    listed = ((b * T + t) * 8 + h) * 16
+    part = ((b * chunk_rows + row) * 8 + h) * 16 * TILES
+    head = tl.arange(0, 4)
+    live = head < 4
+    stat = (b * T + t) * 32 + h * 4 + head
+    if cu_ptr is not None:
+        sequence = device.sequence_of(cu_ptr, t, sequences)
+        start = tl.load(cu_ptr + sequence)
+        T = tl.load(cu_ptr + sequence + 1) - start
+        if t - start >= T:  # a row of no sequence
+            return
+    blocks = (T + 63) // 64  # of the sequence: a list may name others, which left nothing
+    entry = tl.arange(0, 16)
+    block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    there = ((block >= 0) & (block < blocks))[:, None] & live[None, :]
+    m = tl.full([4], -1.0e30, dtype=tl.float32)  # finite, as in the parts of rows that see nothing
+    z = tl.zeros([4], dtype=tl.float32)
+    for tile in tl.static_range(TILES):
+        every = (part + entry * TILES + tile)[:, None] * 4 + head[None, :]
+        lse = tl.load(lse_parts_ptr + every, mask=there, other=float("-inf"))
+        top = tl.maximum(m, tl.max(lse, 0))
+        z = z * tl.exp2(m - top) + tl.sum(tl.exp2(lse - top[None, :]), 0)
+        m = top
+    some = z > 0  # a row that sees nothing: output 0, lse −inf
+    lse_all = m + tl.log2(tl.where(some, z, 1.0))
+    tl.store(lse_ptr + stat, tl.where(some, lse_all * 0.6931471805599453, float("-inf")), mask=live)
+    d = tl.arange(0, 128)[None, :]
+    acc = tl.zeros([4, 128], dtype=tl.float32)
+    for i in range(0, end * TILES):
+        own = tl.load(blocks_ptr + listed + i // TILES)
+        mine = live & (own >= 0) & (own < blocks)
+        at = (part + i) * 4 + head
+        weight = tl.exp2(tl.load(lse_parts_ptr + at, mask=mine, other=float("-inf")) - lse_all)
+        out = tl.load(out_parts_ptr + at[:, None] * 128 + d, mask=mine[:, None], other=0.0)
+        acc += weight[:, None] * out.to(tl.float32)
+    tl.store(out_ptr + stat[:, None] * 128 + d, acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def selected_dkv_step(
     dk0, dv0,
-    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row,
+    k0, v0, q_ptr, do_ptr, lse_ptr, delta_ptr, q_st, q_sh, s, t0, T, scale, list_ptr, first_row, first_place, tile, n, dq_parts_ptr, TILES: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
     C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
@@ -1071,7 +1137,8 @@ def selected_dkv_step(
     head = row % 4
     entry = t0 + row // 4  # of the inverse list
     live = (entry < T)
-    t = tl.load(list_ptr + entry, mask=live, other=0) - first_row
+    place = tl.load(list_ptr + entry, mask=live, other=0)  # in the lists [B, T, 8, 16]
+    t = (place // 128 - first_row).to(tl.int32)
     stat = t.to(tl.int64) * 32 + head
     do_row = stat * 128
     q_row = t.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
@@ -1087,23 +1154,29 @@ def selected_dkv_step(
     t = t[None, :]
     if C0:
         p = tl.where(s <= t, p, 0.0)
+    p = tl.where(s < n, p, 0.0)  # keys past the block, which are 0, have a part in dq: inf·0 where lse is low
     d = tl.arange(0, 128)[None, :]
     do0 = device.load(do_ptr + do_row[:, None] + d, live[:, None], EXTENT)  # [BM, 128]
     dp = tl.dot(v0, tl.trans(do0), dp, input_precision=PRECISION)
     dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision=PRECISION)
+    part = (((place - first_place).to(tl.int64) * TILES + tile) * 4 + head) * 128
+    d = tl.arange(0, 128)[None, :]
+    dq = tl.dot(tl.trans(ds.to(k0.dtype)), k0, input_precision=PRECISION) * (scale * 0.6931471805599453)
+    tl.store(dq_parts_ptr + part[:, None] + d, dq.to(dq_parts_ptr.dtype.element_ty), mask=live[:, None])
     return dk0, dv0
 
 
-@triton.jit(do_not_specialize=["T", "slots", "sequences", "blocks"])
+@triton.jit(do_not_specialize=["T", "slots", "sequences", "blocks", "chunk_first", "chunk_rows"])
 def selected_dkv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, list_ptr, items_ptr, parts_ptr, cu_ptr,
-    T, slots, sequences, blocks, scale, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, list_ptr, items_ptr, parts_ptr, dq_parts_ptr, cu_ptr,
+    T, slots, sequences, blocks, chunk_first, chunk_rows, scale, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """an item's part of dk and dv, float32, from the scores recomputed with lse; one program: BN keys and one item's queries × the 4 heads of one KV head."""
     BT: tl.constexpr = BM // 4
+    TILES: tl.constexpr = (64 + BN - 1) // BN  # of a block
     item = tl.program_id(0)
     block = tl.load(items_ptr + 3 * item)  # (b·8 + h)·slots + slot
     if block >= blocks:
@@ -1111,6 +1184,7 @@ def selected_dkv(
     slot = block % slots
     h = block // slots % 8
     b = (block // slots // 8).to(tl.int64)
+    first_place = (b * (T - chunk_rows) + chunk_first) * 128  # the chunk's, in the lists
     start = tl.full([], 0, dtype=tl.int64)
     rows = b * T  # of the sequence's first token
     if cu_ptr is not None:
@@ -1144,7 +1218,7 @@ def selected_dkv(
         dk0, dv0 = selected_dkv_step(
             dk0, dv0, k0, v0,
             q_base, do_ptr + stat * 128, lse_ptr + stat, delta_ptr + stat,
-            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, BM, BT, PRECISION, C0=True, EXTENT=True,
+            q_st, q_sh, s, t0, end, scale2, list_ptr, rows, first_place, tl.program_id(1), n, dq_parts_ptr, TILES, BM, BT, PRECISION, C0=True, EXTENT=True,
         )
     part = ((item.to(tl.int64) * 64 + s - slot * 64) * 256)
     inside = s < slot * 64 + 64  # rows past the sequence hold zeros: the sums read them
@@ -1192,6 +1266,42 @@ def selected_sum(
     device.add_to(dk_ptr + key_row * 128 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+
+
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "rows", "chunk_rows"])
+def selected_dq(
+    dq_parts_ptr, blocks_ptr, dq_ptr, cu_ptr, T, sequences, chunk_first, rows, chunk_rows,
+    TILES: tl.constexpr, ACCUMULATE: tl.constexpr,
+):
+    """dq from the parts of the query's listed blocks, added in order; one program: a query and the heads of one KV head."""
+    pid = tl.program_id(0)
+    h = pid % 8
+    row = pid // 8 % rows
+    b = (pid // 8 // rows).to(tl.int64)
+    t = chunk_first + row
+    listed = ((b * T + t) * 8 + h) * 16
+    part = ((b * chunk_rows + row) * 8 + h) * 16 * TILES
+    head = tl.arange(0, 4)
+    live = head < 4
+    stat = (b * T + t) * 32 + h * 4 + head
+    if cu_ptr is not None:
+        sequence = device.sequence_of(cu_ptr, t, sequences)
+        start = tl.load(cu_ptr + sequence)
+        T = tl.load(cu_ptr + sequence + 1) - start
+        if t - start >= T:  # a row of no sequence
+            return
+    blocks = (T + 63) // 64  # of the sequence: a list may name others, which left nothing
+    entry = tl.arange(0, 16)
+    block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    d = tl.arange(0, 128)[None, :]
+    acc = tl.zeros([4, 128], dtype=tl.float32)
+    for i in range(0, end * TILES):
+        own = tl.load(blocks_ptr + listed + i // TILES)
+        mine = live & (own >= 0) & (own < blocks)
+        at = ((part + i) * 4 + head) * 128
+        acc += tl.load(dq_parts_ptr + at[:, None] + d, mask=mine[:, None], other=0.0).to(tl.float32)
+    device.add_to(dq_ptr + stat[:, None] * 128 + d, acc, live[:, None], ACCUMULATE)
 
 
 @triton.jit
@@ -1648,8 +1758,8 @@ def compressed_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1706,10 +1816,10 @@ def compressed_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 4 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -1759,40 +1869,45 @@ def compressed_cached(
 
 
 @triton.jit
-def select_scores_cached_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+def select_scores_cached_sum(
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
+    """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
-    x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    scale = device.scaled(scale, k_scales_ptr, row, inside, 8)
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
-    x = device.scaled(x, k_scales_ptr, row, inside, 8)
-    p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
-    return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0).to(q_ptr.dtype.element_ty)  # [128, BN]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for head in range(heads):
+        lse = tl.load(lse_ptr + head) * 1.4426950408889634
+        x = tl.zeros([BM, BN], dtype=tl.float32)
+        c = tl.arange(0, 128)[None, :]
+        q = tl.load(q_ptr + q_row[:, None] + c)  # [BM, 128]
+        x = tl.dot(q, k0, x, input_precision=PRECISION)
+        total += tl.exp2(x * scale - lse[:, None])
+        q_ptr += q_sh
+    return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 4 heads of one KV head.
+    """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 4 heads of one KV head.
 
-    scores float32 [B, chunk, 8, blocks] of the queries (packed: rows) [chunk_first, chunk_end); blocks that have not ended
-    hold anything.
+    scores float32 [B, chunk, 8, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
+    where no key has ended, anything. heads: of the group, 4; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
-    BT: tl.constexpr = BM // 4  # queries of a tile, each with the 4 heads of its group
-    pid = tl.program_id(0)
+    BT: tl.constexpr = BM  # queries of a tile, of one head at a time
+    pid = tl.program_id(0) // splits
     tile = tiles - 1 - pid % tiles
     h = pid // tiles % 8  # KV head
     b = (pid // tiles // 8).to(tl.int64)
-    if cu_ptr is None:
-        tile += chunk_first // BT
+    tile += chunk_first // BT  # no tile before it has a row of the chunk, packed neither
     start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
     rows = b * T  # row of that token
     sequence = b  # whose row of the cache it continues
@@ -1806,27 +1921,18 @@ def select_scores_cached(
     if t0 >= T:
         return
     first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // 4
-    head = row % 4
-    live = (t < T)
-    stat = first * 32 + h * 4 + row // 4 * 32 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 4 + head).to(tl.int64) * q_sh
+    here = start + t0  # the tile's first row in the chunk's numbering
+    if (here >= chunk_end) | (here + BT <= chunk_first):
+        return
+    t = tl.minimum(tl.arange(0, BM), T - 1 - t0)  # rows past the end read the last one's
+    lse_row = lse_ptr + (first + t) * 32 + h * 4
+    q_row = (here + t) * q_st
+    q_base = q_ptr + b * q_sb + (h * 4).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
-    t = t[:, None]
-    d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
-    here = start + t0 - past  # the tile's first row in the chunk's numbering
-    if (here >= chunk_end) | (here + BT <= chunk_first):
-        return
-    lse = tl.load(lse_ptr + stat, mask=live, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]  # sees nothing: p = 0
     n = max(0, T - 16) // 16  # keys, whole blocks only
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
@@ -1837,23 +1943,38 @@ def select_scores_cached(
         k_scales_ptr += h
         if table_ptr is None:  # rows before the sequence's
             k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 8
-    of_tile = tl.arange(0, BT)
-    score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
-    stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
     # ended: 16 * s <= t - 31
+    some_lo = 0
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
-    all_hi = min(max(0, t0 - 15) // 16, n)
-    c2 = all_hi // BN * BN
+    c0 = some_lo // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
-    for s0 in range(0, c3, BN):
-        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, BT, BN, PRECISION)
-        s = s0 + tl.arange(0, BN)
-        tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
+    s0 = c0 + tl.program_id(0) % splits * BN
+    if s0 >= c3:
+        return
+    total = select_scores_cached_sum(
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, pages, PAGE // 16, k_scales_ptr, BM, BN, PRECISION,
+    )
+    i = tl.arange(0, BM)
+    t = (t0 + i)[:, None]
+    s = s0 + tl.arange(0, BN)[None, :]
+    total = tl.where(16 * s <= t - 31, total, 0.0)
+    stored = ((here + i >= chunk_first) & (here + i < chunk_end))[:, None] & (t < T)
+    scores = (scores_ptr + b * score_sb + (here - chunk_first + i) * score_st + h * score_sh)[:, None]
+    key = tl.arange(0, BN)[None, :] % 4  # of its block
+    j = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.full([1, BN], 2.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + j, part, mask=stored & (j < score_sp))
+    weight = tl.full([1, BN], 0.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + score_sp + 1 + j, part, mask=stored & (j + 1 < score_sp))
 
 
-@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows", "score_st"])
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows"])
 def select_best_cached(
-    scores_ptr, blocks_ptr, past_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, CANDIDATES: tl.constexpr,
+    scores_ptr, blocks_ptr, past_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr,
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
@@ -1879,27 +2000,24 @@ def select_best_cached(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    i = j * 4 + -1
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 0
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 1
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 2
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 3
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 16 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 16, least | bit, least)
+        bit = tl.where(reach == 16, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 16:  # the last ones tie
+        above = bits > least
+        room = 16 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 16)
@@ -1914,8 +2032,8 @@ def selected_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1972,10 +2090,10 @@ def selected_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 4 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -2030,8 +2148,8 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2090,10 +2208,10 @@ def window_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 4 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -2151,15 +2269,79 @@ def window_cached(
 
 
 @triton.jit
+def decode_select_scores(sums, lse_ptr, j, ended, groups, BN: tl.constexpr):
+    """Importance of the candidates j: probabilities of their keys, summed over the heads; a thread has its own candidates.
+
+    sums: rows of sums, a row a head, relative to the maximum of their tile of BN keys; those maxima follow. lse: log2 units.
+    """
+    score = tl.zeros([j.shape[0]], dtype=tl.float32)
+    for head in tl.range(0, 4, loop_unroll_factor=4):
+        row = sums + head * (3 * groups)
+        tops = row + 2 * groups
+        lse = tl.load(lse_ptr + head)
+        end = tl.cdiv(ended, 4)  # of the groups whose sums are there
+        i = j  # the group of the block
+        mask = (i >= 0) & (i < end)
+        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
+        score += tl.load(row + 2 * j, mask=mask, other=0.0) * tl.exp2(top - lse)
+        i = j - 1  # the group before the block, which reaches into it
+        mask = (i >= 0) & (i < end)
+        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
+        score += tl.load(row + 2 * j + 1, mask=mask, other=0.0) * tl.exp2(top - lse)
+    return score
+
+
+@triton.jit
+def decode_select(
+    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, BN: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+):
+    """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
+
+    row: b·queries + query; t: its position. scores: room for each head's lse, then for all candidates. Scores are not
+    negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties go
+    to the lower block.
+    """
+    ended = max(0, t + 1 - 32 + 16) // 16  # keys
+    own = t // 64
+    head = tl.arange(0, 4)
+    there = head < 4
+    stat = row * 32 + h * 4
+    part = tl.arange(0, SPLITS)[None, :]
+    lses = tl.load(lses_ptr + part * part_rows + (stat + head)[:, None], mask=there[:, None] & (part < splits), other=float("-inf"))
+    top = tl.max(lses, 1)
+    some = top > float("-inf")  # else no key has ended, and no sum is read
+    z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
+    kept = scores_ptr + (row * 8 + h) * (4 + CANDIDATES)
+    tl.store(kept + head, tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0))
+    tl.debug_barrier()
+    sums = sums_ptr + stat * (3 * groups)
+    j = tl.arange(0, CANDIDATES)
+    if CANDIDATES <= 1024:
+        score = decode_select_scores(sums, kept, j, ended, groups, BN)
+    else:  # more than the registers hold: some at a time, set down and taken up again
+        scores = kept + 4
+        for first in range(0, own + 1, 1024):
+            these = first + tl.arange(0, 1024)
+            tl.store(scores + these, decode_select_scores(sums, kept, these, ended, groups, BN))
+        tl.debug_barrier()
+        score = tl.load(scores + j, mask=j <= own, other=0.0)
+    forced = (j < 1) | (j > own - 2)
+    score = tl.where(forced, float("inf"), score)
+    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
+    device.store_best(bits, blocks_ptr + (row * 8 + h) * 16, 16, 16)
+
+
+@triton.jit
 def decode_scores_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
-    s = s0 + tl.arange(0, BN)
+    i = device.spread(BN, 4)  # the order of the tile's keys: each thread has whole groups
+    s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    there = inside & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
@@ -2174,20 +2356,20 @@ def decode_scores_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    group = s0 // 4 + tl.arange(0, BN // 4)[None, :]
-    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in their own block
-    weight = tl.where(s % 4 == 0, 2.0, weight)
-    weight = tl.where(s % 4 == 1, 2.0, weight)
-    weight = tl.where(s % 4 == 2, 2.0, weight)
-    weight = tl.where(s % 4 == 3, 1.0, weight)
-    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
-    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
-    tl.store(sums_ptr[:, None] + group, part, mask=live[:, None] & (group < groups))
-    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in the next block
-    weight = tl.where(s % 4 == 3, 1.0, weight)
-    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
-    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
-    tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
+    tl.store(sums_ptr + 2 * groups + s0 // BN, m_new, mask=live)  # what the sums are relative to
+    place = s0 // 4 + tl.arange(0, BN // 4)
+    weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in their own block
+    weight = tl.where(i % 4 == 0, 2.0, weight)
+    weight = tl.where(i % 4 == 1, 2.0, weight)
+    weight = tl.where(i % 4 == 2, 2.0, weight)
+    weight = tl.where(i % 4 == 3, 1.0, weight)
+    sum0 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
+    weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in the next block
+    weight = tl.where(i % 4 == 3, 1.0, weight)
+    sum1 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
+    side = tl.arange(0, 2)[None, None, :]  # own blocks at places 0, 2, …; what reaches the next at 3, 5, …
+    place = place[None, :, None] + side
+    tl.store(sums_ptr[:, None, None] + 2 * place + side, tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups))
     p = device.scaled(p, v_scales_ptr, row, there, 8)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
@@ -2233,7 +2415,7 @@ def decode_scores_source(
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-    sums_row = sums_ptr + stat * (2 * groups)
+    sums_row = sums_ptr + stat * (3 * groups)
     # ended: 16 * s <= t - 31
     some_lo = 0
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
@@ -2254,83 +2436,100 @@ def decode_scores_source(
     tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 4 queries × the 4 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_select. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 4
+    tiles = tl.cdiv(queries, BT)
+    programs = tiles * splits
     pid = tl.program_id(0)
     h = pid % 8  # KV head
-    b = (pid // 8).to(tl.int64)
+    b = (pid // 8 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
-    programs = tl.cdiv(queries, BM // 4) * splits
+    at = pid // 8 % programs
+    tile = 0
+    programs = tiles * splits
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_scores_source(
             q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
+    first = tile * BT
+    shared = splits  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 8 + h) * tiles + tile, shared):
+        for i in range(first, tl.minimum(first + BT, queries)):
+            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, BN, CANDIDATES, SPLITS)
 
 
-@triton.jit(do_not_specialize=["queries", "splits", "groups", "part_rows"])
-def decode_select(
-    sums_ptr, lses_ptr, blocks_ptr, past_ptr, queries, splits, groups, part_rows, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+@triton.jit
+def decode_merge_parts(
+    m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows,
 ):
-    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
+    """Parts of the rows stat [BM] into the online softmax of their term, in order; m, lses in log2 units."""
+    AT_ONCE: tl.constexpr = 8  # parts whose loads are under way together
+    for first in range(0, splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            part = (first + i) * part_rows + stat
+            lse = tl.load(lses_ptr + part, mask=live & (first + i < splits), other=float("-inf"))
+            some = lse > float("-inf")  # else the run held nothing for the row, and nobody wrote the part
+            m_new = tl.maximum(m, lse)
+            fade = tl.exp2(m - m_new)
+            weight = tl.exp2(lse - m_new)
+            z = z * fade + weight
+            m = m_new
+            d = tl.arange(0, 128)[None, :]
+            x = tl.load(parts_ptr + part[:, None] * 128 + d, mask=some[:, None], other=0.0)  # [BM, 128]
+            acc0 = acc0 * fade[:, None] + weight[:, None] * x
+    return m, z, acc0
 
-    Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
-    the query; ties go to the lower block.
+
+@triton.jit
+def decode_merge(
+    parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, splits_compressed, splits_selected, splits_window, stat, live, part_rows,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+
+    stat [BM]: (b·queries + query)·32 + head of each row.
     """
-    pid = tl.program_id(0)
-    h = pid % 8
-    row = (pid // 8).to(tl.int64)  # b·queries + query
-    t = tl.load(past_ptr + row // queries) + (row % queries).to(tl.int32)
-    at = (row * 8 + h) * 16
-    ended = max(0, t + 1 - 32 + 16) // 16  # keys
-    own = t // 64
-    j = tl.arange(0, CANDIDATES)
-    part = tl.arange(0, SPLITS)
-    score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    for first in tl.static_range(0, 4, 4):
-        head = first + tl.arange(0, 4)
-        stat = row * 32 + h * 4 + head
-        there = (head < 4)[:, None]
-        lses = tl.load(lses_ptr + part[None, :] * part_rows + stat[:, None], mask=there & (part < splits)[None, :], other=float("-inf"))
-        top = tl.max(lses, 1)
-        some = top > float("-inf")  # else no key has ended, and no sum is read
-        z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-        lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
-        sums = sums_ptr + stat[:, None] * (2 * groups)
-        i = (j)[None, :]
-        x = tl.load(sums + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
-        i = (j - 1)[None, :]
-        x = tl.load(sums + groups + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
-    forced = (j < 1) | (j > own - 2)
-    score = tl.where(forced, float("inf"), score)
-    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
-    least = 0  # the largest number that 16 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 16, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 16 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(blocks_ptr + at + place, j, mask=chosen)
-    slot = tl.arange(0, 16)
-    tl.store(blocks_ptr + at + slot, tl.full([16], -1, dtype=tl.int32), mask=(slot >= tl.sum(chosen.to(tl.int32))) & (slot < 16))
+    BM: tl.constexpr = stat.shape[0]
+    out0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 0, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 1, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_window_ptr, lses_window_ptr, splits_window, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 2, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    d = tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -2339,10 +2538,11 @@ def decode_attend_step(
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
-    s = s0 + tl.arange(0, BN)
+    i = tl.arange(0, BN)
+    s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    there = inside & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
@@ -2484,102 +2684,71 @@ def decode_attend_source1(
     tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 4 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 4
+    tiles = tl.cdiv(queries, BT)
+    programs = queries * splits0 + tiles * splits1
     pid = tl.program_id(0)
     h = pid % 8  # KV head
-    b = (pid // 8).to(tl.int64)
+    b = (pid // 8 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
+    at = pid // 8 % programs
+    tile = 0
     programs = queries * splits0
     if (at >= 0) & (at < programs):
+        tile = at % queries // BT
         decode_attend_source0(
             q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
     at -= programs
-    programs = tl.cdiv(queries, BM // 4) * splits1
+    programs = tiles * splits1
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_attend_source1(
             q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
-
-
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "splits1", "splits2"])
-def decode_merge(
-    parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, parts2_ptr, lses2_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, queries, capacity, part_rows, splits0, splits1, splits2, SPLITS0: tl.constexpr, SPLITS1: tl.constexpr, SPLITS2: tl.constexpr,
-):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query and head.
-
-    The last launch of a step: nothing reads the lengths any more, so they advance here.
-    """
-    row = tl.program_id(0).to(tl.int64)  # (b·queries + query)·32 + head
-    b = row // (queries * 32)
-    if row % (queries * 32) == 0:
-        tl.store(lengths_ptr + b, tl.minimum(tl.load(past_ptr + b) + queries, capacity))
-    out0 = tl.zeros([128], dtype=tl.float32)
-    part0 = tl.arange(0, SPLITS0)
-    lse0 = tl.load(lses0_ptr + part0 * part_rows + row, mask=part0 < splits0, other=float("-inf"))
-    top = tl.max(lse0, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight0 = tl.exp2(lse0 - top)
-    z = tl.sum(weight0, 0)
-    scale = tl.load(gates_ptr + row * 3 + 0).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight0 > 0)[:, None]
-    x = tl.load(parts0_ptr + (part0[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight0[:, None] * x, 0)
-    part1 = tl.arange(0, SPLITS1)
-    lse1 = tl.load(lses1_ptr + part1 * part_rows + row, mask=part1 < splits1, other=float("-inf"))
-    top = tl.max(lse1, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight1 = tl.exp2(lse1 - top)
-    z = tl.sum(weight1, 0)
-    scale = tl.load(gates_ptr + row * 3 + 1).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight1 > 0)[:, None]
-    x = tl.load(parts1_ptr + (part1[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight1[:, None] * x, 0)
-    part2 = tl.arange(0, SPLITS2)
-    lse2 = tl.load(lses2_ptr + part2 * part_rows + row, mask=part2 < splits2, other=float("-inf"))
-    top = tl.max(lse2, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight2 = tl.exp2(lse2 - top)
-    z = tl.sum(weight2, 0)
-    scale = tl.load(gates_ptr + row * 3 + 2).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight2 > 0)[:, None]
-    x = tl.load(parts2_ptr + (part2[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight2[:, None] * x, 0)
-    d = tl.arange(0, 128)
-    tl.store(out_ptr + row * 128 + d, out0.to(out_ptr.dtype.element_ty))
+    first = tile * BT
+    shared = splits0 * tl.minimum(BT, queries - first) + splits1  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 8 + h) * tiles + tile, shared):
+        row = tl.arange(0, BM)
+        i = first + row // 4
+        live = (i < queries) & (row < BT * 4)
+        stat = (b * queries + i) * 32 + h * 4 + row % 4
+        decode_merge(parts_compressed_ptr, lses_compressed_ptr, parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, splits_compressed, splits0, splits1, stat, live, part_rows)
+        if (h == 0) & (tile == 0):  # nothing of the step reads them: it goes by what they were
+            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
     new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 8
     b = (pid // 8).to(tl.int64)
@@ -2635,7 +2804,7 @@ def cache_append(
                         out += b * k_cmp_sb
                         if out_scales is not None:
                             out_scales += b * (capacity // 16) * 8
-                    device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 8, out, out_scales, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
+                    device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 8, out, out_scales, table_ptr, pages, start, past, None, 32, 32, 128, 128, PAGE, 0, 0)
     if job == 3:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -2656,7 +2825,7 @@ def cache_append(
                         out += b * v_cmp_sb
                         if out_scales is not None:
                             out_scales += b * (capacity // 16) * 8
-                    device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 8, out, out_scales, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 0)
+                    device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 8, out, out_scales, table_ptr, pages, start, past, None, 32, 32, 128, 128, PAGE, 0, 0)
 
 
 # The same domains for the path without kernels.
@@ -2762,6 +2931,8 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
     batch, length = q.shape[:2]
+    if length >= 2048:
+        return _selected_by_blocks(q, k, v, blocks, cu_seqlens, scale)
     c = launch.pick(_CONFIGS["selected_fwd"], q)
     out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
@@ -2773,6 +2944,33 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     return out, lse
 
 
+def _selected_by_blocks(q, k, v, blocks, cu_seqlens, scale):
+    """The same key block by key block: the parts of a chunk of queries, then their merge."""
+    c = launch.pick(_CONFIGS["selected_list"], q)
+    batch, length = q.shape[:2]
+    out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
+    lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
+    tiles = -(-64 // c.bn)  # of a block
+    chunk = lists.part_chunk(length, q.element_size() * batch * 65536 * tiles)
+    inverse = lists.invert(blocks, 64, cu_seqlens, lists.per_item(chunk, 1024), chunk)
+    part_rows = (batch, chunk, 8, 16, tiles, 4)
+    out_parts = launch.empty(q, (*part_rows, 128), None)
+    lse_parts = launch.empty(q, part_rows, None, torch.float32)
+    packed = launch.sequences(cu_seqlens)
+    for number, first in enumerate(range(0, length, chunk)):
+        rows, items = min(chunk, length - first), inverse.items[number]
+        selected_list[(items.shape[0], tiles)](
+            q, k, v, inverse.entries, items, out_parts, lse_parts, cu_seqlens,
+            length, inverse.slots, packed, inverse.first.shape[1] - 1, first, chunk, scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
+        )
+        selected_merge[(rows * 8 * batch,)](
+            out_parts, lse_parts, blocks, out, lse, cu_seqlens, length, packed, first, rows, chunk,
+            tiles, **launch.pick(_CONFIGS["selected_merge"], q).options,
+        )
+    return out, lse
+
+
 def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, scale):
     """dq, dk, dv, each added to its tensor of `into` if that has one."""
     if not launch.use_kernels(q):
@@ -2781,31 +2979,33 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
         )
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
-    dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["selected_dq"], q)
-    tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_dq[(tiles * 8 * batch,)](
-        q, k, v, blocks, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    dq, adds_dq = launch.target(into[0], q, cu_seqlens)
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dkv"], q)
-    inverse = lists.invert(blocks, 64, cu_seqlens, lists.per_item(length, 1024))
-    items, first = inverse.items[0], inverse.first[0]
-    parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
-    total, sub = first.shape[0] - 1, -(-64 // c.bn)
-    selected_dkv[(items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
-        length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
-    )
-    c = launch.pick(_CONFIGS["selected_sum"], q)
-    selected_sum[(total, -(-64 // c.bn))](
-        parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
-        c.bn, adds, **c.options,
-    )
+    tiles = -(-64 // c.bn)  # of a block
+    chunk = lists.part_chunk(length, q.element_size() * batch * 65536 * tiles)
+    inverse = lists.invert(blocks, 64, cu_seqlens, lists.per_item(chunk, 1024), chunk)
+    parts = launch.empty(q, (inverse.items.shape[1], 64, 256), None, torch.float32)
+    dq_parts = launch.empty(q, (batch, chunk, 8, 16, tiles, 4, 128), None)
+    sums, by_query = launch.pick(_CONFIGS["selected_sum"], q), launch.pick(_CONFIGS["selected_dq"], q)
+    total, packed = inverse.first.shape[1] - 1, launch.sequences(cu_seqlens)
+    dk_sum, dv_sum = lists.sums((dk, dv), chunk < length, adds, cu_seqlens)
+    for number, first in enumerate(range(0, length, chunk)):
+        rows, items = min(chunk, length - first), inverse.items[number]
+        selected_dkv[(items.shape[0], tiles)](
+            q, k, v, d_out, lse, delta, inverse.entries, items, parts, dq_parts, cu_seqlens,
+            length, inverse.slots, packed, total, first, chunk, scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
+        )
+        selected_sum[(total, -(-64 // sums.bn))](
+            parts, inverse.first[number], dk_sum, dv_sum, cu_seqlens, length, inverse.slots, packed, k.shape[1],
+            sums.bn, adds or number > 0, **sums.options,
+        )
+        selected_dq[(rows * 8 * batch,)](
+            dq_parts, blocks, dq, cu_seqlens, length, packed, first, rows, chunk, tiles, adds_dq, **by_query.options,
+        )
+    lists.round_sums((dk, dv), (dk_sum, dv_sum))
     return dq, dk, dv
 
 
@@ -2865,20 +3065,22 @@ def _select(q, k, lse, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["select_scores"], q)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
-    blocks = torch.full((batch, length, 8, 16), -1, dtype=torch.int32, device=q.device)
-    chunk = launch.chunk(length, 4 * batch * 8 * max(1, k.shape[1]))
-    scores = launch.empty(q, (batch, min(chunk, length), 8, max(1, k.shape[1])), None, torch.float32)
-    candidates = launch.power_of_two(-(-length // 64))
+    blocks = q.new_empty((batch, length, 8, 16), dtype=torch.int32)
+    columns = (-(-length // 64) + 15) // 16 * 16  # rows start aligned
+    chunk = launch.chunk(length, 4 * batch * 16 * columns)
+    scores = launch.empty(q, (batch, min(chunk, length), 8, 2, columns), None, torch.float32)
     packed = launch.sequences(cu_seqlens)
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
-        tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
-        select_scores[(tiles * 8 * batch,)](
-            q, k, lse, scores, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+        tiles = launch.tiles(end - first, c.bm, cu_seqlens)
+        splits = max(1, -(-(max(0, end - 16) // 16) // c.bn))  # key tiles, to the last query's
+        select_scores[(splits * tiles * 8 * batch,)](
+            q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 4, scale, first, end, *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
         )
+        candidates = launch.power_of_two(-(-end // 64))
         select_best[((end - first) * 8 * batch,)](
-            scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
+            scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
     return blocks
@@ -3238,20 +3440,22 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 16)
-    blocks = torch.full((batch, length, 8, 16), -1, dtype=torch.int32, device=q.device)
-    chunk = launch.chunk(length, 4 * batch * 8 * keys)
-    scores = launch.empty(q, (batch, min(chunk, length), 8, keys), None, torch.float32)
+    blocks = q.new_empty((batch, length, 8, 16), dtype=torch.int32)
+    columns = (-(-past.capacity // 64) + 15) // 16 * 16  # rows start aligned
+    chunk = launch.chunk(length, 4 * batch * 16 * columns)
+    scores = launch.empty(q, (batch, min(chunk, length), 8, 2, columns), None, torch.float32)
     candidates = launch.power_of_two(-(-past.capacity // 64))
-    packed = launch.sequences(cu_seqlens)
+    packed, splits = launch.sequences(cu_seqlens), -(-keys // c.bn)  # key tiles: past lengths are the device's
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
-        tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
-        select_scores_cached[(tiles * 8 * batch,)](
-            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+        tiles = launch.tiles(end - first, c.bm, cu_seqlens)
+        select_scores_cached[(splits * tiles * 8 * batch,)](
+            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 4, scale, first, end,
+            *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 8 * batch,)](
-            scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
+            scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
     return blocks
@@ -3289,7 +3493,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -3337,14 +3541,14 @@ def _append(k, v, phi, cache):
         k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
-        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
+        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     cache.close(phi, staged)
     return past
 
 
 def _decode_scores(q, k, v, past, scale):
-    """The parts of compressed: of each run of keys the output and lse, log2 units; and the log-sums of blocks."""
+    """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
     c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 4)
@@ -3354,18 +3558,21 @@ def _decode_scores(q, k, v, past, scale):
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
-    groups = -(-max(1, past.capacity // 16) // 4)
-    sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
-    decode_scores[(8 * batch, programs)](
-        q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages,
-        k.scales, v.scales, queries, past.capacity, batch * queries * 32, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+    groups = split.groups(past.capacity // 16, 4)
+    candidates = launch.power_of_two(-(-past.capacity // 64))
+    sums = launch.empty(q, (*rows, 3, groups), None, torch.float32)
+    scores = launch.empty(q, (batch, queries, 8, 4 + candidates), None, torch.float32)
+    blocks = q.new_empty((batch, queries, 8, 16), dtype=torch.int32)
+    decode_scores[(8 * batch * programs,)](
+        q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 32, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
+        launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
     )
-    return parts, lses, sums
+    return parts, lses, blocks
 
 
-def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
-    """The parts of selected, window: of each run of keys the output and lse, log2 units."""
+def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
+    """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 4)
@@ -3379,36 +3586,17 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
-    decode_attend[(8 * batch, programs)](
-        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages,
-        k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity, batch * queries * 32, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+    out = launch.empty(q, (*rows, 128), None)
+    decode_attend[(8 * batch * programs,)](
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 32, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
-    return parts0, lses0, parts1, lses1
-
-
-def _decode_select(q, sums, lses, past):
-    """Block lists int32 [B, m, 8, 16]."""
-    batch, queries = q.shape[:2]
-    blocks = q.new_empty((batch, queries, 8, 16), dtype=torch.int32)
-    candidates = launch.power_of_two(-(-past.capacity // 64))
-    splits = lses.shape[0]
-    decode_select[(batch * queries * 8,)](
-        sums, lses, blocks, past.lengths, queries, splits, sums.shape[-1], batch * queries * 32, candidates, 1 << (splits - 1).bit_length(),
-        num_warps=split.selection_warps(candidates),
-    )
-    return blocks
+    return out
 
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
-    """A decoding step in 5 launches -> out [B, m, 32, 128]; the last one advances the cache's lengths."""
+    """A decoding step in 3 launches -> out [B, m, 32, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
-    blocks = _decode_select(q, split_sums, split_lse_compressed, past)
-    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, cache.rows("k"), cache.rows("v"), past, scale)
-    out = launch.empty(q, (*q.shape[:3], 128), None)
-    decode_merge[(out.shape[0] * out.shape[1] * 32,)](
-        split_out_compressed, split_lse_compressed, split_out_selected, split_lse_selected, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 32,
-        split_lse_compressed.shape[0], split_lse_selected.shape[0], split_lse_window.shape[0], 1 << (split_lse_compressed.shape[0] - 1).bit_length(), 1 << (split_lse_selected.shape[0] - 1).bit_length(), 1 << (split_lse_window.shape[0] - 1).bit_length(), num_warps=2,
-    )
-    return out
+    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
+    return _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, cache.rows("k"), cache.rows("v"), parts_compressed, lses_compressed, gates, past, cache, scale)

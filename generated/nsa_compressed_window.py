@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  fb8da14b81f6
-runtime  7
+content  748eec9b63a6
+runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -22,7 +22,7 @@ window_gate              one_branch, because recompute: one branch's output at a
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 """
 
 from typing import Optional
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "nsa_compressed_window")
+version.require(8, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_fb8da14b81f6"
+_SPACE = "nsagen_nsa_compressed_window_748eec9b63a6"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -263,7 +263,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "c348de9c5328", {
+    "decode_attend": Tiles("decode_attend", "1e09662a4f31", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -1021,8 +1021,8 @@ def compressed_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1079,10 +1079,10 @@ def compressed_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -1139,8 +1139,8 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    row = device.recent_rows(table_ptr, pages, s0, n, BN, PAGE, oldest, SINKS)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1199,10 +1199,10 @@ def window_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -1257,15 +1257,66 @@ def window_cached(
 
 
 @triton.jit
+def decode_merge_parts(
+    m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows,
+):
+    """Parts of the rows stat [BM] into the online softmax of their term, in order; m, lses in log2 units."""
+    AT_ONCE: tl.constexpr = 8  # parts whose loads are under way together
+    for first in range(0, splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            part = (first + i) * part_rows + stat
+            lse = tl.load(lses_ptr + part, mask=live & (first + i < splits), other=float("-inf"))
+            some = lse > float("-inf")  # else the run held nothing for the row, and nobody wrote the part
+            m_new = tl.maximum(m, lse)
+            fade = tl.exp2(m - m_new)
+            weight = tl.exp2(lse - m_new)
+            z = z * fade + weight
+            m = m_new
+            d = tl.arange(0, 128)[None, :]
+            x = tl.load(parts_ptr + part[:, None] * 128 + d, mask=some[:, None], other=0.0)  # [BM, 128]
+            acc0 = acc0 * fade[:, None] + weight[:, None] * x
+    return m, z, acc0
+
+
+@triton.jit
+def decode_merge(
+    parts_compressed_ptr, lses_compressed_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, splits_compressed, splits_window, stat, live, part_rows,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+
+    stat [BM]: (b·queries + query)·64 + head of each row.
+    """
+    BM: tl.constexpr = stat.shape[0]
+    out0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 2 + 0, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_window_ptr, lses_window_ptr, splits_window, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    d = tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
 def decode_attend_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31; C1: s <= t; C2: s > t - 512"""
-    s = s0 + tl.arange(0, BN)
+    i = tl.arange(0, BN)
+    s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, SINKS, RING)
-    there = inside & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
+    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
@@ -1404,89 +1455,69 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 16
+    tiles = tl.cdiv(queries, BT)
+    programs = tiles * splits0 + tiles * splits1
     pid = tl.program_id(0)
     h = pid % 4  # KV head
-    b = (pid // 4).to(tl.int64)
+    b = (pid // 4 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
-    programs = tl.cdiv(queries, BM // 16) * splits0
+    at = pid // 4 % programs
+    tile = 0
+    programs = tiles * splits0
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_attend_source0(
             q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
-    programs = tl.cdiv(queries, BM // 16) * splits1
+    programs = tiles * splits1
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_attend_source1(
             q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
-
-
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "splits1"])
-def decode_merge(
-    parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, queries, capacity, part_rows, splits0, splits1, SPLITS0: tl.constexpr, SPLITS1: tl.constexpr,
-):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query and head.
-
-    The last launch of a step: nothing reads the lengths any more, so they advance here.
-    """
-    row = tl.program_id(0).to(tl.int64)  # (b·queries + query)·64 + head
-    b = row // (queries * 64)
-    if row % (queries * 64) == 0:
-        tl.store(lengths_ptr + b, tl.minimum(tl.load(past_ptr + b) + queries, capacity))
-    out0 = tl.zeros([128], dtype=tl.float32)
-    part0 = tl.arange(0, SPLITS0)
-    lse0 = tl.load(lses0_ptr + part0 * part_rows + row, mask=part0 < splits0, other=float("-inf"))
-    top = tl.max(lse0, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight0 = tl.exp2(lse0 - top)
-    z = tl.sum(weight0, 0)
-    scale = tl.load(gates_ptr + row * 2 + 0).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight0 > 0)[:, None]
-    x = tl.load(parts0_ptr + (part0[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight0[:, None] * x, 0)
-    part1 = tl.arange(0, SPLITS1)
-    lse1 = tl.load(lses1_ptr + part1 * part_rows + row, mask=part1 < splits1, other=float("-inf"))
-    top = tl.max(lse1, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight1 = tl.exp2(lse1 - top)
-    z = tl.sum(weight1, 0)
-    scale = tl.load(gates_ptr + row * 2 + 1).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight1 > 0)[:, None]
-    x = tl.load(parts1_ptr + (part1[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight1[:, None] * x, 0)
-    d = tl.arange(0, 128)
-    tl.store(out_ptr + row * 128 + d, out0.to(out_ptr.dtype.element_ty))
+    first = tile * BT
+    shared = splits0 + splits1  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 4 + h) * tiles + tile, shared):
+        row = tl.arange(0, BM)
+        i = first + row // 16
+        live = (i < queries) & (row < BT * 16)
+        stat = (b * queries + i) * 64 + h * 16 + row % 16
+        decode_merge(parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, splits0, splits1, stat, live, part_rows)
+        if (h == 0) & (tile == 0):  # nothing of the step reads them: it goes by what they were
+            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
     new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 4
     b = (pid // 4).to(tl.int64)
@@ -1541,7 +1572,7 @@ def cache_append(
                         out += b * k_cmp_sb
                         if out_scales is not None:
                             out_scales += b * (capacity // 16) * 4
-                    device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 128, 128, PAGE, 0, 519)
+                    device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 32, 128, 128, PAGE, 0, 519)
     if job == 3:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
@@ -1562,7 +1593,7 @@ def cache_append(
                         out += b * v_cmp_sb
                         if out_scales is not None:
                             out_scales += b * (capacity // 16) * 4
-                    device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, lost, 32, 128, 128, PAGE, 0, 519)
+                    device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, lost, 32, 32, 128, 128, PAGE, 0, 519)
 
 
 # The same domains for the path without kernels.
@@ -1976,7 +2007,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -2024,14 +2055,14 @@ def _append(k, v, phi, cache):
         k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
-        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
+        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     cache.close(phi, staged)
     return past
 
 
-def _decode_attend(q, k0, v0, k1, v1, past, scale):
-    """The parts of compressed, window: of each run of keys the output and lse, log2 units."""
+def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
+    """compressed, window and what was attended to before, in runs of keys that the last program merges -> out."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -2046,21 +2077,16 @@ def _decode_attend(q, k0, v0, k1, v1, past, scale):
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
-    decode_attend[(4 * batch, programs)](
-        q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages,
-        k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity, batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+    out = launch.empty(q, (*rows, 128), None)
+    decode_attend[(4 * batch * programs,)](
+        q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
-    return parts0, lses0, parts1, lses1
+    return out
 
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
-    """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
+    """A decoding step in 2 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_compressed, split_lse_compressed, split_out_window, split_lse_window = _decode_attend(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), past, scale)
-    out = launch.empty(q, (*q.shape[:3], 128), None)
-    decode_merge[(out.shape[0] * out.shape[1] * 64,)](
-        split_out_compressed, split_lse_compressed, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 64,
-        split_lse_compressed.shape[0], split_lse_window.shape[0], 1 << (split_lse_compressed.shape[0] - 1).bit_length(), 1 << (split_lse_window.shape[0] - 1).bit_length(), num_warps=2,
-    )
-    return out
+    return _decode_attend(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale)

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  0f2b90bca2f8
-runtime  7
+content  26afe7732da1
+runtime  8
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -13,7 +13,7 @@ selected_sum             items, because a hot block (the first: every query list
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops
-decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 """
 
 from typing import Optional
@@ -26,7 +26,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "selected_only")
+version.require(8, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_0f2b90bca2f8"
+_SPACE = "nsagen_selected_only_26afe7732da1"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "467bd302ce89", {
+    "decode_attend": Tiles("decode_attend", "1d55a437cef7", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -498,8 +498,8 @@ def selected_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -556,10 +556,10 @@ def selected_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
@@ -607,15 +607,58 @@ def selected_cached(
 
 
 @triton.jit
+def decode_merge_parts(
+    m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows,
+):
+    """Parts of the rows stat [BM] into the online softmax of their term, in order; m, lses in log2 units."""
+    AT_ONCE: tl.constexpr = 8  # parts whose loads are under way together
+    for first in range(0, splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            part = (first + i) * part_rows + stat
+            lse = tl.load(lses_ptr + part, mask=live & (first + i < splits), other=float("-inf"))
+            some = lse > float("-inf")  # else the run held nothing for the row, and nobody wrote the part
+            m_new = tl.maximum(m, lse)
+            fade = tl.exp2(m - m_new)
+            weight = tl.exp2(lse - m_new)
+            z = z * fade + weight
+            m = m_new
+            d = tl.arange(0, 128)[None, :]
+            x = tl.load(parts_ptr + part[:, None] * 128 + d, mask=some[:, None], other=0.0)  # [BM, 128]
+            acc0 = acc0 * fade[:, None] + weight[:, None] * x
+    return m, z, acc0
+
+
+@triton.jit
+def decode_merge(
+    parts_selected_ptr, lses_selected_ptr, out_ptr, splits_selected, stat, live, part_rows,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+
+    stat [BM]: (b·queries + query)·64 + head of each row.
+    """
+    BM: tl.constexpr = stat.shape[0]
+    out0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    out0 += acc0 * share[:, None]
+    d = tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
 def decode_attend_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
-    s = s0 + tl.arange(0, BN)
+    i = tl.arange(0, BN)
+    s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    there = inside & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
@@ -699,70 +742,60 @@ def decode_attend_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_attend(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 16 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 16
+    tiles = tl.cdiv(queries, BT)
+    programs = queries * splits
     pid = tl.program_id(0)
     h = pid % 4  # KV head
-    b = (pid // 4).to(tl.int64)
+    b = (pid // 4 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
+    at = pid // 4 % programs
+    tile = 0
     programs = queries * splits
     if (at >= 0) & (at < programs):
+        tile = at % queries // BT
         decode_attend_source(
             q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE,
         )
     at -= programs
-
-
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0"])
-def decode_merge(
-    parts0_ptr, lses0_ptr, out_ptr, past_ptr, lengths_ptr, queries, capacity, part_rows, splits0, SPLITS0: tl.constexpr,
-):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query and head.
-
-    The last launch of a step: nothing reads the lengths any more, so they advance here.
-    """
-    row = tl.program_id(0).to(tl.int64)  # (b·queries + query)·64 + head
-    b = row // (queries * 64)
-    if row % (queries * 64) == 0:
-        tl.store(lengths_ptr + b, tl.minimum(tl.load(past_ptr + b) + queries, capacity))
-    out0 = tl.zeros([128], dtype=tl.float32)
-    part0 = tl.arange(0, SPLITS0)
-    lse0 = tl.load(lses0_ptr + part0 * part_rows + row, mask=part0 < splits0, other=float("-inf"))
-    top = tl.max(lse0, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight0 = tl.exp2(lse0 - top)
-    z = tl.sum(weight0, 0)
-    scale = 1.0 / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 128)[None, :]
-    some = (weight0 > 0)[:, None]
-    x = tl.load(parts0_ptr + (part0[:, None] * part_rows + row) * 128 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight0[:, None] * x, 0)
-    d = tl.arange(0, 128)
-    tl.store(out_ptr + row * 128 + d, out0.to(out_ptr.dtype.element_ty))
+    first = tile * BT
+    shared = splits * tl.minimum(BT, queries - first)  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 4 + h) * tiles + tile, shared):
+        row = tl.arange(0, BM)
+        i = first + row // 16
+        live = (i < queries) & (row < BT * 16)
+        stat = (b * queries + i) * 64 + h * 16 + row % 16
+        decode_merge(parts_ptr, lses_ptr, out_ptr, splits, stat, live, part_rows)
+        if (h == 0) & (tile == 0):  # nothing of the step reads them: it goes by what they were
+            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
     new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 4
     b = (pid // 4).to(tl.int64)
@@ -853,7 +886,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-64 // c.bn)
     selected_dkv[(items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
+        q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -971,7 +1004,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -1013,13 +1046,13 @@ def _append(k, v, phi, cache):
         k["selected"], *cache.rows("k"), v["selected"], *cache.rows("v"), cache.lengths, past.lengths,
         past.table, past.table_stride, past.pages, queries, past.capacity, 0,
         *launch.strides(k["selected"]), *launch.strides(cache["k"]), *launch.strides(v["selected"]), *launch.strides(cache["v"]),
-        tokens, past.page,
+        tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     return past
 
 
-def _decode_attend(q, k, v, blocks, past, scale):
-    """The parts of selected: of each run of keys the output and lse, log2 units."""
+def _decode_attend(q, k, v, blocks, past, cache, scale):
+    """selected and what was attended to before, in runs of keys that the last program merges -> out."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -1028,21 +1061,16 @@ def _decode_attend(q, k, v, blocks, past, scale):
     programs += queries * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
-    decode_attend[(4 * batch, programs)](
-        q, k.data, v.data, blocks, parts, lses, past.lengths, past.table, past.table_stride, past.pages,
-        k.scales, v.scales, queries, past.capacity, batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+    out = launch.empty(q, (*rows, 128), None)
+    decode_attend[(4 * batch * programs,)](
+        q, k.data, v.data, blocks, parts, lses, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
-    return parts, lses
+    return out
 
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
-    """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
+    """A decoding step in 2 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_selected, split_lse_selected = _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, past, scale)
-    out = launch.empty(q, (*q.shape[:3], 128), None)
-    decode_merge[(out.shape[0] * out.shape[1] * 64,)](
-        split_out_selected, split_lse_selected, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 64,
-        split_lse_selected.shape[0], 1 << (split_lse_selected.shape[0] - 1).bit_length(), num_warps=2,
-    )
-    return out
+    return _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, past, cache, scale)

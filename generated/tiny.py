@@ -6,13 +6,13 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  690e05a37d7d
-runtime  7
+content  a8a5cd659cde
+runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
-select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -28,14 +28,14 @@ compressed_gate          one_branch, because recompute: one branch's output at a
 selected_gate            one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 window_gate              one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
-decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's probabilities are kept as sums a block, relative to a tile's maximum: no key is read again for lse
+decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 """
 
 from typing import Optional
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "tiny")
+version.require(8, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_690e05a37d7d"
+_SPACE = "nsagen_tiny_a8a5cd659cde"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -120,21 +120,26 @@ _CONFIGS = {
             Config(16, 1, 4, 1, 0),
         ),
     }),
-    "select_scores": Tiles("select_scores", "3dd800756724", {
+    "select_scores": Tiles("select_scores", "0f409ed89e29", {
         ("sm_80", 16): (
-            Config(64, 64, 4, 2, 12288), Config(128, 64, 4, 2, 16384), Config(64, 64, 4, 3, 16384), Config(128, 64, 4, 3, 20480),
-            Config(64, 128, 4, 2, 20480), Config(64, 128, 4, 3, 28672), Config(128, 64, 8, 2, 16384), Config(128, 64, 8, 3, 20480),
-            Config(128, 128, 8, 2, 24576), Config(128, 128, 8, 3, 32768), Config(64, 32, 4, 2, 8192), Config(128, 32, 4, 2, 12288),
-            Config(16, 16, 4, 1, 2048),
+            Config(64, 128, 4, 2, 16384), Config(32, 256, 4, 2, 20480), Config(64, 256, 8, 2, 24576), Config(128, 128, 8, 2, 24576),
+            Config(128, 64, 4, 2, 20480), Config(32, 128, 4, 2, 12288), Config(64, 128, 8, 2, 16384), Config(64, 64, 4, 2, 12288),
+            Config(128, 64, 8, 2, 20480), Config(32, 64, 4, 2, 8192), Config(64, 128, 4, 1, 12288), Config(64, 128, 4, 3, 20480),
+            Config(32, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
-            Config(64, 16, 8, 1, 10240), Config(64, 16, 8, 2, 12288), Config(64, 16, 8, 3, 14336), Config(32, 16, 4, 1, 6144),
-            Config(32, 16, 4, 2, 8192), Config(32, 16, 4, 3, 10240), Config(16, 32, 4, 1, 6144), Config(16, 32, 4, 2, 10240),
-            Config(16, 32, 4, 3, 14336), Config(32, 32, 8, 1, 8192), Config(32, 32, 8, 2, 12288), Config(32, 32, 8, 3, 16384),
-            Config(16, 16, 4, 1, 4096),
+            Config(32, 16, 4, 1, 6144), Config(32, 16, 4, 2, 10240), Config(64, 16, 8, 1, 10240), Config(32, 16, 4, 3, 14336),
+            Config(64, 16, 8, 2, 18432), Config(64, 16, 8, 3, 26624), Config(32, 32, 8, 1, 8192), Config(32, 32, 8, 2, 12288),
+            Config(32, 32, 8, 3, 16384), Config(32, 16, 8, 1, 6144), Config(32, 16, 8, 2, 10240), Config(32, 16, 8, 3, 14336),
+        ),
+        ("sm_90", 16): (
+            Config(64, 128, 4, 2, 16384), Config(64, 256, 8, 2, 24576), Config(128, 128, 8, 2, 24576), Config(128, 64, 4, 2, 20480),
+            Config(64, 128, 8, 2, 16384), Config(64, 64, 4, 2, 12288), Config(128, 64, 8, 2, 20480), Config(64, 128, 4, 1, 12288),
+            Config(64, 128, 4, 3, 20480), Config(128, 32, 4, 2, 18432), Config(64, 256, 8, 1, 20480), Config(64, 256, 8, 3, 28672),
+            Config(32, 16, 4, 1, 3072),
         ),
     }),
-    "select_best": Tiles("select_best", "9b290cd455f6", {
+    "select_best": Tiles("select_best", "31a9ab5eb0ec", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -277,7 +282,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "82745bdd96ac", {
+    "decode_scores": Tiles("decode_scores", "6c462dd18544", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -287,7 +292,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "056ff6f7595b", {
+    "decode_attend": Tiles("decode_attend", "1dc5b95f0ce6", {
         ("sm_80", 16): (
             Config(16, 16, 4, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
         ),
@@ -616,38 +621,43 @@ def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, AC
 
 
 @triton.jit
-def select_scores_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+def select_scores_sum(
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
+    """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
-    x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
-    p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
-    return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for head in range(heads):
+        lse = tl.load(lse_ptr + head) * 1.4426950408889634
+        x = tl.zeros([BM, BN], dtype=tl.float32)
+        c = tl.arange(0, 32)[None, :]
+        q = tl.load(q_ptr + q_row[:, None] + c, mask=c < 24, other=0.0)  # [BM, 32]
+        x = tl.dot(q, k0, x, input_precision=PRECISION)
+        total += tl.exp2(x * scale - lse[:, None])
+        q_ptr += q_sh
+    return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 3 heads of one KV head.
+    """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 3 heads of one KV head.
 
-    scores float32 [B, chunk, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end); blocks that have not ended
-    hold anything.
+    scores float32 [B, chunk, 2, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
+    where no key has ended, anything. heads: of the group, 3; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
-    BT: tl.constexpr = BM // 4  # queries of a tile, each with the 3 heads of its group
-    pid = tl.program_id(0)
+    BT: tl.constexpr = BM  # queries of a tile, of one head at a time
+    pid = tl.program_id(0) // splits
     tile = tiles - 1 - pid % tiles
     h = pid // tiles % 2  # KV head
     b = (pid // tiles // 2).to(tl.int64)
-    if cu_ptr is None:
-        tile += chunk_first // BT
+    tile += chunk_first // BT  # no tile before it has a row of the chunk, packed neither
     start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
     rows = b * T  # row of that token
     if cu_ptr is not None:
@@ -660,42 +670,49 @@ def select_scores(
     if t0 >= T:
         return
     first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // 4
-    head = row % 4
-    live = (t < T) & (head < 3)
-    stat = first * 6 + h * 3 + row // 4 * 6 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
-    t = t[:, None]
-    d = tl.arange(0, 32)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
     here = start + t0  # the tile's first row in the chunk's numbering
     if (here >= chunk_end) | (here + BT <= chunk_first):
         return
-    lse = tl.load(lse_ptr + stat, mask=live, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]  # sees nothing: p = 0
+    t = tl.minimum(tl.arange(0, BM), T - 1 - t0)  # rows past the end read the last one's
+    lse_row = lse_ptr + (first + t) * 6 + h * 3
+    q_row = (here + t) * q_st
+    q_base = q_ptr + b * q_sb + (h * 3).to(tl.int64) * q_sh
     n = max(0, T - 4) // 4  # keys, whole blocks only
     key_row = start // 4
     k_base = k_ptr + b * k_sb + key_row * k_st + h.to(tl.int64) * k_sh
     v_base = v_ptr + b * v_sb + key_row * v_st + h.to(tl.int64) * v_sh
-    of_tile = tl.arange(0, BT)
-    score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
-    stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
     # ended: 4 * s <= t - 7
+    some_lo = 0
     some_hi = min(max(0, BT + t0 - 4) // 4, n)
-    all_hi = min(max(0, t0 - 3) // 4, n)
-    c2 = all_hi // BN * BN
+    c0 = some_lo // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
-    for s0 in range(0, c3, BN):
-        p = select_scores_step(q0, k_base, k_st, lse, live, s0, n, scale2, BT, BN, PRECISION)
-        s = s0 + tl.arange(0, BN)
-        tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
+    s0 = c0 + tl.program_id(0) % splits * BN
+    if s0 >= c3:
+        return
+    total = select_scores_sum(
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, BM, BN, PRECISION,
+    )
+    i = tl.arange(0, BM)
+    t = (t0 + i)[:, None]
+    s = s0 + tl.arange(0, BN)[None, :]
+    total = tl.where(4 * s <= t - 7, total, 0.0)
+    stored = ((here + i >= chunk_first) & (here + i < chunk_end))[:, None] & (t < T)
+    scores = (scores_ptr + b * score_sb + (here - chunk_first + i) * score_st + h * score_sh)[:, None]
+    key = tl.arange(0, BN)[None, :] % 4  # of its block
+    j = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.full([1, BN], 2.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + j, part, mask=stored & (j < score_sp))
+    weight = tl.full([1, BN], 0.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + score_sp + 1 + j, part, mask=stored & (j + 1 < score_sp))
 
 
-@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows", "score_st"])
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows"])
 def select_best(
-    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, CANDIDATES: tl.constexpr,
+    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr,
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
@@ -718,27 +735,24 @@ def select_best(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    i = j * 4 + -1
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 0
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 1
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 2
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 3
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 4, least | bit, least)
+        bit = tl.where(reach == 4, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 4:  # the last ones tie
+        above = bits > least
+        room = 4 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -1575,8 +1589,8 @@ def compressed_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -1633,10 +1647,10 @@ def compressed_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -1686,40 +1700,45 @@ def compressed_cached(
 
 
 @triton.jit
-def select_scores_cached_step(
-    q0, k_ptr, k_st, lse, live, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+def select_scores_cached_sum(
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One key tile: exp(scale·q·k − lse) [BM, BN], summed over the heads of the group -> [BT, BN]."""
+    """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
-    x = tl.zeros([live.shape[0], BN], dtype=tl.float32)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    scale = device.scaled(scale, k_scales_ptr, row, inside, 2)
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0)  # [32, BN]
-    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
-    x = device.scaled(x, k_scales_ptr, row, inside, 2)
-    p = tl.where(live[:, None], tl.exp2(x * scale - lse), 0.0)
-    return tl.sum(tl.reshape(p, [BT, 4, BN]), 1)
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0).to(q_ptr.dtype.element_ty)  # [32, BN]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for head in range(heads):
+        lse = tl.load(lse_ptr + head) * 1.4426950408889634
+        x = tl.zeros([BM, BN], dtype=tl.float32)
+        c = tl.arange(0, 32)[None, :]
+        q = tl.load(q_ptr + q_row[:, None] + c, mask=c < 24, other=0.0)  # [BM, 32]
+        x = tl.dot(q, k0, x, input_precision=PRECISION)
+        total += tl.exp2(x * scale - lse[:, None])
+        q_ptr += q_sh
+    return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "sequences", "chunk_first", "chunk_end", "score_st"])
+@triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads; one program: BM // 4 queries × the 3 heads of one KV head.
+    """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 3 heads of one KV head.
 
-    scores float32 [B, chunk, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end); blocks that have not ended
-    hold anything.
+    scores float32 [B, chunk, 2, 2, blocks] of the queries (packed: rows) [chunk_first, chunk_end): what a block has of its own keys, and of those of the block before;
+    where no key has ended, anything. heads: of the group, 3; not a constant, or ptxas unrolls short loops and spills.
     """
     v_ptr, v_sb, v_st, v_sh = k_ptr, k_sb, k_st, k_sh
-    BT: tl.constexpr = BM // 4  # queries of a tile, each with the 3 heads of its group
-    pid = tl.program_id(0)
+    BT: tl.constexpr = BM  # queries of a tile, of one head at a time
+    pid = tl.program_id(0) // splits
     tile = tiles - 1 - pid % tiles
     h = pid // tiles % 2  # KV head
     b = (pid // tiles // 2).to(tl.int64)
-    if cu_ptr is None:
-        tile += chunk_first // BT
+    tile += chunk_first // BT  # no tile before it has a row of the chunk, packed neither
     start = tl.full([], 0, dtype=tl.int64)  # first token of the sequence
     rows = b * T  # row of that token
     sequence = b  # whose row of the cache it continues
@@ -1733,27 +1752,18 @@ def select_scores_cached(
     if t0 >= T:
         return
     first = rows + t0
-    row = tl.arange(0, BM)
-    t = t0 + row // 4
-    head = row % 4
-    live = (t < T) & (head < 3)
-    stat = first * 6 + h * 3 + row // 4 * 6 + head
-    scale2 = scale * 1.4426950408889634  # scores in log2 units
-    q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
+    here = start + t0  # the tile's first row in the chunk's numbering
+    if (here >= chunk_end) | (here + BT <= chunk_first):
+        return
+    t = tl.minimum(tl.arange(0, BM), T - 1 - t0)  # rows past the end read the last one's
+    lse_row = lse_ptr + (first + t) * 6 + h * 3
+    q_row = (here + t) * q_st
+    q_base = q_ptr + b * q_sb + (h * 3).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
-    t = t[:, None]
-    d = tl.arange(0, 32)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
-    here = start + t0 - past  # the tile's first row in the chunk's numbering
-    if (here >= chunk_end) | (here + BT <= chunk_first):
-        return
-    lse = tl.load(lse_ptr + stat, mask=live, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)[:, None]  # sees nothing: p = 0
     n = max(0, T - 4) // 4  # keys, whole blocks only
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
@@ -1764,23 +1774,38 @@ def select_scores_cached(
         k_scales_ptr += h
         if table_ptr is None:  # rows before the sequence's
             k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 2
-    of_tile = tl.arange(0, BT)
-    score_row = b * score_sb + (here - chunk_first + of_tile) * score_st + h * score_sh
-    stored = ((here + of_tile >= chunk_first) & (here + of_tile < chunk_end) & (t0 + of_tile < T))[:, None]
     # ended: 4 * s <= t - 7
+    some_lo = 0
     some_hi = min(max(0, BT + t0 - 4) // 4, n)
-    all_hi = min(max(0, t0 - 3) // 4, n)
-    c2 = all_hi // BN * BN
+    c0 = some_lo // BN * BN
     c3 = (BN + some_hi - 1) // BN * BN
-    for s0 in range(0, c3, BN):
-        p = select_scores_cached_step(q0, k_base, k_st, lse, live, s0, n, scale2, table_ptr, pages, PAGE // 4, k_scales_ptr, BT, BN, PRECISION)
-        s = s0 + tl.arange(0, BN)
-        tl.store(scores_ptr + score_row[:, None] + s[None, :], p, mask=stored & (s < n)[None, :])
+    s0 = c0 + tl.program_id(0) % splits * BN
+    if s0 >= c3:
+        return
+    total = select_scores_cached_sum(
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, pages, PAGE // 4, k_scales_ptr, BM, BN, PRECISION,
+    )
+    i = tl.arange(0, BM)
+    t = (t0 + i)[:, None]
+    s = s0 + tl.arange(0, BN)[None, :]
+    total = tl.where(4 * s <= t - 7, total, 0.0)
+    stored = ((here + i >= chunk_first) & (here + i < chunk_end))[:, None] & (t < T)
+    scores = (scores_ptr + b * score_sb + (here - chunk_first + i) * score_st + h * score_sh)[:, None]
+    key = tl.arange(0, BN)[None, :] % 4  # of its block
+    j = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.full([1, BN], 2.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + j, part, mask=stored & (j < score_sp))
+    weight = tl.full([1, BN], 0.0, dtype=tl.float32)
+    weight = tl.where(key == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(total * weight, [BM, BN // 4, 4]), 2)
+    tl.store(scores + score_sp + 1 + j, part, mask=stored & (j + 1 < score_sp))
 
 
-@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows", "score_st"])
+@triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows"])
 def select_best_cached(
-    scores_ptr, blocks_ptr, past_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, CANDIDATES: tl.constexpr,
+    scores_ptr, blocks_ptr, past_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr,
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
@@ -1806,27 +1831,24 @@ def select_best_cached(
     j = tl.arange(0, CANDIDATES)
     scores = scores_ptr + b * score_sb + row.to(tl.int64) * score_st + h * score_sh
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    i = j * 4 + -1
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 0
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 1
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 2
-    score += 2 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
-    i = j * 4 + 3
-    score += 1 * tl.load(scores + i, mask=(i >= 0) & (i < ended), other=0.0)
+    scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
+    there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
+    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
     least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    bit = 1 << 30
+    while bit > 0:
+        reach = tl.sum((bits >= (least | bit)).to(tl.int32))
+        least = tl.where(reach >= 4, least | bit, least)
+        bit = tl.where(reach == 4, 0, bit >> 1)  # the rest of the bits would not change what is chosen
+    chosen = bits >= least
+    if tl.sum(chosen.to(tl.int32)) > 4:  # the last ones tie
+        above = bits > least
+        room = 4 - tl.sum(above.to(tl.int32))
+        chosen = above | (chosen & (tl.cumsum((bits == least).to(tl.int32), 0) <= room))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + at + place, j, mask=chosen)
     slot = tl.arange(0, 4)
@@ -1841,8 +1863,8 @@ def selected_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -1899,10 +1921,10 @@ def selected_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -1957,8 +1979,8 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
-    row = device.recent_rows(table_ptr, pages, s0, n, BN, PAGE, oldest, SINKS)
-    inside = (s < n) & (row >= 0)  # a key of no page is zero
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2021,10 +2043,10 @@ def window_cached(
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     past = tl.load(past_ptr + sequence)  # tokens in the cache before these
     t0 += past
-    t += past
     T += past
     if table_ptr is not None:
         table_ptr += sequence.to(tl.int64) * table_sb
+    t += past
     t = t[:, None]
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
@@ -2094,15 +2116,79 @@ def window_cached(
 
 
 @triton.jit
+def decode_select_scores(sums, lse_ptr, j, ended, groups, BN: tl.constexpr):
+    """Importance of the candidates j: probabilities of their keys, summed over the heads; a thread has its own candidates.
+
+    sums: rows of sums, a row a head, relative to the maximum of their tile of BN keys; those maxima follow. lse: log2 units.
+    """
+    score = tl.zeros([j.shape[0]], dtype=tl.float32)
+    for head in tl.range(0, 3, loop_unroll_factor=4):
+        row = sums + head * (3 * groups)
+        tops = row + 2 * groups
+        lse = tl.load(lse_ptr + head)
+        end = tl.cdiv(ended, 4)  # of the groups whose sums are there
+        i = j  # the group of the block
+        mask = (i >= 0) & (i < end)
+        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
+        score += tl.load(row + 2 * j, mask=mask, other=0.0) * tl.exp2(top - lse)
+        i = j - 1  # the group before the block, which reaches into it
+        mask = (i >= 0) & (i < end)
+        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
+        score += tl.load(row + 2 * j + 1, mask=mask, other=0.0) * tl.exp2(top - lse)
+    return score
+
+
+@triton.jit
+def decode_select(
+    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, BN: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+):
+    """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
+
+    row: b·queries + query; t: its position. scores: room for each head's lse, then for all candidates. Scores are not
+    negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties go
+    to the lower block.
+    """
+    ended = max(0, t + 1 - 8 + 4) // 4  # keys
+    own = t // 16
+    head = tl.arange(0, 4)
+    there = head < 3
+    stat = row * 6 + h * 3
+    part = tl.arange(0, SPLITS)[None, :]
+    lses = tl.load(lses_ptr + part * part_rows + (stat + head)[:, None], mask=there[:, None] & (part < splits), other=float("-inf"))
+    top = tl.max(lses, 1)
+    some = top > float("-inf")  # else no key has ended, and no sum is read
+    z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
+    kept = scores_ptr + (row * 2 + h) * (4 + CANDIDATES)
+    tl.store(kept + head, tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0))
+    tl.debug_barrier()
+    sums = sums_ptr + stat * (3 * groups)
+    j = tl.arange(0, CANDIDATES)
+    if CANDIDATES <= 1024:
+        score = decode_select_scores(sums, kept, j, ended, groups, BN)
+    else:  # more than the registers hold: some at a time, set down and taken up again
+        scores = kept + 4
+        for first in range(0, own + 1, 1024):
+            these = first + tl.arange(0, 1024)
+            tl.store(scores + these, decode_select_scores(sums, kept, these, ended, groups, BN))
+        tl.debug_barrier()
+        score = tl.load(scores + j, mask=j <= own, other=0.0)
+    forced = (j < 1) | (j > own - 2)
+    score = tl.where(forced, float("inf"), score)
+    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
+    device.store_best(bits, blocks_ptr + (row * 2 + h) * 4, 4, 4)
+
+
+@triton.jit
 def decode_scores_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
-    s = s0 + tl.arange(0, BN)
+    i = device.spread(BN, 4)  # the order of the tile's keys: each thread has whole groups
+    s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
-    there = inside & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]
@@ -2117,20 +2203,20 @@ def decode_scores_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    group = s0 // 4 + tl.arange(0, BN // 4)[None, :]
-    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in their own block
-    weight = tl.where(s % 4 == 0, 2.0, weight)
-    weight = tl.where(s % 4 == 1, 2.0, weight)
-    weight = tl.where(s % 4 == 2, 2.0, weight)
-    weight = tl.where(s % 4 == 3, 1.0, weight)
-    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
-    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
-    tl.store(sums_ptr[:, None] + group, part, mask=live[:, None] & (group < groups))
-    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in the next block
-    weight = tl.where(s % 4 == 3, 1.0, weight)
-    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
-    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
-    tl.store(sums_ptr[:, None] + groups + group, part, mask=live[:, None] & (group < groups))
+    tl.store(sums_ptr + 2 * groups + s0 // BN, m_new, mask=live)  # what the sums are relative to
+    place = s0 // 4 + tl.arange(0, BN // 4)
+    weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in their own block
+    weight = tl.where(i % 4 == 0, 2.0, weight)
+    weight = tl.where(i % 4 == 1, 2.0, weight)
+    weight = tl.where(i % 4 == 2, 2.0, weight)
+    weight = tl.where(i % 4 == 3, 1.0, weight)
+    sum0 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
+    weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in the next block
+    weight = tl.where(i % 4 == 3, 1.0, weight)
+    sum1 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
+    side = tl.arange(0, 2)[None, None, :]  # own blocks at places 0, 2, …; what reaches the next at 3, 5, …
+    place = place[None, :, None] + side
+    tl.store(sums_ptr[:, None, None] + 2 * place + side, tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups))
     p = device.scaled(p, v_scales_ptr, row, there, 2)
     d = tl.arange(0, 16)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 16]
@@ -2176,7 +2262,7 @@ def decode_scores_source(
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 16], dtype=tl.float32)
-    sums_row = sums_ptr + stat * (2 * groups)
+    sums_row = sums_ptr + stat * (3 * groups)
     # ended: 4 * s <= t - 7
     some_lo = 0
     some_hi = min(max(0, BT + t0 - 4) // 4, n)
@@ -2197,83 +2283,100 @@ def decode_scores_source(
     tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "groups", "splits", "run"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 3 queries × the 3 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_select. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 3
+    tiles = tl.cdiv(queries, BT)
+    programs = tiles * splits
     pid = tl.program_id(0)
     h = pid % 2  # KV head
-    b = (pid // 2).to(tl.int64)
+    b = (pid // 2 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
-    programs = tl.cdiv(queries, BM // 3) * splits
+    at = pid // 2 % programs
+    tile = 0
+    programs = tiles * splits
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_scores_source(
             q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
+    first = tile * BT
+    shared = splits  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 2 + h) * tiles + tile, shared):
+        for i in range(first, tl.minimum(first + BT, queries)):
+            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, BN, CANDIDATES, SPLITS)
 
 
-@triton.jit(do_not_specialize=["queries", "splits", "groups", "part_rows"])
-def decode_select(
-    sums_ptr, lses_ptr, blocks_ptr, past_ptr, queries, splits, groups, part_rows, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+@triton.jit
+def decode_merge_parts(
+    m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows,
 ):
-    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
+    """Parts of the rows stat [BM] into the online softmax of their term, in order; m, lses in log2 units."""
+    AT_ONCE: tl.constexpr = 8  # parts whose loads are under way together
+    for first in range(0, splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            part = (first + i) * part_rows + stat
+            lse = tl.load(lses_ptr + part, mask=live & (first + i < splits), other=float("-inf"))
+            some = lse > float("-inf")  # else the run held nothing for the row, and nobody wrote the part
+            m_new = tl.maximum(m, lse)
+            fade = tl.exp2(m - m_new)
+            weight = tl.exp2(lse - m_new)
+            z = z * fade + weight
+            m = m_new
+            d = tl.arange(0, 16)[None, :]
+            x = tl.load(parts_ptr + part[:, None] * 16 + d, mask=some[:, None], other=0.0)  # [BM, 16]
+            acc0 = acc0 * fade[:, None] + weight[:, None] * x
+    return m, z, acc0
 
-    Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
-    the query; ties go to the lower block.
+
+@triton.jit
+def decode_merge(
+    parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, splits_compressed, splits_selected, splits_window, stat, live, part_rows,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+
+    stat [BM]: (b·queries + query)·6 + head of each row.
     """
-    pid = tl.program_id(0)
-    h = pid % 2
-    row = (pid // 2).to(tl.int64)  # b·queries + query
-    t = tl.load(past_ptr + row // queries) + (row % queries).to(tl.int32)
-    at = (row * 2 + h) * 4
-    ended = max(0, t + 1 - 8 + 4) // 4  # keys
-    own = t // 16
-    j = tl.arange(0, CANDIDATES)
-    part = tl.arange(0, SPLITS)
-    score = tl.zeros([CANDIDATES], dtype=tl.float32)
-    for first in tl.static_range(0, 3, 4):
-        head = first + tl.arange(0, 4)
-        stat = row * 6 + h * 3 + head
-        there = (head < 3)[:, None]
-        lses = tl.load(lses_ptr + part[None, :] * part_rows + stat[:, None], mask=there & (part < splits)[None, :], other=float("-inf"))
-        top = tl.max(lses, 1)
-        some = top > float("-inf")  # else no key has ended, and no sum is read
-        z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-        lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
-        sums = sums_ptr + stat[:, None] * (2 * groups)
-        i = (j)[None, :]
-        x = tl.load(sums + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
-        i = (j - 1)[None, :]
-        x = tl.load(sums + groups + i, mask=there & (i >= 0) & (i * 4 < ended), other=float("-inf"))
-        score += tl.sum(tl.exp2(x - lse), 0)
-    forced = (j < 1) | (j > own - 2)
-    score = tl.where(forced, float("inf"), score)
-    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
-    least = 0  # the largest number that 4 candidates reach: the score of the last one chosen
-    for bit in range(31):
-        trial = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((bits >= trial).to(tl.int32)) >= 4, trial, least)
-    above = bits > least
-    equal = bits == least
-    room = 4 - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(blocks_ptr + at + place, j, mask=chosen)
-    slot = tl.arange(0, 4)
-    tl.store(blocks_ptr + at + slot, tl.full([4], -1, dtype=tl.int32), mask=(slot >= tl.sum(chosen.to(tl.int32))) & (slot < 4))
+    BM: tl.constexpr = stat.shape[0]
+    out0 = tl.zeros([BM, 16], dtype=tl.float32)
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 16], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 0, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 16], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 1, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    m = tl.full([BM], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([BM], dtype=tl.float32)
+    acc0 = tl.zeros([BM, 16], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_window_ptr, lses_window_ptr, splits_window, stat, live, part_rows)
+    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
+    share *= tl.load(gates_ptr + stat * 3 + 2, mask=live, other=0.0).to(tl.float32)
+    out0 += acc0 * share[:, None]
+    d = tl.arange(0, 16)[None, :]
+    tl.store(out_ptr + stat[:, None] * 16 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -2282,10 +2385,11 @@ def decode_attend_step(
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s <= 2; C2: s <= t - 12; C3: s > t - 12"""
-    s = s0 + tl.arange(0, BN)
+    i = tl.arange(0, BN)
+    s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, SINKS, RING)
-    there = inside & (row >= 0)  # a key of no page is zero
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
+    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]
@@ -2438,102 +2542,71 @@ def decode_attend_source1(
     tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 3 heads of one KV head.
 
-    Grid: (sequences × KV heads, runs of every source after each other). past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
+    program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
     """
+    device.begin_early(EARLY)
+    BT: tl.constexpr = BM // 3
+    tiles = tl.cdiv(queries, BT)
+    programs = queries * splits0 + tiles * splits1
     pid = tl.program_id(0)
     h = pid % 2  # KV head
-    b = (pid // 2).to(tl.int64)
+    b = (pid // 2 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = tl.program_id(1)
+    at = pid // 2 % programs
+    tile = 0
     programs = queries * splits0
     if (at >= 0) & (at < programs):
+        tile = at % queries // BT
         decode_attend_source0(
             q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
     at -= programs
-    programs = tl.cdiv(queries, BM // 3) * splits1
+    programs = tiles * splits1
     if (at >= 0) & (at < programs):
+        tile = at % tiles
         decode_attend_source1(
             q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
     at -= programs
-
-
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "splits1", "splits2"])
-def decode_merge(
-    parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, parts2_ptr, lses2_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, queries, capacity, part_rows, splits0, splits1, splits2, SPLITS0: tl.constexpr, SPLITS1: tl.constexpr, SPLITS2: tl.constexpr,
-):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query and head.
-
-    The last launch of a step: nothing reads the lengths any more, so they advance here.
-    """
-    row = tl.program_id(0).to(tl.int64)  # (b·queries + query)·6 + head
-    b = row // (queries * 6)
-    if row % (queries * 6) == 0:
-        tl.store(lengths_ptr + b, tl.minimum(tl.load(past_ptr + b) + queries, capacity))
-    out0 = tl.zeros([16], dtype=tl.float32)
-    part0 = tl.arange(0, SPLITS0)
-    lse0 = tl.load(lses0_ptr + part0 * part_rows + row, mask=part0 < splits0, other=float("-inf"))
-    top = tl.max(lse0, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight0 = tl.exp2(lse0 - top)
-    z = tl.sum(weight0, 0)
-    scale = tl.load(gates_ptr + row * 3 + 0).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 16)[None, :]
-    some = (weight0 > 0)[:, None]
-    x = tl.load(parts0_ptr + (part0[:, None] * part_rows + row) * 16 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight0[:, None] * x, 0)
-    part1 = tl.arange(0, SPLITS1)
-    lse1 = tl.load(lses1_ptr + part1 * part_rows + row, mask=part1 < splits1, other=float("-inf"))
-    top = tl.max(lse1, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight1 = tl.exp2(lse1 - top)
-    z = tl.sum(weight1, 0)
-    scale = tl.load(gates_ptr + row * 3 + 1).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 16)[None, :]
-    some = (weight1 > 0)[:, None]
-    x = tl.load(parts1_ptr + (part1[:, None] * part_rows + row) * 16 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight1[:, None] * x, 0)
-    part2 = tl.arange(0, SPLITS2)
-    lse2 = tl.load(lses2_ptr + part2 * part_rows + row, mask=part2 < splits2, other=float("-inf"))
-    top = tl.max(lse2, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a term that sees nothing is 0
-    weight2 = tl.exp2(lse2 - top)
-    z = tl.sum(weight2, 0)
-    scale = tl.load(gates_ptr + row * 3 + 2).to(tl.float32) / tl.where(z > 0, z, 1.0)
-    d = tl.arange(0, 16)[None, :]
-    some = (weight2 > 0)[:, None]
-    x = tl.load(parts2_ptr + (part2[:, None] * part_rows + row) * 16 + d, mask=some, other=0.0)
-    out0 += scale * tl.sum(weight2[:, None] * x, 0)
-    d = tl.arange(0, 16)
-    tl.store(out_ptr + row * 16 + d, out0.to(out_ptr.dtype.element_ty))
+    first = tile * BT
+    shared = splits0 * tl.minimum(BT, queries - first) + splits1  # programs of the tile
+    if device.arrives_last(arrivals_ptr + (b * 2 + h) * tiles + tile, shared):
+        row = tl.arange(0, BM)
+        i = first + row // 3
+        live = (i < queries) & (row < BT * 3)
+        stat = (b * queries + i) * 6 + h * 3 + row % 3
+        decode_merge(parts_compressed_ptr, lses_compressed_ptr, parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, splits_compressed, splits0, splits1, stat, live, part_rows)
+        if (h == 0) & (tile == 0):  # nothing of the step reads them: it goes by what they were
+            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
     new_k_compressed_ptr, k_compressed_ptr, k_compressed_scales_ptr, new_v_compressed_ptr, v_compressed_ptr, v_compressed_scales_ptr, new_k_selected_ptr, k_selected_ptr, k_selected_scales_ptr, new_v_selected_ptr, v_selected_ptr, v_selected_scales_ptr, new_k_window_ptr, k_window_ptr, k_window_scales_ptr, new_v_window_ptr, v_window_ptr, v_window_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
 
     Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
     cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
     """
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     h = pid % 2
     b = (pid // 2).to(tl.int64)
@@ -2626,7 +2699,7 @@ def cache_append(
                         out += b * k_cmp_sb
                         if out_scales is not None:
                             out_scales += b * (capacity // 4) * 2
-                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 2, out, out_scales, table_ptr, pages, start, past, None, 8, 24, 32, PAGE, 0, 15)
+                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 2, out, out_scales, table_ptr, pages, start, past, None, 8, 16, 24, 32, PAGE, 0, 15)
     if job == 7:
         first = max(0, past - 4) // 4  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 3) // 4):
@@ -2647,7 +2720,7 @@ def cache_append(
                         out += b * v_cmp_sb
                         if out_scales is not None:
                             out_scales += b * (capacity // 4) * 2
-                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 2, out, out_scales, table_ptr, pages, start, past, lost, 8, 16, 16, PAGE, 0, 15)
+                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 2, out, out_scales, table_ptr, pages, start, past, lost, 8, 16, 16, 16, PAGE, 0, 15)
 
 
 # The same domains for the path without kernels.
@@ -2788,7 +2861,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     parts = launch.empty(q, (items.shape[0], 16, 40), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-16 // c.bn)
     selected_dkv[(items.shape[0], sub)](
-        q, k, v, d_out, lse, delta, inverse.queries, items, parts, cu_seqlens,
+        q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -2856,20 +2929,22 @@ def _select(q, k, lse, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["select_scores"], q)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
-    blocks = torch.full((batch, length, 2, 4), -1, dtype=torch.int32, device=q.device)
-    chunk = launch.chunk(length, 4 * batch * 2 * max(1, k.shape[1]))
-    scores = launch.empty(q, (batch, min(chunk, length), 2, max(1, k.shape[1])), None, torch.float32)
-    candidates = launch.power_of_two(-(-length // 16))
+    blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
+    columns = (-(-length // 16) + 15) // 16 * 16  # rows start aligned
+    chunk = launch.chunk(length, 4 * batch * 4 * columns)
+    scores = launch.empty(q, (batch, min(chunk, length), 2, 2, columns), None, torch.float32)
     packed = launch.sequences(cu_seqlens)
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
-        tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
-        select_scores[(tiles * 2 * batch,)](
-            q, k, lse, scores, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+        tiles = launch.tiles(end - first, c.bm, cu_seqlens)
+        splits = max(1, -(-(max(0, end - 4) // 4) // c.bn))  # key tiles, to the last query's
+        select_scores[(splits * tiles * 2 * batch,)](
+            q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end, *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
         )
+        candidates = launch.power_of_two(-(-end // 16))
         select_best[((end - first) * 2 * batch,)](
-            scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
+            scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
     return blocks
@@ -3229,20 +3304,22 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 4)
-    blocks = torch.full((batch, length, 2, 4), -1, dtype=torch.int32, device=q.device)
-    chunk = launch.chunk(length, 4 * batch * 2 * keys)
-    scores = launch.empty(q, (batch, min(chunk, length), 2, keys), None, torch.float32)
+    blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
+    columns = (-(-past.capacity // 16) + 15) // 16 * 16  # rows start aligned
+    chunk = launch.chunk(length, 4 * batch * 4 * columns)
+    scores = launch.empty(q, (batch, min(chunk, length), 2, 2, columns), None, torch.float32)
     candidates = launch.power_of_two(-(-past.capacity // 16))
-    packed = launch.sequences(cu_seqlens)
+    packed, splits = launch.sequences(cu_seqlens), -(-keys // c.bn)  # key tiles: past lengths are the device's
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
-        tiles = launch.tiles(end - first if cu_seqlens is None else length, c.bm // 4, cu_seqlens)
-        select_scores_cached[(tiles * 2 * batch,)](
-            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, scale, first, end, *launch.strides(scores),
+        tiles = launch.tiles(end - first, c.bm, cu_seqlens)
+        select_scores_cached[(splits * tiles * 2 * batch,)](
+            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end,
+            *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 2 * batch,)](
-            scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), candidates,
+            scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
     return blocks
@@ -3280,7 +3357,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -3328,14 +3405,14 @@ def _append(k, v, phi, cache):
         k["compressed"], *cache.rows("k_compressed"), v["compressed"], *cache.rows("v_compressed"), k["selected"], *cache.rows("k_selected"), v["selected"], *cache.rows("v_selected"), k["window"], *cache.rows("k_window"), v["window"], *cache.rows("v_window"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k_compressed"]), *launch.strides(v["compressed"]), *launch.strides(cache["v_compressed"]), *launch.strides(k["selected"]), *launch.strides(cache["k_selected"]), *launch.strides(v["selected"]), *launch.strides(cache["v_selected"]), *launch.strides(k["window"]), *launch.strides(cache["k_window"]), *launch.strides(v["window"]), *launch.strides(cache["v_window"]),
-        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page,
+        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     cache.close(phi, staged)
     return past
 
 
 def _decode_scores(q, k, v, past, scale):
-    """The parts of compressed: of each run of keys the output and lse, log2 units; and the log-sums of blocks."""
+    """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
     c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
@@ -3345,18 +3422,21 @@ def _decode_scores(q, k, v, past, scale):
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 16), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
-    groups = -(-max(1, past.capacity // 4) // 4)
-    sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
-    decode_scores[(2 * batch, programs)](
-        q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages,
-        k.scales, v.scales, queries, past.capacity, batch * queries * 6, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+    groups = split.groups(past.capacity // 4, 4)
+    candidates = launch.power_of_two(-(-past.capacity // 16))
+    sums = launch.empty(q, (*rows, 3, groups), None, torch.float32)
+    scores = launch.empty(q, (batch, queries, 2, 4 + candidates), None, torch.float32)
+    blocks = q.new_empty((batch, queries, 2, 4), dtype=torch.int32)
+    decode_scores[(2 * batch * programs,)](
+        q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 6, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
+        launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
     )
-    return parts, lses, sums
+    return parts, lses, blocks
 
 
-def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
-    """The parts of selected, window: of each run of keys the output and lse, log2 units."""
+def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
+    """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
     c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
@@ -3370,36 +3450,17 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, past, scale):
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 16), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
-    decode_attend[(2 * batch, programs)](
-        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, past.lengths, past.table, past.table_stride, past.pages,
-        k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity, batch * queries * 6, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options,
+    out = launch.empty(q, (*rows, 16), None)
+    decode_attend[(2 * batch * programs,)](
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 6, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
-    return parts0, lses0, parts1, lses1
-
-
-def _decode_select(q, sums, lses, past):
-    """Block lists int32 [B, m, 2, 4]."""
-    batch, queries = q.shape[:2]
-    blocks = q.new_empty((batch, queries, 2, 4), dtype=torch.int32)
-    candidates = launch.power_of_two(-(-past.capacity // 16))
-    splits = lses.shape[0]
-    decode_select[(batch * queries * 2,)](
-        sums, lses, blocks, past.lengths, queries, splits, sums.shape[-1], batch * queries * 6, candidates, 1 << (splits - 1).bit_length(),
-        num_warps=split.selection_warps(candidates),
-    )
-    return blocks
+    return out
 
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
-    """A decoding step in 5 launches -> out [B, m, 6, 16]; the last one advances the cache's lengths."""
+    """A decoding step in 3 launches -> out [B, m, 6, 16]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    split_out_compressed, split_lse_compressed, split_sums = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
-    blocks = _decode_select(q, split_sums, split_lse_compressed, past)
-    split_out_selected, split_lse_selected, split_out_window, split_lse_window = _decode_attend(q, cache.rows("k_selected"), cache.rows("v_selected"), blocks, cache.rows("k_window"), cache.rows("v_window"), past, scale)
-    out = launch.empty(q, (*q.shape[:3], 16), None)
-    decode_merge[(out.shape[0] * out.shape[1] * 6,)](
-        split_out_compressed, split_lse_compressed, split_out_selected, split_lse_selected, split_out_window, split_lse_window, gates, out, past.lengths, cache.lengths, q.shape[1], past.capacity, out.shape[0] * out.shape[1] * 6,
-        split_lse_compressed.shape[0], split_lse_selected.shape[0], split_lse_window.shape[0], 1 << (split_lse_compressed.shape[0] - 1).bit_length(), 1 << (split_lse_selected.shape[0] - 1).bit_length(), 1 << (split_lse_window.shape[0] - 1).bit_length(), num_warps=2,
-    )
-    return out
+    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
+    return _decode_attend(q, cache.rows("k_selected"), cache.rows("v_selected"), blocks, cache.rows("k_window"), cache.rows("v_window"), parts_compressed, lses_compressed, gates, past, cache, scale)

@@ -15,7 +15,7 @@ from nsagen.interp.domains import Array
 from nsagen.interp.numbers import evaluate
 from nsagen.interp.walks import Env, Step, listed_steps, steps
 from nsagen.ir.graph import Heads, KeyAxis
-from nsagen.ir.plan import Kernel, Operand, Walk
+from nsagen.ir.plan import HEADS_IN_TURN, Kernel, Operand, Walk
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Run:
 
 
 def rows_per_query(kernel: Kernel, heads: Heads, bm: int) -> int:
-    """Rows of a tile that one query has: its group's heads; all where it walks a list of its own; a power of two
-    where the heads are added up by a reshape."""
+    """Rows of a tile that one query has: its group's heads; all where it walks a list of its own; one where the heads
+    come in turn."""
     if any(w.listed and w.direction == "forward" for w in kernel.walks):
         return bm
-    return 1 << (heads.group - 1).bit_length() if kernel.body == "select_scores" else heads.group
+    return 1 if kernel.body in HEADS_IN_TURN else heads.group
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -32,7 +33,7 @@ def score_lse(p: Program) -> None:
 
 
 def select_scores(run: Run) -> None:
-    """exp(scale·q·k − lse), summed over the heads of the group, for the chunk's queries and the keys they walk."""
+    """exp(scale·q·k − lse), summed over the group's heads (and a block's keys), for the chunk's queries and keys."""
     for p in programs(run):
         here = p.sequence.start + p.first
         if here < run.chunk.stop and here + run.bt > run.chunk.start:
@@ -40,28 +41,36 @@ def select_scores(run: Run) -> None:
 
 
 def _score_tile(p: Program) -> None:
+    """Every step of a walk is a program: the heads of the group come by in turn."""
     kernel, rows = p.run.kernel, p.queries(p.first)
-    q = split(p.load("q", rows), kernel.qk_parts)
-    lse = p.load("lse", rows)
-    lse = np.where(np.isneginf(lse), np.inf, lse)[:, None]
+    group = p.run.heads.group
     for walk in kernel.walks:
         for step in p.steps(walk):
             keys = p.keys(step.indices, step.limit)
             k = split(p.load("k", keys, step.guarded), kernel.qk_parts)
-            seen = step.seen(rows.at[:, None], keys.at[None, :], p.env(walk.axis)) & rows.live[:, None]
-            _store_scores(p, keys, np.where(seen, np.exp(dot(q, k) * p.run.scale - lse), 0.0))
+            total = np.zeros((len(rows.at), len(keys.at)))
+            for head in range(p.head * group, (p.head + 1) * group):
+                of_head = replace(rows, heads=np.full(len(rows.at), head))
+                q = split(p.load("q", of_head), kernel.qk_parts)
+                total += np.exp(dot(q, k) * p.run.scale - p.load("lse", of_head)[:, None])
+            seen = step.seen(rows.at[:, None], keys.at[None, :], p.env(walk.axis))
+            _store_scores(p, rows, keys, np.where(seen, total, 0.0))
 
 
-def _store_scores(p: Program, keys: Rows, weight: Array) -> None:
-    """Sum [BM, BN] over each query's heads; store the queries of the chunk."""
-    per = p.run.rows_per_query
-    total = weight[: p.run.bt * per].reshape(p.run.bt, per, -1).sum(1)
-    t = p.first + np.arange(p.run.bt)
-    row = p.sequence.start + t
-    stored = (t < p.sequence.tokens) & (row >= p.run.chunk.start) & (row < p.run.chunk.stop)
-    index = np.ix_(row[stored] - p.run.chunk.start, keys.at[keys.live])
-    line = f"{p.run.line}: store scores"
-    write_once(p.run.arrays["scores"][p.batch, :, p.head], index, total[stored][:, keys.live], line)
+def _store_scores(p: Program, rows: Rows, keys: Rows, total: Array) -> None:
+    """total [queries, keys], or its weighted sums over each block's keys: for the block itself, and for the next."""
+    node, scores = p.run.kernel.select, p.run.arrays["scores"][p.batch, :, p.head]
+    assert node is not None
+    row = p.sequence.start + rows.at
+    stored = rows.live & (row >= p.run.chunk.start) & (row < p.run.chunk.stop)
+    blocks = total.reshape(len(row), -1, node.grouped)
+    first = keys.at[0] // node.grouped
+    for part, weights in enumerate(node.group_weights):
+        at = first + part + np.arange(blocks.shape[1])
+        there = at < scores.shape[2] if node.grouped > 1 else keys.live
+        index = np.ix_(row[stored] - p.run.chunk.start, at[there])
+        value = (blocks @ np.array(weights, float))[stored][:, there]
+        write_once(scores[:, part], index, value, f"{p.run.line}: store scores")
 
 
 def select_blocks(run: Run) -> None:
@@ -80,11 +89,16 @@ def select_blocks(run: Run) -> None:
 
 
 def importance(node: Select, scores: Array, t: int) -> Array:
-    """[blocks up to the query's own]: Σ weights·scores of the keys that have ended."""
+    """[blocks up to the query's own] from scores [parts, …]: Σ weights·scores of the keys that have ended."""
     axis, step = node.axis, node.size // node.axis.stride
     ended = max(0, t + 1 - axis.block + axis.stride) // axis.stride
     total = np.zeros(t // node.size + 1)
+    if node.grouped > 1:
+        for j, part in product(range(len(total)), range(len(scores))):
+            if 0 <= (j - part) * node.grouped < ended:
+                total[j] += scores[part, j]
+        return total
     for j, (i, weight) in product(range(len(total)), enumerate(node.weights, node.first)):
         if 0 <= j * step + i < ended:
-            total[j] += weight * scores[j * step + i]
+            total[j] += weight * scores[0, j * step + i]
     return total

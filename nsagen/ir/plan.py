@@ -24,6 +24,7 @@ Body = Literal[
     "attend_list_fwd", "merge_lists", "sum_lists",
     "split_attend", "split_select", "split_merge",
 ]  # fmt: skip
+HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]
@@ -161,7 +162,7 @@ class Grid:
     """One program a tile of `step` rows of `axis`, KV head and batch entry, tiles running fastest.
 
     axis None: tiles of `step` rows of the flat [B·T·Hq] rows, no heads and no sequences. split: programs share a
-    tile's loop, each a run of its steps; the launch says how many.
+    tile's loop, each a run of its steps (of scores, one step); the launch says how many.
     """
 
     axis: KeyAxis | None
@@ -217,6 +218,7 @@ class Launch:
     accumulate: bool = False  # add to the outputs marked `accumulate` instead of overwriting them
     over: str | None = None  # "chunks": a host loop over chunks of queries, so that the scores of all never exist
     when: tuple[Guard, ...] = ()
+    rides: str | None = None  # the kernel in whose last program of a query tile it runs: no launch of its own
 
 
 @dataclass(frozen=True)
@@ -243,3 +245,20 @@ class Plan:
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.name == name)
+
+    def launches(self, kernel: str) -> list[Launch]:
+        """Of the kernel, in any op."""
+        return [x for op in self.ops for x in op.launches if x.kernel == kernel]
+
+    def rides(self, kernel: str) -> bool:
+        """Whether the kernel is never launched but rides on another."""
+        return any(x.rides for x in self.launches(kernel))
+
+    def rider(self, kernel: str) -> Launch | None:
+        """The launch that rides on the kernel's, if one does."""
+        return next((x for op in self.ops for x in op.launches if x.rides == kernel), None)
+
+    def brought(self, launch: Launch) -> tuple[tuple[str, str], ...]:
+        """What is bound for the sake of the launch's rider alone: (its operand, buffer)."""
+        rider, known = self.rider(launch.kernel), {buffer for _, buffer in launch.binds}
+        return tuple(bind for bind in rider.binds if bind[1] not in known) if rider else ()

@@ -94,6 +94,7 @@ def _launch(launch: Launch) -> str:
     binds = " ".join(f"{operand}=%{buffer}" for operand, buffer in launch.binds)
     flags = f" over {launch.over}" if launch.over else ""
     flags += " accumulate" if launch.accumulate else ""
+    flags += f" rides on {launch.rides}" if launch.rides else ""
     when = "".join(f" when {g.key} {g.op} {g.value}" for g in launch.when)
     return f"  launch {launch.kernel} {binds}{flags}{when}"
 

@@ -139,8 +139,10 @@ def _op(op: Op, kernels: dict[str, Kernel], buffers: set[str]) -> None:
     line = f"op {op.name}"
     known = set(op.inputs)
     _need(op.doc.endswith("_grad") == op.name.endswith("_grad"), line, "gradients are named so")
-    for launch in op.launches:
+    for before, launch in zip((None, *op.launches), op.launches, strict=False):
         _need(launch.kernel in kernels, line, f"launches {launch.kernel}, which is not there")
+        rides = launch.rides is None or (before is not None and before.kernel == launch.rides)
+        _need(rides, line, f"{launch.kernel} rides on {launch.rides}, which is not the launch before")
         known |= _launch(launch, kernels[launch.kernel], known, buffers, f"{line}: launch {launch.kernel}")
     for name in op.outputs:
         _need(name in known, line, f"output %{name} is never written")
@@ -168,8 +170,8 @@ def _kernel(kernel: Kernel, reached: int) -> None:
     _need(kernel.grid.axis is not None or not kernel.walks, line, "a kernel over flat rows walks nothing")
     stores = {o.role for o in kernel.operands if o.mode != "load"}
     _need(not kernel.cached or stores <= FORWARD_STORES, line, "only a forward runs over a cache")
-    parts = any(o.role in ("parts", "part_lse") and o.mode == "store" for o in kernel.operands)
-    _need(parts or not kernel.grid.split, line, "programs that share a tile's loop store parts of its result")
+    parts = any(o.role in ("parts", "part_lse", "scores") and o.mode == "store" for o in kernel.operands)
+    _need(parts or not kernel.grid.split, line, "programs that share a loop store parts of its result, or scores")
     _need(not kernel.body.startswith("attend") or bool(kernel.branch), line, "attention kernels belong to a branch")
     _need(
         kernel.body == "split_attend" or (kernel.select is None) == ("select" not in kernel.body),

@@ -49,6 +49,12 @@ EXACT = Choice(
 FIRST_PASS = Choice(
     "first_pass", "no attention is a softmax over these keys alone: their log-sum-exp comes from a pass without values"
 )
+HEADS = Choice(
+    "heads_in_turn", "a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction"
+)
+POOLED = Choice(
+    "pooled_store", "a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row"
+)
 CHUNKS = Choice("query_chunks", "scores of all queries would be T × T/d values; a chunk's are bounded")
 ONE_BRANCH = Choice("one_branch", "recompute: one branch's output at a time is made again, read once and dropped")
 CHUNKS_OF_PARTS = Choice("query_chunks", "parts of all queries would be T × n rows of the group; a chunk's are bounded")
@@ -218,13 +224,14 @@ def _normaliser(node: LogSumExp) -> Kernel:
 
 def _selection(node: Select) -> list[Kernel]:
     scores = Operand("scores", "scores", "query", "store")
-    tiles = Grid(TOKEN_AXIS, BT, "descending")
+    tiles = Grid(TOKEN_AXIS, BT, "descending", split=True)
+    choices = (EXACT, HEADS, *((POOLED,) if node.grouped > 1 else ()), CHUNKS)
     loads = (_load("q", "q"), _load("k", "k", "key"), _load("lse", "lse"))
     walk = Walk(0, ended_blocks(node.axis), node.axis, "forward")
     blocks = Operand("blocks", "blocks", "query", "store")
     rows = Grid(None, BM, "ascending")
     return [
-        Kernel("select_scores", "", "select_scores", tiles, (*loads, scores), (walk,), (EXACT, CHUNKS), select=node),
+        Kernel("select_scores", "", "select_scores", tiles, (*loads, scores), (walk,), choices, select=node),
         Kernel(
             "select_best", "", "select_blocks", rows, (replace(scores, mode="load"), blocks), (), (ROW,), select=node
         ),

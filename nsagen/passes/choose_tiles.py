@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from nsagen.ir.graph import Heads
-from nsagen.ir.plan import Kernel, Plan, TileConfig, TileTable
+from nsagen.ir.plan import HEADS_IN_TURN, Kernel, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, resources
 
 BITS = (16, 32)
@@ -66,11 +66,14 @@ def _flat(kernel: Kernel, bits: int) -> TileConfig:
 
 
 def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
-    """Rows hold a whole group. A listed block is walked alone: no tile is wider, and its few rows feed few warps."""
+    """Rows hold a whole group. A listed block is walked alone: no tile is wider, and its few rows feed few warps. Where
+    heads come in turn rows are queries, and only wider key tiles save loads."""
     listed = next((w.listed for w in kernel.walks if w.listed), None)
     rows = [m for m in (16, 32, 64, 128) if m >= heads.group]
     columns = [n for n in (16, 32, 64, 128) if listed is None or n < 2 * listed.size or n == 16]
     warps = (4, 8)
+    if kernel.body in HEADS_IN_TURN:
+        rows, columns = [32, 64, 128], [16, 32, 64, 128, 256]
     if listed and kernel.body in ("attend_fwd", "attend_dq"):
         rows, warps = rows[:1], (1, 2, 4)
     return [

@@ -1,7 +1,8 @@
 """The forward's variant for mode=decode: few queries a sequence, their keys split over programs.
 
-Two or four launches (a fifth appends, outside of the plan): the scores of a selection, with the attention over the same
-keys if there is one; the selection; every other attention; the merge of all parts, gates and all.
+One or two launches (another appends, outside of the plan): the scores of a selection, with the attention over the same
+keys if there is one; every other attention. On the first rides the selection, on the second the merge of all parts,
+gates and all: the last program of a query tile does what has to wait for all of them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ SPLIT_KEYS = Choice(
 ONE_LAUNCH = Choice("one_launch", "no source waits for another's result; a launch costs what a short step's bytes do")
 ALL_MASKED = Choice("one_masked_loop", "bound by memory: a mask is cheaper than the drained pipelines of three loops")
 LOG_SUMS = Choice(
-    "scores_once", "a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known"
+    "scores_once",
+    "a head's probabilities are kept as sums a block, relative to a tile's maximum: no key is read again for lse",
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
-ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found bit by bit")
+ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found two bits a round")
+RIDES = Choice(
+    "rides", "the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile"
+)
 PACKED = Choice("head_packing", "the group's heads, and the step's queries where they walk alike, fill the rows")
 
 Mode = Literal["load", "store"]
@@ -133,24 +138,25 @@ def _split(name: str, lanes: tuple[Lane, ...], select: Select | None) -> Kernel:
 
 def _selection(select: Select) -> Kernel:
     operands = (
-        _operand("sums", "sums", "load"), _operand("lses", "part_lse", "load"), _operand("blocks", "blocks", "store")
+        _operand("sums", "sums", "load"), _operand("lses", "part_lse", "load"),
+        _operand("scores", "scores", "store"), _operand("blocks", "blocks", "store"),
     )  # fmt: skip
     flat = Grid(None, BM, "ascending")
-    kernel = Kernel("decode_select", "", "split_select", flat, operands, (), (ROW, FIXED_ORDER), cached=True)
+    kernel = Kernel("decode_select", "", "split_select", flat, operands, (), (ROW, FIXED_ORDER, RIDES), cached=True)
     return replace(kernel, select=select)
 
 
 def _merge(graph: Graph, of: Lanes) -> Kernel:
     operands: list[Operand] = []
-    for i, lane in enumerate(of.merged):
+    for lane in of.merged:
         assert lane.term is not None
-        operands.append(_operand(f"parts{i}", "parts", "load", source=lane.term))
-        operands.append(_operand(f"lses{i}", "part_lse", "load", source=lane.term))
+        operands.append(_operand(f"parts_{lane.name}", "parts", "load", source=lane.term))
+        operands.append(_operand(f"lses_{lane.name}", "part_lse", "load", source=lane.term))
     if any(isinstance(n, Combine) for n in graph.nodes):
         operands.append(_operand("gates", "gates", "load"))
     operands.append(_operand("out", "out", "store"))
     flat = Grid(None, BM, "ascending")
-    return Kernel("decode_merge", "", "split_merge", flat, tuple(operands), (), (FIXED_ORDER,), cached=True)
+    return Kernel("decode_merge", "", "split_merge", flat, tuple(operands), (), (FIXED_ORDER, RIDES), cached=True)
 
 
 # --- schedule
@@ -163,13 +169,13 @@ def decode_op(graph: Graph, inputs: tuple[str, ...]) -> Op:
     if of.select:
         launches.append(_split_launch("decode_scores", of.scores, of.select))
         lses = of.scores[0].lse
-        binds = (("sums", "split_sums"), ("lses", lses), ("blocks", of.select.out))
-        launches.append(Launch("decode_select", binds))
+        binds = (("sums", "split_sums"), ("lses", lses), ("scores", "split_scores"), ("blocks", of.select.out))
+        launches.append(Launch("decode_select", binds, rides="decode_scores"))
     launches.append(_split_launch("decode_attend", of.attend, None))
-    merged = [bind for i, x in enumerate(of.merged) for bind in ((f"parts{i}", x.out), (f"lses{i}", x.lse))]
+    merged = [bind for x in of.merged for bind in ((f"parts_{x.name}", x.out), (f"lses_{x.name}", x.lse))]
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
     gates = [("gates", combine.gates)] if combine else []
-    launches.append(Launch("decode_merge", (*merged, *gates, ("out", graph.output))))
+    launches.append(Launch("decode_merge", (*merged, *gates, ("out", graph.output)), rides="decode_attend"))
     return Op("decode", "decode", inputs, (graph.output,), tuple(launches))
 
 
@@ -186,7 +192,8 @@ def _split_launch(kernel: str, lanes: tuple[Lane, ...], select: Select | None) -
 
 
 def decode_buffers(graph: Graph) -> list[Buffer]:
-    """Parts of every lane; log-sums [B, T, Hq, 2, groups] of a group's own block and of the next, which it overlaps."""
+    """Parts of every lane; sums [B, T, Hq, 2, groups] of a group's own block and of the next, which it overlaps, and
+    behind them the maximum of each tile of keys, which they are relative to."""
     of, h = lanes(graph), graph.heads
     batch, heads, width = count("B"), const(h.query), const(h.v_dim)
     rows = ("splits", "B", "T", "Hq")
@@ -199,6 +206,8 @@ def decode_buffers(graph: Graph) -> list[Buffer]:
     if of.select:
         per = of.select.grouped
         groups = floordiv(of.select.axis.length() + per - 1, per)
-        shape = (batch, TOKENS, heads, const(len(of.select.group_weights)), groups)
+        shape = (batch, TOKENS, heads, const(len(of.select.group_weights) + 1), groups)
+        blocks = (batch, TOKENS, const(h.kv), floordiv(TOKENS + of.select.size - 1, of.select.size))
+        found.append(Buffer("split_scores", ("B", "T", "Hkv", "blocks"), blocks, "float32", "workspace"))
         found.append(Buffer("split_sums", ("B", "T", "Hq", "blocks", "groups"), shape, "float32", "workspace"))
     return found

@@ -8,7 +8,6 @@ from nsagen.ir.plan import Choice
 BYTES = 2  # of an element, in the dtypes that matter
 L2 = 9.6e12  # bytes a second of random key blocks out of the L2 cache; an H200 (docs/performance.md)
 MEMORY = 3.2e12  # of rows gathered and parts written and read again, likewise
-MEASURED = False  # the generated kernels have not run on a GPU yet: until then no spec takes the second order by itself
 MARGIN = 1.5  # how much faster the second order must promise to be: the model is off by up to 1.4
 
 
@@ -18,7 +17,7 @@ def by_blocks(node: Attend, heads: Heads, backward: bool) -> Choice | None:
     Query by query, each (query, block) pair reads the block: l'·(Dqk + Dv). Key block by key block it reads the group's
     rows of the query and leaves their part of the result, which is read once more: bytes that shrink with the group.
     """
-    if not MEASURED or len(node.sources) != 1 or node.sources[0].listed is None or len(node.sources[0].pieces) != 1:
+    if len(node.sources) != 1 or node.sources[0].listed is None or len(node.sources[0].pieces) != 1:
         return None
     rows, block = heads.group * BYTES, node.sources[0].listed.size * (heads.qk_dim + heads.v_dim) * BYTES
     key_grads = rows * (heads.qk_dim + heads.v_dim) / MEMORY if backward else 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nsagen.ir.graph import TOKENS, Heads
-from nsagen.ir.plan import BN, BT, S0, T0, Body, Kernel, N, Walk
+from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, S0, T0, Body, Kernel, N, Walk
 from nsagen.sym import evaluate
 
 
@@ -24,6 +24,8 @@ class Arch:
         loads; not where a query walks alone, whose rows never fill a warpgroup. together: two warpgroups wait for each
         other over a query tile. overlap: stages hide loads, but every loop drains its pipeline once a segment.
         """
+        if body in HEADS_IN_TURN:
+            return self._in_turn(bits, bm, bn, warps, stages, trips)
         wide, narrow = (bn, bm) if body.endswith("dkv") else (bm, bn)
         rows = min(1.0, wide / (16 * warps))
         alone = warps < 4  # one query's heads: warps share out the keys, 16 each
@@ -33,9 +35,18 @@ class Arch:
             return 0.03 * rows * narrow / (narrow + 16)
         reuse = 1.0 if alone else min(narrow, 64) / (min(narrow, 64) + 18)
         together = 0.92 if warps > 4 and not body.endswith("dkv") else 1.0
-        one_product = body in ("score_lse", "select_scores")
-        hidden = {1: 0.6, 2: 1.0 if one_product else 0.93, 3: 1.0}[stages]
+        hidden = {1: 0.6, 2: 1.0 if body == "score_lse" else 0.93, 3: 1.0}[stages]
         return rows * reuse * together * hidden * trips / (trips + 1.5 * stages)
+
+    def _in_turn(self, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
+        """A key tile stays, q comes by, a head a trip: warpgroups may share out the keys, too. Not measured yet."""
+        rows = min(1.0, max(bm, min(2 * bm, bn)) / (16 * warps))
+        if bits == 32:
+            return 0.03 * rows * bn / (bn + 16)
+        reuse = 1 / (1 + 18 / bn + 18 / (bm * trips))
+        whole = 0.5 if self.wgmma and bm < 64 else 1.0
+        together = 0.92 if warps > 4 else 1.0
+        return whole * rows * reuse * together * (0.6 if stages == 1 else 1.0) * trips / (trips + 1.5 * stages)
 
     def filled(self, smem: int, warps: int) -> float:
         """What is left of the speed where shared memory lets too few warps share a multiprocessor.
@@ -63,8 +74,11 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     size, qk, v = bits // 8, sum(kernel.qk_parts), sum(kernel.v_parts)
     threads = 32 * warps
     walked = bn
-    if kernel.body in ("score_lse", "select_scores"):
+    if kernel.body == "score_lse":
         smem = size * (bm * qk + stages * bn * qk)
+        words = bm * bn * 2
+    elif kernel.body in HEADS_IN_TURN:
+        smem, v, walked = size * (bn * qk + stages * bm * qk), 0, bm
         words = bm * bn * 2
     elif kernel.body in ("attend_fwd", "split_attend"):
         smem = size * (bm * qk + stages * bn * (qk + v))
@@ -94,6 +108,8 @@ def loop_shape(kernel: Kernel, heads: Heads, bm: int, bn: int) -> tuple[float, f
 
     waste: score elements computed over elements needed, padded rows and edge tiles included. trips: loop iterations.
     """
+    if kernel.body in HEADS_IN_TURN:
+        return max(_walk_shape(w, bm, bm, 1, bn)[0] for w in kernel.walks), heads.group
     return max(_walk_shape(w, max(1, bm // heads.group), bm, heads.group, bn) for w in kernel.walks)
 
 

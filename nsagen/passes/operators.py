@@ -24,7 +24,7 @@ from nsagen.ir.graph import (
 from nsagen.ir.plan import Buffer, Guard, Launch, Op
 from nsagen.passes.decode import decode_buffers, decode_op
 from nsagen.passes.loop_order import by_blocks
-from nsagen.sym import Expr, const, count
+from nsagen.sym import Expr, const, count, floordiv
 
 BATCH = count("B")
 BY_BLOCKS_FROM = 2048  # queries; fewer do not pay for the inverse of their lists
@@ -323,8 +323,7 @@ def _workspaces(graph: Graph, sizes: dict[str, Expr]) -> list[Buffer]:
     width = const(graph.heads.qk_dim + graph.heads.v_dim)
     for node in graph.nodes:
         if isinstance(node, Select):
-            shape = (BATCH, count("chunk"), sizes["Hkv"], node.axis.length())
-            found.append(Buffer("scores", ("B", "chunk", "Hkv", node.axis.name), shape, "float32", "workspace"))
+            found.append(_scores(node, sizes["Hkv"]))
         for source in node.sources if isinstance(node, Attend) else ():
             axes: tuple[str, ...] = ("splits", "B", source.axis.name, "Hkv")
             shape: tuple[Expr, ...] = (count("splits"), BATCH, source.axis.length(), sizes["Hkv"])
@@ -335,6 +334,15 @@ def _workspaces(graph: Graph, sizes: dict[str, Expr]) -> list[Buffer]:
             found.append(Buffer(_parts(source), (*axes, "D"), (*shape, width), "float32", "workspace"))
         found += _list_parts(node, graph.heads) if isinstance(node, Attend) else []
     return found
+
+
+def _scores(node: Select, heads: Expr) -> Buffer:
+    """Of every key; or what a block has of its own keys, and of those of the block before where they overlap it."""
+    name, columns = node.axis.name, node.axis.length()
+    if node.grouped > 1:
+        name, columns = "blocks", floordiv(TOKENS + node.size - 1, node.size)
+    shape = (BATCH, count("chunk"), heads, const(len(node.group_weights)), columns)
+    return Buffer("scores", ("B", "chunk", "Hkv", "parts", name), shape, "float32", "workspace")
 
 
 def _list_parts(node: Attend, heads: Heads) -> list[Buffer]:

@@ -45,7 +45,7 @@ class SplitLoops:
     c0 = down(some.lo)  c1 = clamp(up(all.lo), c0, up(some.hi))  c2 = max(c1, down(all.hi))  c3 = up(some.hi)
     A walk whose `all` was refused is one segment `edge` with all its masks; so is a reverse walk, where the mask of a
     tile costs less than the registers and the drained pipelines of three loops (docs/performance.md). So is a walk that
-    programs share in runs of keys.
+    programs share.
     """
 
     name = "split_loops"
@@ -55,8 +55,7 @@ class SplitLoops:
 
 
 def _split_kernel(kernel: Kernel) -> Kernel:
-    shared = kernel.body == "split_attend"
-    return replace(kernel, walks=tuple(_split(w, shared) for w in kernel.walks))
+    return replace(kernel, walks=tuple(_split(w, kernel.grid.split) for w in kernel.walks))
 
 
 def _split(walk: Walk, shared: bool = False) -> Walk:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import Graph, Pool, phi
-from nsagen.ir.plan import Kernel, Plan, Ring
+from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
 from nsagen.render.view import power_of_two
@@ -42,6 +42,11 @@ class PoolView:
     ring: Ring | None  # of src
 
     @property
+    def rows(self) -> int:
+        """Of a block, loaded at once: all, as far as the registers go."""
+        return 32 if self.block > 16 and self.width <= 128 else 16
+
+    @property
     def width(self) -> int:
         return power_of_two(self.dim)
 
@@ -64,19 +69,46 @@ class RunView:
     ranges: str  # of a walked source: the function that knows what a query may see
     count: int  # of a listed one: entries
 
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Its arguments, and what a step gives for them."""
+        found = [(side + self.suffix, f'cache.rows("{name}")') for side, name in (("k", self.k), ("v", self.v)) if name]
+        return [*found, ("blocks" + self.suffix, "blocks")] if self.blocks else found
+
 
 @dataclass(frozen=True)
 class SplitKernelView:
     name: str
     sources: tuple[RunView, ...]
     sums: bool
+    more: tuple[str, ...]  # what comes for the rider's sake
 
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """Whose parts come from the launch before."""
+        return tuple(x.removeprefix("parts_") for x in self.more if x.startswith("parts_"))
 
-@dataclass(frozen=True)
-class MergedView:
-    i: int
-    out: str
-    lse: str
+    @property
+    def brought(self) -> tuple[str, ...]:
+        """What comes for the rider's sake from outside."""
+        return tuple(x for x in self.more if x not in ("scores", "blocks", "out"))
+
+    @property
+    def doc(self) -> str:
+        what = ", ".join(s.lse.removeprefix("split_lse_") for s in self.sources)
+        if not self.sums:
+            return f"{what} and what was attended to before, in runs of keys that the last program merges -> out."
+        parts = f"Parts of {what}, of each run of keys the output and lse in log2 units; " if self.sources[0].v else ""
+        return f"{parts}blocks int32 [B, m, Hkv, n], the best."
+
+    @property
+    def arguments(self) -> str:
+        return "".join(f"{x}, " for x in (*(n for s in self.sources for n, _ in s.keys), *self.brought))
+
+    @property
+    def given(self) -> str:
+        """What a step gives for them."""
+        return "".join(f"{x}, " for x in (*(given for s in self.sources for _, given in s.keys), *self.brought))
 
 
 @dataclass(frozen=True)
@@ -84,11 +116,10 @@ class DecodeView:
     stores: tuple[StoreView, ...]
     pools: tuple[PoolView, ...]
     splits: tuple[SplitKernelView, ...]
-    merged: tuple[MergedView, ...]
     launches: int
-    group_rows: int  # log-sums of a group
+    group_rows: int  # sums of a group
+    heads_width: int
     grouped: int
-    normaliser: str  # what the selection's parts of lse are called
 
     @property
     def ringed(self) -> bool:
@@ -97,10 +128,6 @@ class DecodeView:
     @property
     def phi_pools(self) -> tuple[PoolView, ...]:
         return tuple(p for p in self.pools if p.by_phi)
-
-    @property
-    def scores(self) -> SplitKernelView | None:
-        return next((s for s in self.splits if s.sums), None)
 
     @property
     def attend(self) -> SplitKernelView:
@@ -116,22 +143,18 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
         for n in graph.nodes
         if isinstance(n, Pool)
     )
-    binds = {x.kernel: dict(x.binds) for x in op.launches}
-    splits = tuple(_split(k, binds[k.name]) for k in plan.kernels if k.body == "split_attend")
-    merge = binds["decode_merge"]
-    count = sum(name.startswith("parts") for name in merge)
+    launched = tuple(x for x in op.launches if x.rides is None)
     select = select_node(graph)
     return DecodeView(
         stores=tuple(
             _store(x, graph, branches, kept.get(x)) for x in graph.inputs if x.partition("_")[0] in ("k", "v")
         ),
         pools=pools,
-        splits=splits,
-        merged=tuple(MergedView(i, merge[f"parts{i}"], merge[f"lses{i}"]) for i in range(count)),
-        launches=1 + len(op.launches),
+        splits=tuple(_split(x, plan) for x in launched),
+        launches=1 + len(launched),
         group_rows=len(select.group_weights) if select else 0,
+        heads_width=power_of_two(graph.heads.group),
         grouped=select.grouped if select else 1,
-        normaliser=binds["decode_select"]["lses"] if select else "",
     )
 
 
@@ -144,9 +167,11 @@ def _dim(name: str, graph: Graph) -> int:
     return {"Dqk": graph.heads.qk_dim, "Dv": graph.heads.v_dim}[graph.value(name).axes[-1]]
 
 
-def _split(kernel: Kernel, bind: dict[str, str]) -> SplitKernelView:
-    numbers = sorted({w.source for w in kernel.walks})
-    return SplitKernelView(kernel.name, tuple(_run(kernel, bind, i) for i in numbers), kernel.select is not None)
+def _split(launch: Launch, plan: Plan) -> SplitKernelView:
+    kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
+    sources = tuple(_run(kernel, bind, i) for i in sorted({w.source for w in kernel.walks}))
+    more = tuple(operand for operand, _ in plan.brought(launch))
+    return SplitKernelView(kernel.name, sources, kernel.select is not None, more)
 
 
 def _run(kernel: Kernel, bind: dict[str, str], number: int) -> RunView:

@@ -28,7 +28,7 @@ from nsagen.render.host import (
 from nsagen.render.keys import kernel_key
 from nsagen.render.split_view import split_view
 from nsagen.render.standalone import link
-from nsagen.render.view import Named, kernel_view, power_of_two
+from nsagen.render.view import Named, kernel_view
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
 COMPRESSORS = {
@@ -97,7 +97,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "digest": digest,
         "runtime_version": runtime_version,
         "kernels_with_choices": [Named(k.name, _choices(k)) for k in plan.kernels],
-        "kernels": [_kernel_text(k, plan) for k in plan.kernels],
+        "kernels": [_kernel_text(k, plan) for k in plan.kernels if not plan.rides(k.name)],
         "attends": branch_views(graph, plan),
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),
@@ -114,7 +114,6 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "serving": serving_view(graph, plan),
         **_step_context(decode_view(graph, plan, tuple(spec["branches"])), plan),
         "most_new": MOST_NEW,
-        "select_rows": power_of_two(plan.heads.group),
         "caller_blocks": "blocks" in graph.inputs,
         "blocks_count": next((b.shape[-1] for b in plan.buffers if b.name == "blocks"), 0),
         "pooled": ("compressed", pool.axis.block, pool.axis.stride) if pool else None,
@@ -149,7 +148,7 @@ def _step_context(view: DecodeView, plan: Plan) -> dict[str, Any]:
 
 def kernel_keys(plan: Plan) -> dict[str, str]:
     """The key under which each kernel's measurements are kept."""
-    return {k.name: kernel_key(_source(k, plan)) for k in plan.kernels}
+    return {k.name: kernel_key(_source(k, plan)) for k in plan.kernels if not plan.rides(k.name)}
 
 
 def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
@@ -161,14 +160,17 @@ def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
 
 def _lengths(kernel: Kernel, plan: Plan) -> tuple[int, int | None] | None:
     """What the guards of the kernel's launches say of the number of queries."""
-    launches = [x for op in plan.ops for x in op.launches if x.kernel == kernel.name]
-    bounds = {g.op: int(g.value) for x in launches for g in x.when if g.key == "length"}
+    bounds = {g.op: int(g.value) for x in plan.launches(kernel.name) for g in x.when if g.key == "length"}
     return (bounds.get("from", 0), bounds.get("below")) if bounds else None
 
 
 def _source(kernel: Kernel, plan: Plan) -> str:
+    """The kernel's text, after that of the one that rides on it."""
+    rider = plan.rider(kernel.name)
+    before = [_source(plan.kernel(rider.kernel), plan)] if rider else []
     views = {"x": kernel_view(kernel, plan), "own": split_view(kernel, plan)}
-    return environment().get_template(f"{kernel.body}.py.j2").render(views).strip("\n")
+    text = environment().get_template(f"{kernel.body}.py.j2").render(views).strip("\n")
+    return "\n\n\n".join((*before, text))
 
 
 def _distinct(tables: tuple[TileTable, ...]) -> tuple[TileTable, ...]:

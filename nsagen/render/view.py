@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
-from nsagen.ir.plan import BN, BT, Kernel, Mask, Plan, Ring, Segment, Walk
+from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Kernel, Mask, Plan, Ring, Segment, Walk
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
 
@@ -135,7 +135,8 @@ class KernelView:
     columns: int  # of the gates
     gated: bool
     descending: bool
-    split: bool  # programs share a key tile's loop
+    split: bool  # programs share a tile's loop
+    heads_in_turn: bool  # a tile's rows are queries of one head
     cached: bool  # keys lie in a cache
     valued: bool  # and values
     rows_may_be_empty: bool
@@ -194,8 +195,8 @@ class KernelView:
     def step_row(self) -> str:
         """The rows of a step's keys."""
         if self.ringed:
-            return "device.recent_rows(table_ptr, pages, s0, n, BN, PAGE, oldest, SINKS)"
-        return "device.tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)"
+            return "device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)"
+        return "device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)"
 
     def ring_of(self, source: SourceView) -> str:
         """What a decoding step is told of a source's ring, in a kernel that has one."""
@@ -242,6 +243,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         gated=any(o.role == "gates" for o in kernel.operands),
         descending=kernel.grid.order == "descending",
         split=kernel.grid.split,
+        heads_in_turn=kernel.body in HEADS_IN_TURN,
         cached=kernel.cached,
         valued=any(o.role == "v" for o in kernel.operands),
         rows_may_be_empty="rows_may_be_empty" in kernel.facts,
@@ -260,9 +262,9 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
 
 
 def _rows(kernel: Kernel, heads: Heads) -> str:
-    """The group's heads; the whole tile where it has one query; a power of two where heads are added by a reshape."""
-    if kernel.body == "select_scores":
-        return str(power_of_two(heads.group))
+    """The group's heads; the whole tile where it has one query; one where the heads come in turn."""
+    if kernel.body in HEADS_IN_TURN:
+        return "1"
     one_query = any(w.listed and w.direction == "forward" for w in kernel.walks)
     return "BM" if one_query else str(heads.group)
 
@@ -397,23 +399,25 @@ def _doc(kernel: Kernel, heads: Heads) -> str:
         "sum_items": "dk and dv of a key block: its items' parts, added in order",
         "score_lse": "log-sum-exp of scale·q·k over the ended blocks",
         "sum_splits": "dk and dv of every key row: the parts of the programs that shared its tile, added in order",
-        "select_scores": "importance of each compressed block: exp(scale·q·k − lse), summed over the group's heads",
+        "select_scores": "importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads",
         "select_blocks": "the best blocks of a query and KV head, ascending, −1 for none",
         "split_attend": "parts of a decoding step's attention, float32, each of a run of a source's keys",
-        "split_select": "the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none",
+        "split_select": "the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none",
         "split_merge": "out: the parts of every term, merged in their order, times its gate if there are gates",
         "combine_fwd": "out = Σ_c gate_c·term_c",
         "combine_bwd": "row sums of d_out·term: deltas, and the gates' gradients if there are gates",
     }[kernel.body]
     if not kernel.walks:
         flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
-        one = flat | {"sum_items": "a key block", "split_merge": "a query and head"}
+        one = flat | {"sum_items": "a key block", "split_merge": "a query tile and the heads of one KV head"}
         one |= dict.fromkeys(("merge_lists", "sum_lists"), "a query and the heads of one KV head")
         return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
     tile = f"BM // {_rows(kernel, heads)} queries"
     if any(w.listed for w in kernel.walks):
         listed = kernel.body in ("attend_list_dkv", "attend_list_fwd")
         tile = "BN keys and one item's queries" if listed else "one query"
+    elif kernel.body in HEADS_IN_TURN:
+        tile = "BM queries and BN keys"
     elif kernel.body == "attend_dkv":
         tile = "BN keys, one run of their queries" if kernel.grid.split else "BN keys"
     return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

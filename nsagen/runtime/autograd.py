@@ -18,12 +18,15 @@ def connect(op: CustomOpDef, grad_op: CustomOpDef, tensors: int, keep_output: bo
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # else zeros as large as every other output are written for each backward
         outputs = output if isinstance(output, tuple) else (output,)
         kept = outputs if keep_output else outputs[1:]
         ctx.save_for_backward(*inputs[:tensors], *kept, inputs[tensors])
         ctx.scale = inputs[tensors + 1]
 
     def backward(ctx: Any, d_out: Any, *unused: Any) -> tuple[Any, ...]:
+        if d_out is None:
+            return (None,) * (tensors + 2)
         *saved, cu_seqlens = ctx.saved_tensors
         gradients = grad_op(d_out.contiguous(), *saved, cu_seqlens, ctx.scale)
         return (*gradients, *(None for _ in range(tensors + 2 - len(gradients))))

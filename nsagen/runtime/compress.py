@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.errors import InputError
+from nsagen.runtime import launch, mean_pool
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,7 +101,7 @@ class Compressor(nn.Module):
     def plain_mean(self) -> bool:
         """Whether φ is the mean and nothing else, which a kernel may take in its place."""
         own = type(self)
-        untouched = own.forward is Compressor.forward and own.of_blocks is Compressor.of_blocks
+        untouched = own.forward is MeanCompressor.forward and own.of_blocks is Compressor.of_blocks
         return isinstance(self, MeanCompressor) and untouched and own.pool is MeanPool and self.rope is None
 
     def _pooled(self, pool: Pool, x: Tensor, rows: _Rows) -> Tensor:
@@ -251,7 +252,21 @@ class MLPPool(Pool):
 
 
 class MeanCompressor(Compressor):
+    """φ = mean; on a GPU through kernels of its own, which differentiate once."""
+
     pool = MeanPool
+
+    def forward(
+        self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not (launch.use_kernels(k) and launch.use_kernels(v)):
+            return super().forward(k, v, cu_seqlens, start)
+        self._check(k, v, cu_seqlens)
+        k_cmp, v_cmp = (mean_pool.pooled(x, cu_seqlens, self.block, self.stride) for x in (k, v))
+        if self.rope is None:
+            return k_cmp, v_cmp
+        rows = self._rows(k, cu_seqlens, start)
+        return rows.cleared(self.rope(k_cmp, rows.positions).to(k.dtype)), v_cmp
 
 
 class WeightedCompressor(Compressor):
@@ -269,6 +284,8 @@ class MLPCompressor(Compressor):
 @torch.no_grad()
 def block_means(k: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
     """The mean of every whole block of `size` tokens, [B, rows, Hkv, D] in k's dtype, rows as φ's with l = d = size."""
+    if launch.use_kernels(k):
+        return mean_pool.pooled(k, cu_seqlens, size, size)
     heads, dim = k.shape[2:]
     phi = MeanCompressor(block=size, stride=size, kv_heads=heads, k_dim=dim, v_dim=dim)
     rows = phi._rows(k, cu_seqlens)

@@ -22,13 +22,13 @@ def find_sequence(cu_ptr, tile, sequences, STRIDE: tl.constexpr, STEP: tl.conste
 
 
 @triton.jit
-def sequence_of(cu_ptr, row, sequences):
-    """The packed sequence that token row `row` belongs to: the last one that starts at or before it."""
+def sequence_of(cu_ptr, row, sequences, STRIDE: tl.constexpr = 1):  # pyright: ignore[reportArgumentType]
+    """The packed sequence of row `row`, one every STRIDE tokens: the last one that starts at or before it."""
     lo = 0
     hi = sequences
     while hi - lo > 1:
         mid = (lo + hi) // 2
-        first = tl.load(cu_ptr + mid)
+        first = tl.load(cu_ptr + mid) // STRIDE
         lo = tl.where(first <= row, mid, lo)
         hi = tl.where(first <= row, hi, mid)
     return lo
@@ -72,12 +72,24 @@ def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constex
 
 
 @triton.jit
-def tile_rows(table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr):
-    """token_row of the keys s0 … s0 + BN − 1 below n, −1 for those that a ring no longer has.
+def spread(BN: tl.constexpr, GROUP: tl.constexpr):
+    """An order of BN keys in which the GROUP keys of a group (a power of two) stand in pairs, BN / (GROUP / 2) apart.
+
+    A thread of a score tile holds pairs of neighbours at such distances, so it adds a group up by itself.
+    """
+    u = tl.arange(0, BN)
+    apart: tl.constexpr = BN // (GROUP // 2)
+    return u % apart // 2 * GROUP + u // apart * 2 + u % 2
+
+
+@triton.jit
+def tile_rows(
+    table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr
+):
+    """token_row of the keys s, which are s0 … s0 + BN − 1 in any order, below n; −1 for what a ring has lost.
 
     One look-up where they lie in a page: s0 is whole tiles.
     """
-    s = s0 + tl.arange(0, BN)
     if RING > 0:
         return tl.where((s < SINKS) | (s >= n - RING), ring_row(s, SINKS, RING), -1)
     elif table_ptr is None:
@@ -89,13 +101,94 @@ def tile_rows(table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, SIN
 
 
 @triton.jit
-def recent_rows(table_ptr, pages, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr):
+def recent_rows(table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr):
     """tile_rows; with SINKS ≥ 0 those of a prefill over a ring: the sinks, then the tokens from `oldest` on."""
     if SINKS >= 0:
-        s = s0 + tl.arange(0, BN)
         return tl.where(s < SINKS, s, SINKS + tl.maximum(s - oldest, 0)).to(tl.int64)
     else:
-        return tile_rows(table_ptr, pages, s0, n, BN, PAGE, 0, 0)
+        return tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+
+
+@triton.jit
+def of_cache(table_ptr, row, inside, RING: tl.constexpr):
+    """Which of the keys `inside` have a row; all, where none can be −1."""
+    if table_ptr is None and RING == 0:
+        return inside
+    else:
+        return inside & (row >= 0)
+
+
+@triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """The begin of a kernel launched while the one before it may still run (programmatic dependent launch, if EARLY).
+
+    The next kernel's programs may take the places that this one leaves free; nothing is read or written before the
+    kernel before this one has ended, and so all before it.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@triton.jit
+def arrives_last(counter_ptr, programs):
+    """Whether this is the last of `programs` that share the int32 counter, 0 before the first and again after the last.
+
+    What the others stored before is there for the last one: all threads' stores are out before one thread counts.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def nth_largest(bits, COUNT: tl.constexpr):
+    """A number that just the COUNT largest of `bits` (int32 [up to 16384], −1 for none) reach; where others equal the
+    last of them, its own number. 0 where fewer than COUNT are not negative.
+
+    Two bits a round, from the 30th down: three thresholds' counts in one sum. Ends with the first that COUNT reach.
+    """
+    least = 0
+    reached = -1
+    shift = 29
+    while (shift >= 0) & (reached != COUNT):
+        step = 1 << shift
+        one = (bits >= least + step).to(tl.int64)
+        two = (bits >= least + 2 * step).to(tl.int64)
+        three = (bits >= least + 3 * step).to(tl.int64)
+        counts = tl.sum(one + (two << 20) + (three << 40))
+        first = (counts & 0xFFFFF).to(tl.int32)
+        second = ((counts >> 20) & 0xFFFFF).to(tl.int32)
+        third = (counts >> 40).to(tl.int32)
+        least += step * ((first >= COUNT).to(tl.int32) + (second >= COUNT).to(tl.int32) + (third >= COUNT).to(tl.int32))
+        reached = tl.where(first >= COUNT, first, reached)
+        reached = tl.where(second >= COUNT, second, reached)
+        reached = tl.where(third >= COUNT, third, reached)
+        shift = tl.where(shift == 1, 0, shift - 2)
+    return least
+
+
+@triton.jit
+def store_best(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers of the COUNT largest of `bits` (see nth_largest), ties to the lower one, ascending; −1 for those missing.
+
+    WIDTH: a power of two, COUNT or more.
+    """
+    least = nth_largest(bits, COUNT)
+    both = (bits > least).to(tl.int32) + ((bits == least).to(tl.int32) << 16)
+    total = tl.sum(both)
+    room = COUNT - (total & 0xFFFF)  # for those that are equal to the last one chosen
+    upto = tl.cumsum(both, 0)  # of both kinds, up to and with this one
+    ahead = upto & 0xFFFF
+    equal = upto >> 16
+    chosen = (bits > least) | ((bits == least) & (equal <= room))
+    number = tl.arange(0, bits.shape[0])
+    tl.store(blocks_ptr + ahead + tl.minimum(equal, room) - 1, number, mask=chosen)
+    slot = tl.arange(0, WIDTH)
+    missing = (slot >= (total & 0xFFFF) + tl.minimum(total >> 16, room)) & (slot < COUNT)
+    tl.store(blocks_ptr + slot, tl.full([WIDTH], -1, dtype=tl.int32), mask=missing)
 
 
 @triton.jit
@@ -126,7 +219,7 @@ def spoil(x, lost):
 
 @triton.jit
 def scaled(x, scales_ptr, row, inside, HEADS: tl.constexpr):
-    """x [rows, keys] times the scale of each key; x itself where there are none."""
+    """x, [rows, keys] or a number, times the scale of each key; x itself where there are none."""
     if scales_ptr is None:
         return x
     else:
@@ -158,7 +251,7 @@ def append_rows(
     i = tl.arange(0, TOKENS)
     d = tl.arange(0, WIDTH)[None, :]
     row = token_row(table_ptr, pages, past + i, past + i < total, PAGE, SINKS, RING)
-    there = (past + i < total) & (row >= 0)
+    there = of_cache(table_ptr, row, past + i < total, 0)
     x = tl.load(new + i[:, None] * new_st + d, mask=there[:, None] & (d < DIM), other=0.0)
     put_rows(store + row[:, None] * store_st + d, scales_ptr, row, there, spoil(x, lost), HEADS, DIM, WIDTH)
 
@@ -171,10 +264,10 @@ def known_rows(
     """Tokens s of a sequence and KV head, [rows, WIDTH]: old ones from the store, from token `past` on from `new`."""
     d = tl.arange(0, WIDTH)[None, :]
     row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
-    old = (inside & (s < past) & (row >= 0))[:, None] & (d < DIM)
-    x = tl.load(store + row[:, None] * store_st + d, mask=old, other=0.0)
+    old = of_cache(table_ptr, row, inside & (s < past), 0)
+    x = tl.load(store + row[:, None] * store_st + d, mask=old[:, None] & (d < DIM), other=0.0)
     if scales_ptr is not None:
-        scale = tl.load(scales_ptr + row * HEADS, mask=inside & (s < past) & (row >= 0), other=0.0)
+        scale = tl.load(scales_ptr + row * HEADS, mask=old, other=0.0)
         x = (x.to(tl.float32) * scale[:, None]).to(new.dtype.element_ty)
     late = (inside & (s >= past))[:, None] & (d < DIM)
     fresh = tl.load(new + (s - past)[:, None] * new_st + d, mask=late, other=0.0)
@@ -184,33 +277,18 @@ def known_rows(
 @triton.jit
 def mean_of_block(
     new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, out, out_scales_ptr, table_ptr, pages, start, past,
-    lost, BLOCK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
-    RING: tl.constexpr,
+    lost, BLOCK: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]."""
+    """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]; ROWS are loaded at once."""
     sums = tl.zeros([WIDTH], dtype=tl.float32)
-    for first in range(0, BLOCK, 16):
-        s = start + first + tl.arange(0, 16)
+    for first in range(0, BLOCK, ROWS):
+        s = start + first + tl.arange(0, ROWS)
         inside = s < start + BLOCK
         x = known_rows(
-            new,
-            new_st,
-            store,
-            store_st,
-            scales_ptr,
-            HEADS,
-            table_ptr,
-            pages,
-            s,
-            inside,
-            past,
-            lost,
-            DIM,
-            WIDTH,
-            PAGE,
-            SINKS,
-            RING,
-        )
+            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, pages, s, inside, past, lost,
+            DIM, WIDTH, PAGE, SINKS, RING,
+        )  # fmt: skip
         sums += tl.sum(x.to(tl.float32), 0)
     d = tl.arange(0, WIDTH)[None, :]
     one = tl.zeros([1], dtype=tl.int32)
@@ -229,22 +307,7 @@ def copy_block(
         i = first + tl.arange(0, 16)
         inside = (i < BLOCK) & (start + i < total)
         x = known_rows(
-            new,
-            new_st,
-            store,
-            store_st,
-            scales_ptr,
-            HEADS,
-            table_ptr,
-            pages,
-            start + i,
-            inside,
-            past,
-            lost,
-            DIM,
-            WIDTH,
-            PAGE,
-            SINKS,
-            RING,
-        )
+            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, pages, start + i, inside, past, lost,
+            DIM, WIDTH, PAGE, SINKS, RING,
+        )  # fmt: skip
         tl.store(out + i[:, None] * out_st + d, x, mask=(i < BLOCK)[:, None] & (d < DIM))

@@ -1,87 +1,113 @@
 """The inverse of the block lists: for every key block the queries that list it, in items of bounded length.
 
-Built on the device from sorts and sums alone: no host sync, no atomics, the same order on every run.
+Built on the device by the kernels of inverse.py: no host sync, the same bits on every run.
 """
 
 from __future__ import annotations
 
+# pyright: reportArgumentType=false
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from nsagen.errors import InputError
-from nsagen.runtime import launch
+from nsagen.runtime import inverse, launch
 from nsagen.runtime.launch import empty, sequences
 
 
 class Inverse(NamedTuple):
     """The entries of the lists [B, T, Hkv, n] by chunk of queries, then by key block, ascending within one.
 
-    places int32 [entries]: where each stands in the flat lists. items int32 [chunks, most, 3]: (key block, first entry,
-    end entry) of at most `per_item` entries each; unused ones name block `blocks`. A hot block is split over several.
-    first int32 [chunks, blocks + 1]: each key block's first item of the chunk. Key blocks are numbered
-    (b·Hkv + h)·slots + slot; packed, block i of sequence s has slot ⌊cu[s]/size⌋ + s + i.
+    entries int32 [B·T·Hkv·n]: places in the flat lists, or token rows b·T + t; behind the last one nothing is written.
+    items int32 [chunks, most, 3]: (key block, first entry, end entry) of at most `per_item` entries each; unused ones
+    name block `blocks`. A hot block is split over several. first int32 [chunks, blocks + 1]: each key block's first
+    item of the chunk. Key blocks are numbered (b·Hkv + h)·slots + slot; packed, block i of sequence s has slot
+    ⌊cu[s]/size⌋ + s + i.
     """
 
-    places: Tensor
+    entries: Tensor
     items: Tensor
     first: Tensor
     slots: int
-    per_query: int  # entries, Hkv·n
-
-    @property
-    def queries(self) -> Tensor:
-        """Token rows b·T + t of the entries, int32."""
-        return (self.places // self.per_query).to(torch.int32)
 
 
 def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, chunk: int | None = None) -> Inverse:
-    """Invert blocks int32 [B, T, Hkv, n] of `size` tokens, −1 for none, in chunks of queries (default: one)."""
+    """Invert contiguous blocks int32 [B, T, Hkv, n] of `size` tokens, −1 for none, in chunks of queries.
+
+    Entries are the places in the lists, where kernels leave parts for a chunk of queries at a time; without a chunk
+    there are no parts, and entries are token rows. Raises InputError from 2³¹ entries on.
+    """
     batch, length, heads, count = blocks.shape
     if blocks.numel() >= 2**31:
         raise InputError(f"blocks must hold fewer than 2³¹ entries, got {tuple(blocks.shape)}: pass fewer sequences")
-    chunk = min(chunk or length, length)
-    chunks = -(-length // chunk)
-    slots = -(-length // size) if cu_seqlens is None else length // size + sequences(cu_seqlens)
-    total = batch * heads * slots
-    keys, order = torch.sort(_keys(blocks, size, cu_seqlens, slots, chunk).flatten(), stable=True)
-    ends = torch.arange(chunks * total + 1, device=keys.device, dtype=keys.dtype)
-    bounds = torch.searchsorted(keys, ends)
-    items, first = _items(bounds, chunks, per_item, total + batch * chunk * heads * count // per_item)
-    return Inverse(order.to(torch.int32), items, first, slots, heads * count)
+    packed = sequences(cu_seqlens)
+    slots = length // size + packed if packed else -(-length // size)
+    g = _grid(blocks.shape, slots, min(chunk or length, length))
+    shape = (cu_seqlens, length, heads, g.pairs, slots, packed, g.chunk, g.tiles, g.tile, count, size, g.step, g.bits)
+    counts = blocks.new_empty(g.programs * slots)
+    inverse.count_entries[(g.programs,)](blocks, counts, *shape, **g.options)
+    starts, first = _sums(counts, g, g.pairs * slots, per_item)
+    entries = blocks.new_empty(blocks.numel())
+    key = tl.int32 if (slots + 1) << g.bits <= LARGEST_KEY else tl.int64
+    places = chunk is not None
+    inverse.place_entries[(g.programs,)](blocks, counts, starts, entries, *shape, key, places, **g.options)
+    most = g.pairs * slots + batch * g.chunk * heads * count // per_item
+    return Inverse(entries, _items(starts, first, most, per_item), first, slots)
 
 
-def _keys(blocks: Tensor, size: int, cu_seqlens: Tensor | None, slots: int, chunk: int) -> Tensor:
-    """The number of the chunk and key block of every entry; one that sorts last for none."""
-    batch, length, heads, _ = blocks.shape
-    token = torch.arange(length, device=blocks.device)
-    if cu_seqlens is None:
-        base, end = torch.zeros_like(token), torch.full_like(token, slots)
-    else:
-        ends = cu_seqlens.long()
-        sequence = torch.searchsorted(ends[1:], token, right=True).clamp(max=ends.shape[0] - 2)
-        base = ends[sequence] // size + sequence
-        end = (ends[sequence + 1] - ends[sequence] + size - 1) // size
-    total = batch * heads * slots
-    head = torch.arange(batch * heads, device=blocks.device).view(batch, 1, heads, 1) * slots
-    keys = head + (base + token // chunk * total).view(1, -1, 1, 1) + blocks
-    last = total * -(-length // chunk)
-    there = (blocks >= 0) & (blocks < end.view(1, -1, 1, 1))
-    return torch.where(there, keys, last).to(torch.int32 if last < 2**31 - 1 else torch.int64)
+def _sums(counts: Tensor, g: _Grid, total: int, per_item: int) -> tuple[Tensor, Tensor]:
+    """Each key block's first entry of all and first item of the chunk, [chunks, total + 1]; counts: of tiles before."""
+    totals = counts.new_empty(g.chunks * total)
+    inverse.sum_tiles[(-(-total // 16), g.chunks)](counts, totals, g.tiles, total, 128, 16)
+    starts, first = (counts.new_empty(g.chunks, total + 1) for _ in range(2))
+    inverse.sum_blocks[(1,)](totals, starts, first, g.chunks, total, per_item, 2048)
+    return starts, first
 
 
-def _items(bounds: Tensor, chunks: int, per_item: int, most: int) -> tuple[Tensor, Tensor]:
-    """items [chunks, most, 3] and first [chunks, blocks + 1] from the entry bounds [chunks·blocks + 1] of all."""
-    start, end = bounds[:-1].view(chunks, -1), bounds[1:].view(chunks, -1)
-    first = torch.zeros((chunks, start.shape[1] + 1), dtype=torch.int64, device=bounds.device)
-    torch.cumsum((end - start + per_item - 1) // per_item, 1, out=first[:, 1:])
-    item = torch.arange(most, device=bounds.device).expand(chunks, -1).contiguous()
-    block = torch.searchsorted(first[:, 1:].contiguous(), item, right=True)  # the last, plus one, for unused items
-    known = block.clamp(max=start.shape[1] - 1)
-    begin = start.gather(1, known) + (item - first.gather(1, known)) * per_item
-    stop = torch.minimum(begin + per_item, end.gather(1, known))
-    return torch.stack([block, begin, stop], 2).to(torch.int32), first.to(torch.int32)
+def _items(starts: Tensor, first: Tensor, most: int, per_item: int) -> Tensor:
+    chunks, bounds = starts.shape
+    items = starts.new_empty(chunks, most, 3)
+    inverse.write_items[(-(-most // 256), chunks)](starts, first, items, most, bounds - 1, per_item, 256)
+    return items
+
+
+WIDTH = 256  # entries that a warp sorts at once: more would take registers from other warps
+PROGRAMS = 2048  # of a launch: enough to fill a GPU, and no more counts than that takes
+COUNT_BYTES = 1 << 26  # of the counts, where so many programs would need more
+LARGEST_KEY = 1 << 31
+
+
+class _Grid(NamedTuple):
+    """`chunks` of `chunk` queries in `tiles` of `tile` queries, `step` queries, 2**bits entries or fewer, at a time."""
+
+    pairs: int  # (batch, KV head)
+    chunk: int
+    chunks: int
+    tiles: int
+    tile: int
+    step: int
+    bits: int
+
+    @property
+    def programs(self) -> int:
+        return self.chunks * self.tiles * self.pairs
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": max(1, (1 << self.bits) // WIDTH)}
+
+
+def _grid(shape: torch.Size, slots: int, chunk: int) -> _Grid:
+    """Tiles as short as leave PROGRAMS and COUNT_BYTES, so that few counts are summed and none takes long."""
+    batch, length, heads, count = shape
+    pairs, chunks = batch * heads, -(-length // chunk)
+    width = max(launch.power_of_two(count), min(WIDTH, launch.power_of_two(chunk * count)))
+    step = width // count
+    most = max(1, min(PROGRAMS // (pairs * chunks), COUNT_BYTES // (4 * pairs * slots * chunks)))
+    tile = step * -(-chunk // (most * step))
+    return _Grid(pairs, chunk, chunks, -(-chunk // tile), tile, step, width.bit_length() - 1)
 
 
 def per_item(length: int, entries: int) -> int:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nsagen.runtime.launch import power_of_two
 
 PROGRAMS = 1024  # of a launch: a few for every place on the GPU, so that its end is even
 MOST_RUNS = 32  # more parts of a row would cost as much as its keys
+APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
+
+
+EARLY = False  # whether a step's launches overlap where the chip knows how (sm_90 on); not measured yet
 
 
 class Runs(NamedTuple):
@@ -34,6 +40,12 @@ def runs(programs: int, longest: int, step: int) -> Runs:
     return Runs(-(-tiles // each), each * step)
 
 
+def groups(keys: int, per: int) -> int:
+    """Places in a row of sums, of `per` keys each: one more than there are, for what reaches the next block, and a
+    multiple of 16, so that they are loaded in vectors."""
+    return -(-(-(-keys // per) + 1) // 16) * 16
+
+
 def longest(ranges: list[tuple[int, int]], step: int) -> int:
     """Keys that a query tile walks at most, from its walks' ranges; they need not start at a step's start."""
     return max(hi - lo // step * step for lo, hi in ranges)
@@ -44,6 +56,12 @@ def rows(q: Tensor, group: int) -> int:
     return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
 
 
-def selection_warps(candidates: int) -> int:
-    """Warps of a program that holds a row of candidates and log-sums of a few heads."""
-    return min(16, max(1, candidates // 128))
+def early(device: torch.device) -> dict[str, bool]:
+    """Arguments of a step's launch that begins before the one before it has ended: programmatic dependent launch."""
+    return {"EARLY": True, "launch_pdl": True} if EARLY and _overlaps(device) else {"EARLY": False}
+
+
+@lru_cache(maxsize=64)
+def _overlaps(device: torch.device) -> bool:
+    known = device.type == "cuda" and torch.version.hip is None
+    return known and torch.cuda.get_device_capability(device)[0] >= 9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -36,18 +36,29 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
     """The first choice (or every surviving candidate) of every kernel."""
     bits = DTYPES[dtype][1]
     jobs: list[Job] = []
-    for kernel in plan.kernels:
+    for kernel in (k for k in plan.kernels if not plan.rides(k.name)):
         tiles, launch = candidates(kernel, arch, bits), launch_of(plan, kernel)
+        kernel, launch = _with_rider(plan, kernel, launch)
         jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else tiles[:1])]
     return jobs
 
 
 def launch_of(plan: Plan, kernel: Kernel) -> Launch:
     """The launch that asks most of the kernel: the one with most operands bound, gates and all."""
-    launches = [x for op in plan.ops for x in op.launches if x.kernel == kernel.name]
+    launches = plan.launches(kernel.name)
     if not launches:
         raise CompileError(f"kernel {kernel.name}: no operator launches it")
     return max(launches, key=lambda x: (len(x.binds), x.accumulate))
+
+
+def _with_rider(plan: Plan, kernel: Kernel, launch: Launch) -> tuple[Kernel, Launch]:
+    """Both with the operands that come for the sake of what rides on the kernel."""
+    more = plan.brought(launch)
+    if not more:
+        return kernel, launch
+    rider = next(plan.kernel(x.kernel) for x in (plan.rider(kernel.name),) if x)
+    operands = tuple(o for o in rider.operands if o.name in dict(more))
+    return replace(kernel, operands=(*kernel.operands, *operands)), replace(launch, binds=(*launch.binds, *more))
 
 
 def compile_job(module: ModuleType, job: Job, plan: Plan) -> Report:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import TOKENS
-from nsagen.ir.plan import BN, BT, S0, T0, Kernel, Launch, N, Op, Plan, Walk
+from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, S0, T0, Kernel, Launch, N, Op, Plan, Walk
 from nsagen.passes.loop_order import L2
 from nsagen.sym import evaluate
 from nsagen.tools.costs import flops_of_pair, pairs, taken, work_of
@@ -30,14 +30,14 @@ RATES = {
     "attend_dkv": Rate(575e12, 0.0, 70e-6),
     "attend_list_dkv": Rate(345e12, 0.0, 100e-6),
     "score_lse": Rate(370e12, 9.3e-9),
-    "select_scores": Rate(370e12, 9.3e-9),
+    "select_scores": Rate(500e12, 1.0e-9),  # not measured yet: a prediction
 }
 LISTED = {"attend_fwd": 0.98 * L2, "attend_dq": 0.83 * L2}  # bytes a second, of the blocks that each query reads
 PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
-BEST = 1.6e12  # of scores, which a selection reads in strides
+BEST = 1.9e12  # of scores, which a selection reads; not measured yet: a prediction
 COPY = 3.9e12
 LAUNCH = 4e-6  # seconds: less does not show
-INVERSE = 0.47e-3, 72e-12  # seconds for the inverse of the lists: about twenty small launches, and a sort an entry
+INVERSE = 0.47e-3, 72e-12  # seconds for the inverse of the lists, before its kernels (docs/performance.md, step 14)
 SAMPLES = 64  # tiles whose loops are counted
 
 Tile = tuple[int, int]  # BM, BN
@@ -97,10 +97,12 @@ def _parts(kernel: Kernel, plan: Plan, tokens: int) -> float:
 
 def _tiled(kernel: Kernel, plan: Plan, tokens: int, tile: Tile) -> float:
     heads, (bm, bn) = plan.heads, tile
-    rate, bt = RATES[kernel.body], max(1, bm // heads.group)
+    in_turn = kernel.body in HEADS_IN_TURN
+    rate, bt = RATES[kernel.body], bm if in_turn else max(1, bm // heads.group)
     loops = [_loops(w, bt, bn, tokens) for w in kernel.walks]
-    elements = sum(steps for steps, _ in loops) * bm * bn * heads.kv
-    programs = max(count for _, count in loops) * heads.kv
+    steps = sum(steps for steps, _ in loops) * heads.kv
+    elements = steps * bm * bn * (heads.group if in_turn else 1)
+    programs = steps if in_turn else max(count for _, count in loops) * heads.kv
     return elements * flops_of_pair(kernel, heads) / rate.flops + programs * rate.program + rate.tail
 
 

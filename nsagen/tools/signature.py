@@ -1,8 +1,8 @@
 """A kernel's arguments as Triton's compiler wants them: types, constants and alignment, from the plan.
 
-What a parameter is follows from the plan: X_ptr holds the buffer that the launch binds to the operand X, X_sb, X_st
-and X_sh are that operand's strides. What is left are scalars of the launch, never specialised, and int32 indices that
-the host makes of cu_seqlens and block lists.
+What a parameter is follows from the plan: X_ptr holds the buffer that the launch binds to the operand X, X_sb, X_st,
+X_sh and X_sp (of parts) are that operand's strides. What is left are scalars of the launch, never
+specialised, and int32 indices that the host makes of cu_seqlens and block lists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
-INDICES = ("list", "first", "items", "past", "lengths")  # int32: of block lists made by the host, or of a cache
+INDICES = ("list", "first", "items", "past", "lengths", "arrivals")  # int32: of block lists, or of a cache
+EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap
 LENGTH = 65536  # tokens, where a compile-time size depends on them
 
 
@@ -71,8 +72,9 @@ def _constants(job: Job) -> dict[str, Any]:
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
         "PAGE": 1,
+        "EARLY": job.arch in EARLY,
         "TILES": 1,  # of a listed block
-        **{f"SPLITS{i}": MOST_RUNS for i in ("", *range(8))},
+        "SPLITS": MOST_RUNS,
     }
     return constants | ({"CANDIDATES": _candidates(select)} if select else {})
 
@@ -86,11 +88,8 @@ def _candidates(select: Select) -> int:
 def warps_of(job: Job) -> int:
     """The tile's warps; a selection takes as many as its candidates need, as the launch does."""
     from nsagen.runtime.launch import warps_for
-    from nsagen.runtime.split import selection_warps
 
     select = job.kernel.select
-    if select and job.kernel.body == "split_select":
-        return selection_warps(_candidates(select))
     return warps_for(_candidates(select)) if select and job.kernel.body == "select_blocks" else job.tile.warps
 
 
@@ -99,10 +98,9 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
     stem, _, what = name.rpartition("_")
     if what == "ptr":
         return _pointer(stem, job, plan)
-    if what in ("sb", "st", "sh"):
-        operand = _operand(stem, job.kernel)
-        return "i32", operand is not None and operand.role in CALLERS and _stride(operand, what, plan) % 16 == 0
-    return ("fp32" if name == "scale" else "i32"), False
+    if what in ("sb", "st", "sh", "sp"):
+        return "i32", _aligned(_operand(stem, job.kernel), what, plan)
+    return ("fp32" if name == "scale" else "i32"), name == "groups"
 
 
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
@@ -124,6 +122,13 @@ def _operand(stem: str, kernel: Kernel) -> Operand | None:
     """The operand that a parameter's stem means; a kernel numbers its terms and deltas even where there is one."""
     operands = {o.name: o for o in kernel.operands}
     return next((operands[x] for x in (stem, ALIASES.get(stem, ""), stem.removesuffix("0")) if x in operands), None)
+
+
+def _aligned(operand: Operand | None, what: str, plan: Plan) -> bool:
+    """Whether 16 divides an operand's stride: of scores, whose rows the host pads, always."""
+    if operand is None or operand.role == "scores":
+        return operand is not None
+    return operand.role in CALLERS and _stride(operand, what, plan) % 16 == 0
 
 
 def _stride(operand: Operand, what: str, plan: Plan) -> int:

@@ -26,13 +26,13 @@ def cu_of(ends: list[int] | None, device: str) -> Tensor | None:
 @contextmanager
 def by_blocks(always: bool = True) -> Iterator[None]:
     """What is compiled inside goes key block by key block wherever it can, however short the sequence."""
-    before = loop_order.MEASURED, loop_order.MARGIN, operators.BY_BLOCKS_FROM
+    before = loop_order.MARGIN, operators.BY_BLOCKS_FROM
     if always:
-        loop_order.MEASURED, loop_order.MARGIN, operators.BY_BLOCKS_FROM = True, 0.0, 0
+        loop_order.MARGIN, operators.BY_BLOCKS_FROM = 0.0, 0
     try:
         yield
     finally:
-        loop_order.MEASURED, loop_order.MARGIN, operators.BY_BLOCKS_FROM = before
+        loop_order.MARGIN, operators.BY_BLOCKS_FROM = before
 
 
 def blocks_of(module: Any, q: Tensor, k: Any, v: Any, phi: Any, cu: Tensor | None) -> Tensor | None:

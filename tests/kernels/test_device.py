@@ -33,6 +33,42 @@ def add(ptr, value_ptr, mask_ptr, ACCUMULATE: tl.constexpr):
     d.add_to(ptr + i, tl.load(value_ptr + i), mask, ACCUMULATE)
 
 
+@triton.jit
+def best_of(bits_ptr, blocks_ptr, SIZE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    d.store_best(tl.load(bits_ptr + tl.arange(0, SIZE)), blocks_ptr, COUNT, WIDTH)
+
+
+@triton.jit
+def sum_by_the_last(x_ptr, parts_ptr, out_ptr, counter_ptr, PROGRAMS: tl.constexpr):
+    i = tl.program_id(0)
+    tl.store(parts_ptr + i, 2 * tl.load(x_ptr + i))
+    if d.arrives_last(counter_ptr, PROGRAMS):
+        tl.store(out_ptr, tl.sum(tl.load(parts_ptr + tl.arange(0, PROGRAMS))))
+
+
+@pytest.mark.parametrize("values", [1, 3, 50, 1 << 30])  # of few, many are equal to the last one chosen
+@pytest.mark.parametrize("there", [0, 4, 5, 64])
+def test_the_best_are_those_of_a_stable_sort(values: int, there: int, device: str) -> None:
+    bits = torch.randint(values, (64,), generator=torch.Generator().manual_seed(there)).to(torch.int32)
+    bits[0] = 0x7F800000  # +inf: a forced block
+    bits[there:] = -1
+    best = bits[:there].argsort(descending=True, stable=True)[:5].sort().values.tolist()
+    blocks = torch.full((6,), 7, dtype=torch.int32, device=device)
+    best_of[(1,)](bits.to(device), blocks, 64, 5, 8)
+    assert blocks.tolist() == [*best, *[-1] * (5 - len(best)), 7]
+
+
+def test_the_last_to_arrive_finds_what_the_others_left(device: str) -> None:
+    """Launch after launch over the same counter, as a captured graph's replays."""
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+    for seed in range(3):
+        x = torch.randint(100, (64,), generator=torch.Generator().manual_seed(seed)).float().to(device)
+        parts, out = torch.full_like(x, float("nan")), torch.full((1,), float("nan"), device=device)
+        sum_by_the_last[(64,)](x, parts, out, counter, 64)
+        assert out.item() == 2 * x.sum().item()
+        assert counter.item() == 0
+
+
 @pytest.mark.parametrize(("stride", "step"), [(1, 4), (1, 16), (4, 2)])
 def test_every_sequence_has_room_for_its_tiles(stride: int, step: int, device: str) -> None:
     cu = torch.tensor(ENDS, dtype=torch.int32, device=device)
@@ -69,7 +105,7 @@ def a_step(
     new_ptr, store_ptr, mean_ptr, copy_ptr, table_ptr, start, past, total, lost, PAGE: tl.constexpr, RING: tl.constexpr
 ):
     d.mean_of_block(
-        new_ptr, 5, store_ptr, 5, None, 1, mean_ptr, None, table_ptr, 4, start, past, lost, 20, 5, 8, PAGE, 3, RING
+        new_ptr, 5, store_ptr, 5, None, 1, mean_ptr, None, table_ptr, 4, start, past, lost, 20, 16, 5, 8, PAGE, 3, RING
     )
     d.copy_block(
         new_ptr, 5, store_ptr, 5, None, 1, copy_ptr, 5, table_ptr, 4, start, past, total, lost, 20, 5, 8, PAGE, 3, RING

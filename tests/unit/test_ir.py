@@ -327,6 +327,7 @@ BROKEN_PLANS: list[tuple[str, Break]] = [
     ("%scores is read before it is written", launch(PART, bind("q", "scores"))),
     ("%delta_window is read before it is written", op(GRAD, lambda o: replace(o, launches=o.launches[1:]))),
     ("%dk_window is read before it is written", launch(GRAD, changed(accumulate=True))),
+    ("decode_merge rides on decode_scores, which is not the launch", launch("decode", changed(rides="decode_scores"))),
     ("host loops run over chunks", launch(PART, changed(over="rows"))),
     ("guard on ['mode'] compares with nothing", launch(PART, changed(when=(Guard("mode", "is", ""),)))),
     ("a choice has no reason", kernel("window_fwd", changed(choices=()))),
