@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  679475d57c19
-runtime  7
+content  53b4ea12c082
+runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -45,10 +45,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "nsa_128")
+version.require(8, "nsa_128")
 
 SPEC = {'name': 'nsa_128',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_679475d57c19"
+_SPACE = "nsagen_nsa_128_53b4ea12c082"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -390,7 +390,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "da8fc9705c8c", {
+    "decode_scores": Tiles("decode_scores", "84d091fe465b", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -405,7 +405,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "65c1b942eb06", {
+    "decode_attend": Tiles("decode_attend", "4c5279ac8c7c", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -1651,17 +1651,19 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(16 * s <= t - 31, x, float("-inf"))
@@ -1671,15 +1673,16 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1727,6 +1730,14 @@ def compressed_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # ended: 16 * s <= t - 31
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
     all_hi = min(max(0, t0 - 15) // 16, n)
@@ -1735,12 +1746,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1757,13 +1768,15 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_sum(
-    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, s, s < n, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    scale = device.scaled(scale, k_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[:, None]
-    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [128, BN]
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0).to(q_ptr.dtype.element_ty)  # [128, BN]
     total = tl.zeros([BM, BN], dtype=tl.float32)
     for head in range(heads):
         lse = tl.load(lse_ptr + head) * 1.4426950408889634
@@ -1778,7 +1791,7 @@ def select_scores_cached_sum(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
     score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 16 heads of one KV head.
@@ -1824,6 +1837,10 @@ def select_scores_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # ended: 16 * s <= t - 31
     some_lo = 0
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
@@ -1833,7 +1850,7 @@ def select_scores_cached(
     if s0 >= c3:
         return
     total = select_scores_cached_sum(
-        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, PAGE // 16, BM, BN, PRECISION,
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, pages, PAGE // 16, k_scales_ptr, BM, BN, PRECISION,
     )
     i = tl.arange(0, BM)
     t = (t0 + i)[:, None]
@@ -1908,17 +1925,19 @@ def select_best_cached(
 @triton.jit
 def selected_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -1928,15 +1947,16 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_cached(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1984,6 +2004,14 @@ def selected_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # causal: s <= t, in the listed blocks
     listed = (first * 4 + h) * 16
     entry = tl.arange(0, 16)
@@ -1995,7 +2023,7 @@ def selected_cached(
         s0 = block * 64 + step % tiles_of_block * BN
         m, z, acc0 = selected_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 64 + 64), scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, min(n, block * 64 + 64), scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -2013,17 +2041,19 @@ def selected_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -2035,15 +2065,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2091,6 +2122,14 @@ def window_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -2103,17 +2142,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -2128,27 +2167,26 @@ def window_cached(
 
 
 @triton.jit
-def decode_select_scores(sums, lse_ptr, own_ptr, next_ptr, first, ended, groups, BN: tl.constexpr, TILES: tl.constexpr, CANDIDATES: tl.constexpr):
-    """Importance of the candidates of TILES tiles of keys, from candidate `first` on, to own_ptr: probabilities of their
-    keys, summed over the heads; what those before them have in common with them, to next_ptr. A thread has its own candidates.
+def decode_select_scores(sums, lse_ptr, j, ended, groups, BN: tl.constexpr):
+    """Importance of the candidates j: probabilities of their keys, summed over the heads; a thread has its own candidates.
 
     sums: rows of sums, a row a head, relative to the maximum of their tile of BN keys; those maxima follow. lse: log2 units.
     """
-    tile = first // (BN // 4) + tl.arange(0, TILES)
-    i = first + tl.arange(0, TILES)[:, None] * (BN // 4) + tl.arange(0, BN // 4)[None, :]  # groups, a row a tile
-    there = i < tl.cdiv(ended, 4)
-    own = tl.zeros([TILES, BN // 4], dtype=tl.float32)
-    following = tl.zeros([TILES, BN // 4], dtype=tl.float32)
-    at = 2 * i[:, :, None] + tl.arange(0, 2)[None, None, :]
+    score = tl.zeros([j.shape[0]], dtype=tl.float32)
     for head in tl.range(0, 16, loop_unroll_factor=4):
         row = sums + head * (3 * groups)
-        top = tl.load(row + 2 * groups + tile, mask=tile * BN < ended, other=float("-inf"))
-        factor = tl.exp2(top - tl.load(lse_ptr + head))[:, None]
-        x0, x1 = tl.split(tl.load(row + at, mask=there[:, :, None], other=0.0))
-        own += x0 * factor
-        following += x1 * factor
-    tl.store(own_ptr + i, own, mask=i < CANDIDATES)
-    tl.store(next_ptr + i + 1, following, mask=i + 1 < CANDIDATES)
+        tops = row + 2 * groups
+        lse = tl.load(lse_ptr + head)
+        end = tl.cdiv(ended, 4)  # of the groups whose sums are there
+        i = j  # the group of the block
+        mask = (i >= 0) & (i < end)
+        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
+        score += tl.load(row + 2 * j, mask=mask, other=0.0) * tl.exp2(top - lse)
+        i = j - 1  # the group before the block, which reaches into it
+        mask = (i >= 0) & (i < end)
+        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
+        score += tl.load(row + 2 * j + 1, mask=mask, other=0.0) * tl.exp2(top - lse)
+    return score
 
 
 @triton.jit
@@ -2157,9 +2195,9 @@ def decode_select(
 ):
     """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
 
-    row: b·queries + query; t: its position. scores: room for each head's lse and for two numbers a candidate. Scores are
-    not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties
-    go to the lower block.
+    row: b·queries + query; t: its position. scores: room for each head's lse, then for all candidates. Scores are not
+    negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties go
+    to the lower block.
     """
     ended = max(0, t + 1 - 32 + 16) // 16  # keys
     own = t // 64
@@ -2171,18 +2209,20 @@ def decode_select(
     top = tl.max(lses, 1)
     some = top > float("-inf")  # else no key has ended, and no sum is read
     z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-    kept = scores_ptr + (row * 4 + h) * (16 + 2 * CANDIDATES)
+    kept = scores_ptr + (row * 4 + h) * (16 + CANDIDATES)
     tl.store(kept + head, tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0))
     tl.debug_barrier()
     sums = sums_ptr + stat * (3 * groups)
-    scores = kept + 16
-    TILES: tl.constexpr = max(1, min(CANDIDATES, 1024) // (BN // 4))  # as many as the registers hold
-    for first in range(0, own + 1, TILES * (BN // 4)):
-        decode_select_scores(sums, kept, scores, scores + CANDIDATES, first, ended, groups, BN, TILES, CANDIDATES)
-    tl.debug_barrier()
     j = tl.arange(0, CANDIDATES)
-    score = tl.load(scores + j, mask=j <= own, other=0.0)
-    score += tl.load(scores + CANDIDATES + j, mask=(j > 0) & (j <= own), other=0.0)
+    if CANDIDATES <= 1024:
+        score = decode_select_scores(sums, kept, j, ended, groups, BN)
+    else:  # more than the registers hold: some at a time, set down and taken up again
+        scores = kept + 16
+        for first in range(0, own + 1, 1024):
+            these = first + tl.arange(0, 1024)
+            tl.store(scores + these, decode_select_scores(sums, kept, these, ended, groups, BN))
+        tl.debug_barrier()
+        score = tl.load(scores + j, mask=j <= own, other=0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
@@ -2191,18 +2231,20 @@ def decode_select(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, sums_ptr, groups, live,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     i = device.spread(BN, 4)  # the order of the tile's keys: each thread has whole groups
     s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, s, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2223,17 +2265,19 @@ def decode_scores_step(
     weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in the next block
     weight = tl.where(i % 4 == 3, 1.0, weight)
     sum1 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
-    at = 2 * place[:, None] + tl.arange(0, 2)[None, :]  # side by side
-    tl.store(sums_ptr[:, None, None] + at[None, :, :], tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups)[None, :, None])
+    side = tl.arange(0, 2)[None, None, :]  # own blocks at places 0, 2, …; what reaches the next at 3, 5, …
+    place = place[None, :, None] + side
+    tl.store(sums_ptr[:, None, None] + 2 * place + side, tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups))
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2258,6 +2302,14 @@ def decode_scores_source(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2271,7 +2323,7 @@ def decode_scores_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, sums_row, groups, live,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 16, C0=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2284,7 +2336,7 @@ def decode_scores_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
@@ -2309,7 +2361,7 @@ def decode_scores(
     if (at >= 0) & (at < programs):
         tile = at % tiles
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2380,18 +2432,20 @@ def decode_merge(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     i = tl.arange(0, BN)
     s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, s, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2403,15 +2457,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
@@ -2437,6 +2492,14 @@ def decode_attend_source0(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2450,7 +2513,7 @@ def decode_attend_source0(
         block = tl.load(blocks0_ptr + listed + step // per)
         s0 = block * 64 + step % per * BN
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, C0=True, C1=False,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2463,7 +2526,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2488,6 +2551,14 @@ def decode_attend_source1(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2500,7 +2571,7 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2513,7 +2584,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2538,7 +2609,7 @@ def decode_attend(
     if (at >= 0) & (at < programs):
         tile = at % queries // BT
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
@@ -2547,7 +2618,7 @@ def decode_attend(
     if (at >= 0) & (at < programs):
         tile = at % tiles
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2566,7 +2637,7 @@ def decode_attend(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_ptr, k_ptr, new_v_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2588,26 +2659,34 @@ def cache_append(
         table_ptr += b * table_sb
     new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
     k = k_ptr + h * k_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
     if table_ptr is None:
         k += b * k_sb
+        if k_scales_ptr is not None:
+            k_scales_ptr += b * (k_sb // k_st) * 4
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_k, new_k_st, k, k_st, k_scales_ptr, 4, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
     if table_ptr is None:
         v += b * v_sb
+        if v_scales_ptr is not None:
+            v_scales_ptr += b * (v_sb // v_st) * 4
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v, new_v_st, v, v_st, v_scales_ptr, 4, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
     if job == 2:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, staged, 512, table_ptr, start, past, total, 32, 128, 128, PAGE)
+                device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -2616,25 +2695,35 @@ def cache_append(
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k, new_k_st, k, k_st, out, table_ptr, start, past, 32, 32, 128, 128, PAGE)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 32, 128, 128, PAGE, 0, 0)
     if job == 3:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, staged, 512, table_ptr, start, past, total, 32, 128, 128, PAGE)
+                device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v, new_v_st, v, v_st, out, table_ptr, start, past, 32, 32, 128, 128, PAGE)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 32, 128, 128, PAGE, 0, 0)
 
 
 # The same domains for the path without kernels.
@@ -3178,8 +3267,8 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3192,8 +3281,8 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_cached[(tiles * 4 * batch,)](
-        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3206,8 +3295,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3228,9 +3317,9 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         select_scores_cached[(splits * tiles * 4 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, splits, 16, scale, first, end,
+            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 16, scale, first, end,
             *launch.strides(scores), scores.stride(3),
-            *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+            *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 4 * batch,)](
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
@@ -3252,8 +3341,8 @@ def _alone(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
 def _serve(q, k_cmp, v_cmp, k, v, gates, past, cu_seqlens, scale):
     """out [B, m, 64, 128] of queries that continue the cached sequences."""
     if not launch.use_kernels(q):
-        stores = ((k_cmp, 16), (v_cmp, 16), (k, 1), (v, 1),)
-        return kv_cache.by_sequence(_alone, q, stores, (gates,), past, cu_seqlens, scale)
+        keys = (by_sequence.Seen(k_cmp, 16), by_sequence.Seen(v_cmp, 16), by_sequence.Seen(k, 1), by_sequence.Seen(v, 1),)
+        return by_sequence.run(_alone, q, keys, (gates,), past, cu_seqlens, scale)
     out_compressed, lse_compressed = _compressed_cached(q, k_cmp, v_cmp, past, cu_seqlens, scale)
     blocks = _select_cached(q, k_cmp, lse_compressed, past, cu_seqlens, scale)
     out_selected, lse_selected = _selected_cached(q, k, v, blocks, past, cu_seqlens, scale)
@@ -3266,11 +3355,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -3282,8 +3372,16 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past = cache.append(k, v, phi, cu_seqlens)
-    return _serve(q, cache["k_cmp"], cache["v_cmp"], cache["k"], cache["v"], gates, past, cu_seqlens, scale)
+    added = cache.append(k, v, phi, cu_seqlens)
+    slices = launch.slices(q, 24576, cu_seqlens)
+    if len(slices) > 1:
+        out = launch.empty(q, (*q.shape[:3], 128), None)
+        for first, end in slices:
+            past, seen = added.part(first, end)
+            out[first:end] = _serve(q[first:end], seen["k_cmp"], seen["v_cmp"], seen["k"], seen["v"], gates[first:end], past, None, scale)
+        return out
+    past, seen = added.part(0, cache.batch)
+    return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k"], seen["v"], gates, past, cu_seqlens, scale)
 
 
 @torch.no_grad()
@@ -3307,8 +3405,8 @@ def _append(k, v, phi, cache):
     staged = cache.staged(phi, queries)
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(4 * cache.batch, 4)](
-        k["compressed"], cache["k"], v["compressed"], cache["v"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
-        past.table, past.table_stride, queries, past.capacity, staged.spare,
+        k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
+        past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
@@ -3330,11 +3428,11 @@ def _decode_scores(q, k, v, past, scale):
     groups = split.groups(past.capacity // 16, 4)
     candidates = launch.power_of_two(-(-past.capacity // 64))
     sums = launch.empty(q, (*rows, 3, groups), None, torch.float32)
-    scores = launch.empty(q, (batch, queries, 4, 16 + 2 * candidates), None, torch.float32)
+    scores = launch.empty(q, (batch, queries, 4, 16 + candidates), None, torch.float32)
     blocks = q.new_empty((batch, queries, 4, 16), dtype=torch.int32)
     decode_scores[(4 * batch * programs,)](
-        q, k, v, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
     )
     return parts, lses, blocks
@@ -3357,8 +3455,8 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
     decode_attend[(4 * batch * programs,)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 64, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 64, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return out
@@ -3367,5 +3465,5 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
-    return _decode_attend(q, cache["k"], cache["v"], blocks, cache["k"], cache["v"], parts_compressed, lses_compressed, gates, past, cache, scale)
+    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
+    return _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, cache.rows("k"), cache.rows("v"), parts_compressed, lses_compressed, gates, past, cache, scale)

@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b1b6e4402239
-runtime  7
+content  db59bafe0e01
+runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -45,10 +45,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "nsa_paper")
+version.require(8, "nsa_paper")
 
 SPEC = {'name': 'nsa_paper',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 192, 'v_dim': 128},
@@ -63,8 +63,9 @@ _LAYOUT = checks.Layout(
     name="nsa_paper", query_heads=64, kv_heads=4, qk_dim=192, v_dim=128,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
+    rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_b1b6e4402239"
+_SPACE = "nsagen_nsa_paper_db59bafe0e01"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -392,7 +393,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "9ed7af299778", {
+    "decode_scores": Tiles("decode_scores", "ff27bdddc1e9", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -407,7 +408,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "f77528c57893", {
+    "decode_attend": Tiles("decode_attend", "6e8b3f277509", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624),
             Config(16, 64, 4, 2, 88064), Config(16, 64, 4, 3, 129024), Config(16, 64, 4, 1, 47104), Config(16, 32, 4, 1, 26624),
@@ -1737,20 +1738,22 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [64, BN]
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(16 * s <= t - 31, x, float("-inf"))
@@ -1760,15 +1763,16 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1818,6 +1822,14 @@ def compressed_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # ended: 16 * s <= t - 31
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
     all_hi = min(max(0, t0 - 15) // 16, n)
@@ -1826,12 +1838,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 16 * s <= t - 31, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 16, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 16, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1848,15 +1860,17 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_sum(
-    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, s, s < n, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    scale = device.scaled(scale, k_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[:, None]
-    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [128, BN]
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0).to(q_ptr.dtype.element_ty)  # [128, BN]
     d = tl.arange(128, 192)[:, None]
-    k1 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :], other=0.0)  # [64, BN]
+    k1 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0).to(q_ptr.dtype.element_ty)  # [64, BN]
     total = tl.zeros([BM, BN], dtype=tl.float32)
     for head in range(heads):
         lse = tl.load(lse_ptr + head) * 1.4426950408889634
@@ -1874,7 +1888,7 @@ def select_scores_cached_sum(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
     score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 16 heads of one KV head.
@@ -1920,6 +1934,10 @@ def select_scores_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # ended: 16 * s <= t - 31
     some_lo = 0
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
@@ -1929,7 +1947,7 @@ def select_scores_cached(
     if s0 >= c3:
         return
     total = select_scores_cached_sum(
-        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, PAGE // 16, BM, BN, PRECISION,
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, pages, PAGE // 16, k_scales_ptr, BM, BN, PRECISION,
     )
     i = tl.arange(0, BM)
     t = (t0 + i)[:, None]
@@ -2004,20 +2022,22 @@ def select_best_cached(
 @triton.jit
 def selected_cached_step(
     m, z, acc0,
-    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [64, BN]
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -2027,15 +2047,16 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_cached(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2085,6 +2106,14 @@ def selected_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 4
     # causal: s <= t, in the listed blocks
     listed = (first * 4 + h) * 16
     entry = tl.arange(0, 16)
@@ -2096,7 +2125,7 @@ def selected_cached(
         s0 = block * 64 + step % tiles_of_block * BN
         m, z, acc0 = selected_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 64 + 64), scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, min(n, block * 64 + 64), scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -2114,20 +2143,22 @@ def selected_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [64, BN]
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -2139,15 +2170,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2192,11 +2224,16 @@ def window_cached(
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
-    k_base = k_ptr + h.to(tl.int64) * k_sh
-    v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += sequence.to(tl.int64) * k_sb
-        v_base += sequence.to(tl.int64) * v_sb
+    oldest = past - keep  # token of the first row behind the sinks
+    key_row = rows + sequence.to(tl.int64) * (0 + keep)
+    k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
+    v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        k_scales_ptr += key_row * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        v_scales_ptr += key_row * 4
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -2209,17 +2246,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, q1, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -2298,21 +2335,23 @@ def decode_select(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, sums_ptr, groups, live,
+    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     i = device.spread(BN, 4)  # the order of the tile's keys: each thread has whole groups
     s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, s, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [64, BN]
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2336,15 +2375,16 @@ def decode_scores_step(
     side = tl.arange(0, 2)[None, None, :]  # own blocks at places 0, 2, …; what reaches the next at 3, 5, …
     place = place[None, :, None] + side
     tl.store(sums_ptr[:, None, None] + 2 * place + side, tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups))
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2371,6 +2411,14 @@ def decode_scores_source(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2384,7 +2432,7 @@ def decode_scores_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, sums_row, groups, live,
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 16, C0=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2397,7 +2445,7 @@ def decode_scores_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
@@ -2422,7 +2470,7 @@ def decode_scores(
     if (at >= 0) & (at < programs):
         tile = at % tiles
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2493,21 +2541,23 @@ def decode_merge(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+    m, z, acc0, q0, q1, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     i = tl.arange(0, BN)
     s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, s, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
+    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     d = tl.arange(128, 192)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [64, BN]
-    x = tl.dot(q1, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [64, BN]
+    x = tl.dot(q1, k.to(q1.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2519,15 +2569,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
@@ -2555,6 +2606,14 @@ def decode_attend_source0(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2568,8 +2627,8 @@ def decode_attend_source0(
         block = tl.load(blocks0_ptr + listed + step // per)
         s0 = block * 64 + step % per * BN
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=False,
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            BN, PRECISION, PAGE // 1, 0, 0, C0=True, C1=False,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -2581,7 +2640,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2605,9 +2664,12 @@ def decode_attend_source1(
     n = T  # keys
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += b * k_sb
-        v_base += b * v_sb
+    k_base += b * k_sb
+    v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h + b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h + b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -2620,8 +2682,8 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=True,
+            m, z, acc0, q0, q1, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            BN, PRECISION, PAGE // 1, 0, 519, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -2633,7 +2695,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2658,7 +2720,7 @@ def decode_attend(
     if (at >= 0) & (at < programs):
         tile = at % queries // BT
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
@@ -2667,7 +2729,7 @@ def decode_attend(
     if (at >= 0) & (at < programs):
         tile = at % tiles
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2686,7 +2748,7 @@ def decode_attend(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_selected_ptr, k_selected_ptr, new_v_selected_ptr, v_selected_ptr, new_k_window_ptr, k_window_ptr, new_v_window_ptr, v_window_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_compressed_ptr, k_compressed_ptr, k_compressed_scales_ptr, new_v_compressed_ptr, v_compressed_ptr, v_compressed_scales_ptr, new_k_selected_ptr, k_selected_ptr, k_selected_scales_ptr, new_v_selected_ptr, v_selected_ptr, v_selected_scales_ptr, new_k_window_ptr, k_window_ptr, k_window_scales_ptr, new_v_window_ptr, v_window_ptr, v_window_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2704,54 +2766,75 @@ def cache_append(
     total = tl.minimum(past + queries, capacity)
     if (h == 0) & (job == 0):
         tl.store(past_ptr + b, past)
+    lost = tl.load(lost_ptr + b) != 0  # its values become NaN
     if table_ptr is not None:
         table_ptr += b * table_sb
     new_k_compressed = new_k_compressed_ptr + b * new_k_compressed_sb + h * new_k_compressed_sh
     k_compressed = k_compressed_ptr + h * k_compressed_sh
-    if table_ptr is None:
-        k_compressed += b * k_compressed_sb
+    if k_compressed_scales_ptr is not None:
+        k_compressed_scales_ptr += h
+    k_compressed += b * k_compressed_sb
+    if k_compressed_scales_ptr is not None:
+        k_compressed_scales_ptr += b * (k_compressed_sb // k_compressed_st) * 4
     if job == 0:
-        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, table_ptr, past, total, 192, 256, TOKENS, PAGE)
+        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 4, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 39)
     new_v_compressed = new_v_compressed_ptr + b * new_v_compressed_sb + h * new_v_compressed_sh
     v_compressed = v_compressed_ptr + h * v_compressed_sh
-    if table_ptr is None:
-        v_compressed += b * v_compressed_sb
+    if v_compressed_scales_ptr is not None:
+        v_compressed_scales_ptr += h
+    v_compressed += b * v_compressed_sb
+    if v_compressed_scales_ptr is not None:
+        v_compressed_scales_ptr += b * (v_compressed_sb // v_compressed_st) * 4
     if job == 1:
-        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 39)
     new_k_selected = new_k_selected_ptr + b * new_k_selected_sb + h * new_k_selected_sh
     k_selected = k_selected_ptr + h * k_selected_sh
+    if k_selected_scales_ptr is not None:
+        k_selected_scales_ptr += h
     if table_ptr is None:
         k_selected += b * k_selected_sb
+        if k_selected_scales_ptr is not None:
+            k_selected_scales_ptr += b * (k_selected_sb // k_selected_st) * 4
     if job == 2:
-        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, past, total, 192, 256, TOKENS, PAGE)
+        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, k_selected_scales_ptr, 4, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 0)
     new_v_selected = new_v_selected_ptr + b * new_v_selected_sb + h * new_v_selected_sh
     v_selected = v_selected_ptr + h * v_selected_sh
+    if v_selected_scales_ptr is not None:
+        v_selected_scales_ptr += h
     if table_ptr is None:
         v_selected += b * v_selected_sb
+        if v_selected_scales_ptr is not None:
+            v_selected_scales_ptr += b * (v_selected_sb // v_selected_st) * 4
     if job == 3:
-        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, v_selected_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 0)
     new_k_window = new_k_window_ptr + b * new_k_window_sb + h * new_k_window_sh
     k_window = k_window_ptr + h * k_window_sh
-    if table_ptr is None:
-        k_window += b * k_window_sb
+    if k_window_scales_ptr is not None:
+        k_window_scales_ptr += h
+    k_window += b * k_window_sb
+    if k_window_scales_ptr is not None:
+        k_window_scales_ptr += b * (k_window_sb // k_window_st) * 4
     if job == 4:
-        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, table_ptr, past, total, 192, 256, TOKENS, PAGE)
+        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, k_window_scales_ptr, 4, table_ptr, pages, past, total, None, 192, 256, TOKENS, PAGE, 0, 519)
     new_v_window = new_v_window_ptr + b * new_v_window_sb + h * new_v_window_sh
     v_window = v_window_ptr + h * v_window_sh
-    if table_ptr is None:
-        v_window += b * v_window_sb
+    if v_window_scales_ptr is not None:
+        v_window_scales_ptr += h
+    v_window += b * v_window_sb
+    if v_window_scales_ptr is not None:
+        v_window_scales_ptr += b * (v_window_sb // v_window_st) * 4
     if job == 5:
-        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, v_window_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
     if job == 6:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 192
-                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, staged, 768, table_ptr, start, past, total, 32, 192, 256, PAGE)
+                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 4, staged, 768, table_ptr, pages, start, past, total, None, 32, 192, 256, PAGE, 0, 39)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -2760,25 +2843,35 @@ def cache_append(
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, out, table_ptr, start, past, 32, 16, 192, 256, PAGE)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 16, 192, 256, PAGE, 0, 39)
     if job == 7:
         first = max(0, past - 16) // 16  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 16)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, staged, 512, table_ptr, start, past, total, 32, 128, 128, PAGE)
+                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, lost, 32, 128, 128, PAGE, 0, 39)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, out, table_ptr, start, past, 32, 32, 128, 128, PAGE)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, lost, 32, 32, 128, 128, PAGE, 0, 39)
 
 
 # The same domains for the path without kernels.
@@ -3322,8 +3415,8 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3336,8 +3429,8 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_cached[(tiles * 4 * batch,)](
-        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3350,8 +3443,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3372,9 +3465,9 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         select_scores_cached[(splits * tiles * 4 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, splits, 16, scale, first, end,
+            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 16, scale, first, end,
             *launch.strides(scores), scores.stride(3),
-            *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+            *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 4 * batch,)](
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
@@ -3396,8 +3489,8 @@ def _alone(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, c
 def _serve(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, past, cu_seqlens, scale):
     """out [B, m, 64, 128] of queries that continue the cached sequences."""
     if not launch.use_kernels(q):
-        stores = ((k_cmp, 16), (v_cmp, 16), (k_selected, 1), (v_selected, 1), (k_window, 1), (v_window, 1),)
-        return kv_cache.by_sequence(_alone, q, stores, (gates,), past, cu_seqlens, scale)
+        keys = (by_sequence.Seen(k_cmp, 16), by_sequence.Seen(v_cmp, 16), by_sequence.Seen(k_selected, 1), by_sequence.Seen(v_selected, 1), by_sequence.Seen(k_window, 1, (0, 511, 519)), by_sequence.Seen(v_window, 1, (0, 511, 519)),)
+        return by_sequence.run(_alone, q, keys, (gates,), past, cu_seqlens, scale)
     out_compressed, lse_compressed = _compressed_cached(q, k_cmp, v_cmp, past, cu_seqlens, scale)
     blocks = _select_cached(q, k_cmp, lse_compressed, past, cu_seqlens, scale)
     out_selected, lse_selected = _selected_cached(q, k_selected, v_selected, blocks, past, cu_seqlens, scale)
@@ -3410,11 +3503,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -3426,8 +3520,16 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past = cache.append(k, v, phi, cu_seqlens)
-    return _serve(q, cache["k_cmp"], cache["v_cmp"], cache["k_selected"], cache["v_selected"], cache["k_window"], cache["v_window"], gates, past, cu_seqlens, scale)
+    added = cache.append(k, v, phi, cu_seqlens)
+    slices = launch.slices(q, 24576, cu_seqlens)
+    if len(slices) > 1:
+        out = launch.empty(q, (*q.shape[:3], 128), None)
+        for first, end in slices:
+            past, seen = added.part(first, end)
+            out[first:end] = _serve(q[first:end], seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates[first:end], past, None, scale)
+        return out
+    past, seen = added.part(0, cache.batch)
+    return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates, past, cu_seqlens, scale)
 
 
 @torch.no_grad()
@@ -3451,8 +3553,8 @@ def _append(k, v, phi, cache):
     staged = cache.staged(phi, queries)
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(4 * cache.batch, 8)](
-        k["compressed"], cache["k_compressed"], v["compressed"], cache["v_compressed"], k["selected"], cache["k_selected"], v["selected"], cache["v_selected"], k["window"], cache["k_window"], v["window"], cache["v_window"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
-        past.table, past.table_stride, queries, past.capacity, staged.spare,
+        k["compressed"], *cache.rows("k_compressed"), v["compressed"], *cache.rows("v_compressed"), k["selected"], *cache.rows("k_selected"), v["selected"], *cache.rows("v_selected"), k["window"], *cache.rows("k_window"), v["window"], *cache.rows("v_window"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
+        past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k_compressed"]), *launch.strides(v["compressed"]), *launch.strides(cache["v_compressed"]), *launch.strides(k["selected"]), *launch.strides(cache["k_selected"]), *launch.strides(v["selected"]), *launch.strides(cache["v_selected"]), *launch.strides(k["window"]), *launch.strides(cache["k_window"]), *launch.strides(v["window"]), *launch.strides(cache["v_window"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
@@ -3477,8 +3579,8 @@ def _decode_scores(q, k, v, past, scale):
     scores = launch.empty(q, (batch, queries, 4, 16 + candidates), None, torch.float32)
     blocks = q.new_empty((batch, queries, 4, 16), dtype=torch.int32)
     decode_scores[(4 * batch * programs,)](
-        q, k, v, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
     )
     return parts, lses, blocks
@@ -3501,8 +3603,8 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
     decode_attend[(4 * batch * programs,)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 64, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 64, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return out
@@ -3511,5 +3613,5 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
-    return _decode_attend(q, cache["k_selected"], cache["v_selected"], blocks, cache["k_window"], cache["v_window"], parts_compressed, lses_compressed, gates, past, cache, scale)
+    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
+    return _decode_attend(q, cache.rows("k_selected"), cache.rows("v_selected"), blocks, cache.rows("k_window"), cache.rows("v_window"), parts_compressed, lses_compressed, gates, past, cache, scale)

@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  28e076a811d9
-runtime  7
+content  a8a5cd659cde
+runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -45,10 +45,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "tiny")
+version.require(8, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -63,8 +63,9 @@ _LAYOUT = checks.Layout(
     name="tiny", query_heads=6, kv_heads=2, qk_dim=24, v_dim=16,
     branches=('compressed', 'selected', 'window'), per_branch=True, gated=True, pooled=('compressed', 8, 4), caller_blocks=False,
     scored=(8, 4),
+    rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_28e076a811d9"
+_SPACE = "nsagen_tiny_a8a5cd659cde"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -281,7 +282,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "d895de683282", {
+    "decode_scores": Tiles("decode_scores", "6c462dd18544", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -291,7 +292,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "1e9cd1fdb814", {
+    "decode_attend": Tiles("decode_attend", "1dc5b95f0ce6", {
         ("sm_80", 16): (
             Config(16, 16, 4, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
         ),
@@ -1583,17 +1584,19 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
 @triton.jit
 def compressed_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :] & (d < 24), True)  # [32, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 2)
     s = s[None, :]
     if C0:
         x = tl.where(4 * s <= t - 7, x, float("-inf"))
@@ -1603,15 +1606,16 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 2)
     d = tl.arange(0, 16)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 16]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def compressed_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1659,6 +1663,14 @@ def compressed_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 2
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 2
     # ended: 4 * s <= t - 7
     some_hi = min(max(0, BT + t0 - 4) // 4, n)
     all_hi = min(max(0, t0 - 3) // 4, n)
@@ -1667,12 +1679,12 @@ def compressed_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 4, BN, PRECISION, C0=False, EXTENT=False,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 4, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: 4 * s <= t - 7, s < N
         m, z, acc0 = compressed_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 4, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, n, scale2, table_ptr, pages, PAGE // 4, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1689,13 +1701,15 @@ def compressed_cached(
 
 @triton.jit
 def select_scores_cached_sum(
-    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q_ptr, q_row, q_sh, lse_ptr, heads, k_ptr, k_st, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
-    row = device.cached_row(table_ptr, s, s < n, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    scale = device.scaled(scale, k_scales_ptr, row, inside, 2)
     d = tl.arange(0, 32)[:, None]
-    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=(s < n)[None, :] & (d < 24), other=0.0)  # [32, BN]
+    k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0).to(q_ptr.dtype.element_ty)  # [32, BN]
     total = tl.zeros([BM, BN], dtype=tl.float32)
     for head in range(heads):
         lse = tl.load(lse_ptr + head) * 1.4426950408889634
@@ -1710,7 +1724,7 @@ def select_scores_cached_sum(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences", "splits", "heads", "chunk_first", "chunk_end"])
 def select_scores_cached(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, cu_ptr, T, tiles, sequences, splits, heads, scale, chunk_first, chunk_end,
     score_sb, score_st, score_sh, score_sp, q_sb, q_st, q_sh, k_sb, k_st, k_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 3 heads of one KV head.
@@ -1756,6 +1770,10 @@ def select_scores_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 2
     # ended: 4 * s <= t - 7
     some_lo = 0
     some_hi = min(max(0, BT + t0 - 4) // 4, n)
@@ -1765,7 +1783,7 @@ def select_scores_cached(
     if s0 >= c3:
         return
     total = select_scores_cached_sum(
-        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, PAGE // 4, BM, BN, PRECISION,
+        q_base, q_row, q_sh, lse_row, heads, k_base, k_st, s0, n, scale * 1.4426950408889634, table_ptr, pages, PAGE // 4, k_scales_ptr, BM, BN, PRECISION,
     )
     i = tl.arange(0, BM)
     t = (t0 + i)[:, None]
@@ -1840,17 +1858,19 @@ def select_best_cached(
 @triton.jit
 def selected_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :] & (d < 24), True)  # [32, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 2)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -1860,15 +1880,16 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 2)
     d = tl.arange(0, 16)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 16]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_cached(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -1916,6 +1937,14 @@ def selected_cached(
     if table_ptr is None:
         k_base += sequence.to(tl.int64) * k_sb
         v_base += sequence.to(tl.int64) * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 2
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += sequence.to(tl.int64) * (k_sb // k_st) * 2
     # causal: s <= t, in the listed blocks
     listed = (first * 2 + h) * 4
     entry = tl.arange(0, 4)
@@ -1927,7 +1956,7 @@ def selected_cached(
         s0 = block * 16 + step % tiles_of_block * BN
         m, z, acc0 = selected_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 16 + 16), scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, EXTENT=True,
+            t, s0, min(n, block * 16 + 16), scale2, table_ptr, pages, PAGE // 1, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -1945,17 +1974,19 @@ def selected_cached(
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :] & (d < 24), True)  # [32, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 2)
     s = s[None, :]
     if C0:
         x = tl.where(s <= 2, x, float("-inf"))
@@ -1971,15 +2002,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 2)
     d = tl.arange(0, 16)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 16]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -2022,11 +2054,16 @@ def window_cached(
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 16], dtype=tl.float32)
     n = T  # keys
-    k_base = k_ptr + h.to(tl.int64) * k_sh
-    v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += sequence.to(tl.int64) * k_sb
-        v_base += sequence.to(tl.int64) * v_sb
+    oldest = past - keep  # token of the first row behind the sinks
+    key_row = rows + sequence.to(tl.int64) * (3 + keep)
+    k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
+    v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        k_scales_ptr += key_row * 2
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        v_scales_ptr += key_row * 2
     # sinks: s <= 2, s <= t - 12
     some_hi = min(3, T, max(0, BT + t0 - 12))
     all_hi = min(3, T, max(0, t0 - 11))
@@ -2035,12 +2072,12 @@ def window_cached(
     for s0 in range(0, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= 2, s <= t - 12, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=True, C2=False, C3=False, EXTENT=True,
         )
     # window: s <= t, s > t - 12
     some_lo = max(0, t0 - 11)
@@ -2054,17 +2091,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 12, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=BN + BT > 14, C3=True, EXTENT=BN + BT > 14,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, C2=BN + BT > 14, C3=True, EXTENT=BN + BT > 14,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, C2=False, C3=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 12, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 3, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, C2=True, C3=BN + BT > 14, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -2143,18 +2180,20 @@ def decode_select(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, sums_ptr, groups, live,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     i = device.spread(BN, 4)  # the order of the tile's keys: each thread has whole groups
     s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, s, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 2)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2178,15 +2217,16 @@ def decode_scores_step(
     side = tl.arange(0, 2)[None, None, :]  # own blocks at places 0, 2, …; what reaches the next at 3, 5, …
     place = place[None, :, None] + side
     tl.store(sums_ptr[:, None, None] + 2 * place + side, tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups))
+    p = device.scaled(p, v_scales_ptr, row, there, 2)
     d = tl.arange(0, 16)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 16]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2211,6 +2251,14 @@ def decode_scores_source(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 2
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 2
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 16], dtype=tl.float32)
@@ -2224,7 +2272,7 @@ def decode_scores_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: 4 * s <= t - 7, s < N
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, sums_row, groups, live,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 4, C0=True,
         )
     some = z > 0  # else this run holds nothing for the row
@@ -2237,7 +2285,7 @@ def decode_scores_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
@@ -2262,7 +2310,7 @@ def decode_scores(
     if (at >= 0) & (at < programs):
         tile = at % tiles
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2333,18 +2381,20 @@ def decode_merge(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s <= 2; C2: s <= t - 12; C3: s > t - 12"""
     i = tl.arange(0, BN)
     s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, s, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
+    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0)  # [32, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 2)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2360,15 +2410,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 2)
     d = tl.arange(0, 16)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 16]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 16]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
@@ -2394,6 +2445,14 @@ def decode_attend_source0(
     if table_ptr is None:
         k_base += b * k_sb
         v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            k_scales_ptr += b * (k_sb // k_st) * 2
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        if table_ptr is None:  # rows before the sequence's
+            v_scales_ptr += b * (k_sb // k_st) * 2
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 16], dtype=tl.float32)
@@ -2407,8 +2466,8 @@ def decode_attend_source0(
         block = tl.load(blocks0_ptr + listed + step // per)
         s0 = block * 16 + step % per * BN
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=False, C2=False, C3=False,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            BN, PRECISION, PAGE // 1, 0, 0, C0=True, C1=False, C2=False, C3=False,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -2420,7 +2479,7 @@ def decode_attend_source0(
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -2442,9 +2501,12 @@ def decode_attend_source1(
     n = T  # keys
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += b * k_sb
-        v_base += b * v_sb
+    k_base += b * k_sb
+    v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h + b * (k_sb // k_st) * 2
+    if v_scales_ptr is not None:
+        v_scales_ptr += h + b * (k_sb // k_st) * 2
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 16], dtype=tl.float32)
@@ -2457,8 +2519,8 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= 2, s <= t - 12, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=False, C1=True, C2=True, C3=False,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            BN, PRECISION, PAGE // 1, 3, 19, C0=False, C1=True, C2=True, C3=False,
         )
     # window: s <= t, s > t - 12
     some_lo = max(0, t0 - 11)
@@ -2469,8 +2531,8 @@ def decode_attend_source1(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 12, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=False, C2=False, C3=True,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            BN, PRECISION, PAGE // 1, 3, 19, C0=True, C1=False, C2=False, C3=True,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -2482,7 +2544,7 @@ def decode_attend_source1(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2507,7 +2569,7 @@ def decode_attend(
     if (at >= 0) & (at < programs):
         tile = at % queries // BT
         decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
         )
@@ -2516,7 +2578,7 @@ def decode_attend(
     if (at >= 0) & (at < programs):
         tile = at % tiles
         decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
         )
@@ -2535,7 +2597,7 @@ def decode_attend(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_selected_ptr, k_selected_ptr, new_v_selected_ptr, v_selected_ptr, new_k_window_ptr, k_window_ptr, new_v_window_ptr, v_window_ptr, k_cmp_ptr, v_cmp_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_compressed_ptr, k_compressed_ptr, k_compressed_scales_ptr, new_v_compressed_ptr, v_compressed_ptr, v_compressed_scales_ptr, new_k_selected_ptr, k_selected_ptr, k_selected_scales_ptr, new_v_selected_ptr, v_selected_ptr, v_selected_scales_ptr, new_k_window_ptr, k_window_ptr, k_window_scales_ptr, new_v_window_ptr, v_window_ptr, v_window_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
     k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2553,54 +2615,75 @@ def cache_append(
     total = tl.minimum(past + queries, capacity)
     if (h == 0) & (job == 0):
         tl.store(past_ptr + b, past)
+    lost = tl.load(lost_ptr + b) != 0  # its values become NaN
     if table_ptr is not None:
         table_ptr += b * table_sb
     new_k_compressed = new_k_compressed_ptr + b * new_k_compressed_sb + h * new_k_compressed_sh
     k_compressed = k_compressed_ptr + h * k_compressed_sh
-    if table_ptr is None:
-        k_compressed += b * k_compressed_sb
+    if k_compressed_scales_ptr is not None:
+        k_compressed_scales_ptr += h
+    k_compressed += b * k_compressed_sb
+    if k_compressed_scales_ptr is not None:
+        k_compressed_scales_ptr += b * (k_compressed_sb // k_compressed_st) * 2
     if job == 0:
-        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, table_ptr, past, total, 24, 32, TOKENS, PAGE)
+        device.append_rows(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 2, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE, 0, 15)
     new_v_compressed = new_v_compressed_ptr + b * new_v_compressed_sb + h * new_v_compressed_sh
     v_compressed = v_compressed_ptr + h * v_compressed_sh
-    if table_ptr is None:
-        v_compressed += b * v_compressed_sb
+    if v_compressed_scales_ptr is not None:
+        v_compressed_scales_ptr += h
+    v_compressed += b * v_compressed_sb
+    if v_compressed_scales_ptr is not None:
+        v_compressed_scales_ptr += b * (v_compressed_sb // v_compressed_st) * 2
     if job == 1:
-        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, table_ptr, past, total, 16, 16, TOKENS, PAGE)
+        device.append_rows(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 2, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE, 0, 15)
     new_k_selected = new_k_selected_ptr + b * new_k_selected_sb + h * new_k_selected_sh
     k_selected = k_selected_ptr + h * k_selected_sh
+    if k_selected_scales_ptr is not None:
+        k_selected_scales_ptr += h
     if table_ptr is None:
         k_selected += b * k_selected_sb
+        if k_selected_scales_ptr is not None:
+            k_selected_scales_ptr += b * (k_selected_sb // k_selected_st) * 2
     if job == 2:
-        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, table_ptr, past, total, 24, 32, TOKENS, PAGE)
+        device.append_rows(new_k_selected, new_k_selected_st, k_selected, k_selected_st, k_selected_scales_ptr, 2, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE, 0, 0)
     new_v_selected = new_v_selected_ptr + b * new_v_selected_sb + h * new_v_selected_sh
     v_selected = v_selected_ptr + h * v_selected_sh
+    if v_selected_scales_ptr is not None:
+        v_selected_scales_ptr += h
     if table_ptr is None:
         v_selected += b * v_selected_sb
+        if v_selected_scales_ptr is not None:
+            v_selected_scales_ptr += b * (v_selected_sb // v_selected_st) * 2
     if job == 3:
-        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, table_ptr, past, total, 16, 16, TOKENS, PAGE)
+        device.append_rows(new_v_selected, new_v_selected_st, v_selected, v_selected_st, v_selected_scales_ptr, 2, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE, 0, 0)
     new_k_window = new_k_window_ptr + b * new_k_window_sb + h * new_k_window_sh
     k_window = k_window_ptr + h * k_window_sh
-    if table_ptr is None:
-        k_window += b * k_window_sb
+    if k_window_scales_ptr is not None:
+        k_window_scales_ptr += h
+    k_window += b * k_window_sb
+    if k_window_scales_ptr is not None:
+        k_window_scales_ptr += b * (k_window_sb // k_window_st) * 2
     if job == 4:
-        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, table_ptr, past, total, 24, 32, TOKENS, PAGE)
+        device.append_rows(new_k_window, new_k_window_st, k_window, k_window_st, k_window_scales_ptr, 2, table_ptr, pages, past, total, None, 24, 32, TOKENS, PAGE, 3, 19)
     new_v_window = new_v_window_ptr + b * new_v_window_sb + h * new_v_window_sh
     v_window = v_window_ptr + h * v_window_sh
-    if table_ptr is None:
-        v_window += b * v_window_sb
+    if v_window_scales_ptr is not None:
+        v_window_scales_ptr += h
+    v_window += b * v_window_sb
+    if v_window_scales_ptr is not None:
+        v_window_scales_ptr += b * (v_window_sb // v_window_st) * 2
     if job == 5:
-        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, table_ptr, past, total, 16, 16, TOKENS, PAGE)
+        device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, v_window_scales_ptr, 2, table_ptr, pages, past, total, lost, 16, 16, TOKENS, PAGE, 3, 19)
     if job == 6:
         first = max(0, past - 4) // 4  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 3) // 4):
             start = (first + i) * 4
             ended = start + 8 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 4)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 4)
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 3) // 4) + i
                 staged = staged_k_cmp_ptr + (slot * 16 + h) * 24
-                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, staged, 48, table_ptr, start, past, total, 8, 24, 32, PAGE)
+                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 2, staged, 48, table_ptr, pages, start, past, total, None, 8, 24, 32, PAGE, 0, 15)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 4)
@@ -2609,25 +2692,35 @@ def cache_append(
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 2 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
-                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, out, table_ptr, start, past, 8, 16, 24, 32, PAGE)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 4) * 2
+                    device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 2, out, out_scales, table_ptr, pages, start, past, None, 8, 16, 24, 32, PAGE, 0, 15)
     if job == 7:
         first = max(0, past - 4) // 4  # the first block that had not ended
         for i in tl.static_range(0, (TOKENS + 3) // 4):
             start = (first + i) * 4
             ended = start + 8 <= total
-            out_row = device.cached_row(table_ptr, first + i, ended, PAGE // 4)
+            out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 4)
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 3) // 4) + i
                 staged = staged_v_cmp_ptr + (slot * 16 + h) * 16
-                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, staged, 32, table_ptr, start, past, total, 8, 16, 16, PAGE)
+                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 2, staged, 32, table_ptr, pages, start, past, total, lost, 8, 16, 16, PAGE, 0, 15)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 2 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
-                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, out, table_ptr, start, past, 8, 16, 16, 16, PAGE)
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 4) * 2
+                    device.mean_of_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 2, out, out_scales, table_ptr, pages, start, past, lost, 8, 16, 16, 16, PAGE, 0, 15)
 
 
 # The same domains for the path without kernels.
@@ -3171,8 +3264,8 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     compressed_cached[(tiles * 2 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3185,8 +3278,8 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_cached[(tiles * 2 * batch,)](
-        q, k, v, blocks, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3199,8 +3292,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     window_cached[(tiles * 2 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(11, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -3221,9 +3314,9 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         select_scores_cached[(splits * tiles * 2 * batch,)](
-            q, k, lse, scores, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end,
+            q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end,
             *launch.strides(scores), scores.stride(3),
-            *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+            *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
         select_best_cached[((end - first) * 2 * batch,)](
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
@@ -3245,8 +3338,8 @@ def _alone(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, c
 def _serve(q, k_cmp, v_cmp, k_selected, v_selected, k_window, v_window, gates, past, cu_seqlens, scale):
     """out [B, m, 6, 16] of queries that continue the cached sequences."""
     if not launch.use_kernels(q):
-        stores = ((k_cmp, 4), (v_cmp, 4), (k_selected, 1), (v_selected, 1), (k_window, 1), (v_window, 1),)
-        return kv_cache.by_sequence(_alone, q, stores, (gates,), past, cu_seqlens, scale)
+        keys = (by_sequence.Seen(k_cmp, 4), by_sequence.Seen(v_cmp, 4), by_sequence.Seen(k_selected, 1), by_sequence.Seen(v_selected, 1), by_sequence.Seen(k_window, 1, (3, 11, 19)), by_sequence.Seen(v_window, 1, (3, 11, 19)),)
+        return by_sequence.run(_alone, q, keys, (gates,), past, cu_seqlens, scale)
     out_compressed, lse_compressed = _compressed_cached(q, k_cmp, v_cmp, past, cu_seqlens, scale)
     blocks = _select_cached(q, k_cmp, lse_compressed, past, cu_seqlens, scale)
     out_selected, lse_selected = _selected_cached(q, k_selected, v_selected, blocks, past, cu_seqlens, scale)
@@ -3259,11 +3352,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -3275,8 +3369,16 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past = cache.append(k, v, phi, cu_seqlens)
-    return _serve(q, cache["k_cmp"], cache["v_cmp"], cache["k_selected"], cache["v_selected"], cache["k_window"], cache["v_window"], gates, past, cu_seqlens, scale)
+    added = cache.append(k, v, phi, cu_seqlens)
+    slices = launch.slices(q, 288, cu_seqlens)
+    if len(slices) > 1:
+        out = launch.empty(q, (*q.shape[:3], 16), None)
+        for first, end in slices:
+            past, seen = added.part(first, end)
+            out[first:end] = _serve(q[first:end], seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates[first:end], past, None, scale)
+        return out
+    past, seen = added.part(0, cache.batch)
+    return _serve(q, seen["k_cmp"], seen["v_cmp"], seen["k_selected"], seen["v_selected"], seen["k_window"], seen["v_window"], gates, past, cu_seqlens, scale)
 
 
 @torch.no_grad()
@@ -3300,8 +3402,8 @@ def _append(k, v, phi, cache):
     staged = cache.staged(phi, queries)
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(2 * cache.batch, 8)](
-        k["compressed"], cache["k_compressed"], v["compressed"], cache["v_compressed"], k["selected"], cache["k_selected"], v["selected"], cache["v_selected"], k["window"], cache["k_window"], v["window"], cache["v_window"], cache["k_cmp"], cache["v_cmp"], staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
-        past.table, past.table_stride, queries, past.capacity, staged.spare,
+        k["compressed"], *cache.rows("k_compressed"), v["compressed"], *cache.rows("v_compressed"), k["selected"], *cache.rows("k_selected"), v["selected"], *cache.rows("v_selected"), k["window"], *cache.rows("k_window"), v["window"], *cache.rows("v_window"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
+        past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k_compressed"]), *launch.strides(v["compressed"]), *launch.strides(cache["v_compressed"]), *launch.strides(k["selected"]), *launch.strides(cache["k_selected"]), *launch.strides(v["selected"]), *launch.strides(cache["v_selected"]), *launch.strides(k["window"]), *launch.strides(cache["k_window"]), *launch.strides(v["window"]), *launch.strides(cache["v_window"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
@@ -3326,8 +3428,8 @@ def _decode_scores(q, k, v, past, scale):
     scores = launch.empty(q, (batch, queries, 2, 4 + candidates), None, torch.float32)
     blocks = q.new_empty((batch, queries, 2, 4), dtype=torch.int32)
     decode_scores[(2 * batch * programs,)](
-        q, k, v, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 6, groups, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 6, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
     )
     return parts, lses, blocks
@@ -3350,8 +3452,8 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 16), None)
     decode_attend[(2 * batch * programs,)](
-        q, k0, v0, blocks0, parts0, lses0, k1, v1, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 6, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0), *launch.strides(v0), *launch.strides(k1), *launch.strides(v1), bm, c.bn,
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 6, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return out
@@ -3360,5 +3462,5 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches -> out [B, m, 6, 16]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache["k_cmp"], cache["v_cmp"], past, scale)
-    return _decode_attend(q, cache["k_selected"], cache["v_selected"], blocks, cache["k_window"], cache["v_window"], parts_compressed, lses_compressed, gates, past, cache, scale)
+    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
+    return _decode_attend(q, cache.rows("k_selected"), cache.rows("v_selected"), blocks, cache.rows("k_window"), cache.rows("v_window"), parts_compressed, lses_compressed, gates, past, cache, scale)

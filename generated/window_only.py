@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  e9957706597f
-runtime  7
+content  5262b9934cd5
+runtime  8
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import autograd, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(7, "window_only")
+version.require(8, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -37,8 +37,9 @@ SPEC = {'name': 'window_only',
 _LAYOUT = checks.Layout(
     name="window_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
+    rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_e9957706597f"
+_SPACE = "nsagen_window_only_5262b9934cd5"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -133,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "9493bfbae8cc", {
+    "decode_attend": Tiles("decode_attend", "b5825d0318f1", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -478,17 +479,19 @@ def row_delta(d_out_ptr, term0_ptr, delta0_ptr, rows, BM: tl.constexpr):
 @triton.jit
 def window_cached_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, PAGE: tl.constexpr,
+    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    inside = s < n
-    row = device.cached_row(table_ptr, s, inside, PAGE)
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = device.load(k_ptr + row[None, :] * k_st + d, inside[None, :], EXTENT or PAGED)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, inside, 4)
     s = s[None, :]
     if C0:
         x = tl.where(s <= t, x, float("-inf"))
@@ -500,15 +503,16 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT)  # [BN, 128]
+    v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def window_cached(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, past_ptr, table_ptr, table_sb, pages, keep, k_scales_ptr, v_scales_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
@@ -551,11 +555,16 @@ def window_cached(
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
     n = T  # keys
-    k_base = k_ptr + h.to(tl.int64) * k_sh
-    v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += sequence.to(tl.int64) * k_sb
-        v_base += sequence.to(tl.int64) * v_sb
+    oldest = past - keep  # token of the first row behind the sinks
+    key_row = rows + sequence.to(tl.int64) * (0 + keep)
+    k_base = k_ptr + key_row * k_st + h.to(tl.int64) * k_sh
+    v_base = v_ptr + key_row * v_st + h.to(tl.int64) * v_sh
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+        k_scales_ptr += key_row * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+        v_scales_ptr += key_row * 4
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -568,17 +577,17 @@ def window_cached(
     for s0 in range(c0, c1, BN):  # lo: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=BN + BT > 514, C1=True, EXTENT=BN + BT > 514,
         )
     for s0 in range(c1, c2, BN):  # mid: no mask
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=False, C1=False, EXTENT=False,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=False, C1=False, EXTENT=False,
         )
     for s0 in range(c2, c3, BN):  # hi: s <= t, s > t - 512, s < T
         m, z, acc0 = window_cached_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, n, scale2, table_ptr, PAGE // 1, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
+            t, s0, n, scale2, None, 0, 1, oldest, 0, k_scales_ptr, v_scales_ptr, BN, PRECISION, C0=True, C1=BN + BT > 514, EXTENT=True,
         )
 
     z = tl.where(live, z, 1.0)
@@ -636,18 +645,20 @@ def decode_merge(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     i = tl.arange(0, BN)
     s = s0 + i
     inside = s < n
-    row = device.tile_rows(table_ptr, s0, s, n, BN, PAGE)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
+    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
-    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0)  # [128, BN]
-    x = tl.dot(q0, k, x, input_precision=PRECISION)
+    k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
+    x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
+    x = device.scaled(x, k_scales_ptr, row, there, 4)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -659,15 +670,16 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
-    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=inside[:, None], other=0.0)  # [BN, 128]
+    v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_attend_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):
     """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
@@ -689,9 +701,12 @@ def decode_attend_source(
     n = T  # keys
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
-    if table_ptr is None:
-        k_base += b * k_sb
-        v_base += b * v_sb
+    k_base += b * k_sb
+    v_base += b * v_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h + b * (k_sb // k_st) * 4
+    if v_scales_ptr is not None:
+        v_scales_ptr += h + b * (k_sb // k_st) * 4
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
@@ -704,8 +719,8 @@ def decode_attend_source(
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr,
-            BN, PRECISION, PAGE // 1, C0=True, C1=True,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            BN, PRECISION, PAGE // 1, 0, 519, C0=True, C1=True,
         )
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
@@ -717,7 +732,7 @@ def decode_attend_source(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_attend(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, queries, capacity, part_rows, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -742,7 +757,7 @@ def decode_attend(
     if (at >= 0) & (at < programs):
         tile = at % tiles
         decode_attend_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, past, queries, capacity, at,
+            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
         )
@@ -761,7 +776,7 @@ def decode_attend(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
 def cache_append(
-    new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, queries, capacity, spare,
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
     TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -779,20 +794,27 @@ def cache_append(
     total = tl.minimum(past + queries, capacity)
     if (h == 0) & (job == 0):
         tl.store(past_ptr + b, past)
+    lost = tl.load(lost_ptr + b) != 0  # its values become NaN
     if table_ptr is not None:
         table_ptr += b * table_sb
     new_k = new_k_ptr + b * new_k_sb + h * new_k_sh
     k = k_ptr + h * k_sh
-    if table_ptr is None:
-        k += b * k_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += h
+    k += b * k_sb
+    if k_scales_ptr is not None:
+        k_scales_ptr += b * (k_sb // k_st) * 4
     if job == 0:
-        device.append_rows(new_k, new_k_st, k, k_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_k, new_k_st, k, k_st, k_scales_ptr, 4, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 519)
     new_v = new_v_ptr + b * new_v_sb + h * new_v_sh
     v = v_ptr + h * v_sh
-    if table_ptr is None:
-        v += b * v_sb
+    if v_scales_ptr is not None:
+        v_scales_ptr += h
+    v += b * v_sb
+    if v_scales_ptr is not None:
+        v_scales_ptr += b * (v_sb // v_st) * 4
     if job == 1:
-        device.append_rows(new_v, new_v_st, v, v_st, table_ptr, past, total, 128, 128, TOKENS, PAGE)
+        device.append_rows(new_v, new_v_st, v, v_st, v_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
 
 
 # The same domains for the path without kernels.
@@ -930,8 +952,8 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_cached[(tiles * 4 * batch,)](
-        q, k, v, out, lse, past.lengths, past.table, past.table_stride, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), past.page, **c.options,
+        q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
     return out, lse
 
@@ -945,8 +967,8 @@ def _alone(q, k, v, cu_seqlens, scale):
 def _serve(q, k, v, past, cu_seqlens, scale):
     """out [B, m, 64, 128] of queries that continue the cached sequences."""
     if not launch.use_kernels(q):
-        stores = ((k, 1), (v, 1),)
-        return kv_cache.by_sequence(_alone, q, stores, (), past, cu_seqlens, scale)
+        keys = (by_sequence.Seen(k, 1, (0, 511, 519)), by_sequence.Seen(v, 1, (0, 511, 519)),)
+        return by_sequence.run(_alone, q, keys, (), past, cu_seqlens, scale)
     out_window, lse_window = _window_cached(q, k, v, past, cu_seqlens, scale)
     return out_window
 
@@ -955,11 +977,12 @@ class KVCache(kv_cache.KVCache):
     """Keys and values of `batch` sequences of up to `max_len` tokens: what `prefill` and `decode` append to.
 
     lengths: int32 [batch], on the device; truncate(lengths) forgets what comes after. page_size, a multiple of the blocks:
-    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names.
+    storage in `num_pages` pages (as many as are needed, if None) that `table`, int32 [batch, pages], names. kv_dtype: torch.float8_e4m3fn keeps
+    keys and values so, with a float32 scale a row and KV head; else they are kept in dtype.
     """
 
-    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8)
+    def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
 
 
 @torch.no_grad()
@@ -971,8 +994,9 @@ def prefill(q, k, v, gates=None, phi=None, cache=None, cu_seqlens=None, *, block
     """
     q, k, v, gates, _, scale, cu_seqlens = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, cu_seqlens)
     checks.cache(_LAYOUT, cache, KVCache)
-    past = cache.append(k, v, phi, cu_seqlens)
-    return _serve(q, cache["k"], cache["v"], past, cu_seqlens, scale)
+    added = cache.append(k, v, phi, cu_seqlens)
+    past, seen = added.part(0, cache.batch)
+    return _serve(q, seen["k"], seen["v"], past, cu_seqlens, scale)
 
 
 @torch.no_grad()
@@ -995,8 +1019,8 @@ def _append(k, v, phi, cache):
     past = cache.step(k["window"])
     tokens = 1 << (queries - 1).bit_length()
     cache_append[(4 * cache.batch, 2)](
-        k["window"], cache["k"], v["window"], cache["v"], cache.lengths, past.lengths,
-        past.table, past.table_stride, queries, past.capacity, 0,
+        k["window"], *cache.rows("k"), v["window"], *cache.rows("v"), cache.lengths, past.lengths,
+        past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, 0,
         *launch.strides(k["window"]), *launch.strides(cache["k"]), *launch.strides(v["window"]), *launch.strides(cache["v"]),
         tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
@@ -1016,8 +1040,8 @@ def _decode_attend(q, k, v, past, cache, scale):
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
     decode_attend[(4 * batch * programs,)](
-        q, k, v, parts, lses, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, queries, past.capacity,
-        batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k), *launch.strides(v), bm, c.bn,
+        q, k.data, v.data, parts, lses, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return out
@@ -1026,4 +1050,4 @@ def _decode_attend(q, k, v, past, cache, scale):
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 2 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    return _decode_attend(q, cache["k"], cache["v"], past, cache, scale)
+    return _decode_attend(q, cache.rows("k"), cache.rows("v"), past, cache, scale)

@@ -22,8 +22,7 @@ from torch.autograd.function import once_differentiable
 from nsagen.errors import InputError, Refused
 from nsagen.ir.graph import Attend, Combine, Graph, KeyAxis, Pool, Select, Source, writes
 from nsagen.ir.graph import phi as phi_of
-from nsagen.sym import KEY, QUERY, Conjunct, Multiple, evaluate, symbols_of
-from nsagen.sym.expr import linear_coefficient
+from nsagen.sym import KEY, QUERY, Conjunct, Multiple, evaluate, linear_coefficient, symbols_of
 
 _MOST_QUERIES = 512  # in a chunk; more only widens the keys of a window beyond what each query sees
 _BUDGET = 1 << 25  # numbers in a chunk's scores or gathered keys; about six such tensors are alive in backward

@@ -26,6 +26,7 @@ Body = Literal[
 ]  # fmt: skip
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
+MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]
 
 
@@ -103,6 +104,22 @@ class Access:
 
 
 @dataclass(frozen=True)
+class Ring:
+    """A value of a cache of which only the first `sinks` tokens and the last ones stay: `keep` before a query.
+
+    A step overwrites none that its own queries see, and as many tokens as a step adds can be taken back.
+    """
+
+    sinks: int
+    keep: int
+
+    @property
+    def size(self) -> int:
+        """The last tokens that stay."""
+        return self.keep + MOST_NEW
+
+
+@dataclass(frozen=True)
 class Operand:
     """A kernel's parameter: what it holds (`role`) on which rows. `optional` ones may be absent in a launch."""
 
@@ -116,6 +133,7 @@ class Operand:
     mode: Literal["load", "store", "accumulate"]
     source: int = 0
     optional: bool = False
+    ring: Ring | None = None  # how the keys and values of a cache lie
 
 
 @dataclass(frozen=True)

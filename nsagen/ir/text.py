@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nsagen.ir.graph import Attend, Combine, CombineGrad, Graph, LogSumExp, Node, Pool, Select, Source, writes
-from nsagen.ir.plan import Access, Buffer, Kernel, Launch, Mask, Op, Plan, TileTable, Walk
+from nsagen.ir.plan import Access, Buffer, Kernel, Launch, Mask, Op, Operand, Plan, TileTable, Walk
 from nsagen.sym import Interval, conjunct_text, to_text
 
 SHOWN_TILES = 3
@@ -107,7 +107,7 @@ def _kernel(kernel: Kernel) -> list[str]:
     lines = [f"kernel {kernel.name:24} template {kernel.body}{cached}", f"  grid     {grid.step} per program: {rows}"]
     lines += [f"  strategy {c.what:18} because {c.because}" for c in kernel.choices]
     lines += [
-        f"  operand  {o.name} ({o.role}, {o.rows} rows, {o.mode}{', optional' if o.optional else ''})"
+        f"  operand  {o.name} ({o.role}, {o.rows} rows, {o.mode}{', optional' if o.optional else ''}{_ring(o)})"
         for o in kernel.operands
     ]
     lines += [line for w in kernel.walks for line in _walk(w)]
@@ -116,6 +116,11 @@ def _kernel(kernel: Kernel) -> list[str]:
     lines += [line for t in kernel.tiles for line in _tiles(t)]
     lines += [_access(a) for a in kernel.accesses]
     return lines + [f"  fact     {f}" for f in kernel.facts]
+
+
+def _ring(operand: Operand) -> str:
+    ring = operand.ring
+    return f", ring of {ring.sinks} sinks and {ring.keep} before a query" if ring else ""
 
 
 def _walk(walk: Walk) -> list[str]:

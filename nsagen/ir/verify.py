@@ -181,6 +181,8 @@ def _kernel(kernel: Kernel, reached: int) -> None:
     _need(str(kernel.grid.step) in ("BT", "BN", "BM"), line, "the grid steps by a tile size")
     _need(kernel.grid.order in ("ascending", "descending"), line, "tiles run up or down")
     _need(all(f in FACTS for f in kernel.facts), line, f"unknown facts {kernel.facts}")
+    ringed = {o.role for o in kernel.operands if o.ring}
+    _need(not ringed or (kernel.cached and ringed <= {"k", "v"}), line, "only keys and values of a cache lie in a ring")
     roles = {o.role for o in kernel.operands if o.rows == "key"}
     _need(roles <= {"k", "v", "dk", "dv", "items", "parts"}, line, f"{sorted(roles)} cannot lie on key rows")
     for walk in kernel.walks:

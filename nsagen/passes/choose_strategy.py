@@ -21,6 +21,7 @@ from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
 from nsagen.passes.decode import decode_kernels
 from nsagen.passes.loop_order import by_blocks
 from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
+from nsagen.passes.rings import over_rings
 
 PACK = Choice(
     "head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head"
@@ -90,7 +91,9 @@ class ChooseStrategy:
                 kernels += _combination(node)
         kernels += [_cached(k) for k in kernels if k.name in {x.kernel for x in serving_sources(graph)}]
         kernels += decode_kernels(graph)
-        return Plan(graph.name, graph.heads, buffers(graph), operators(graph), tuple(_unique(kernels)))
+        ops = operators(graph)
+        kernels = over_rings(graph, ops, _unique(kernels))
+        return Plan(graph.name, graph.heads, buffers(graph), ops, tuple(kernels))
 
 
 def _cached(kernel: Kernel) -> Kernel:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import Graph, Pool, phi
-from nsagen.ir.plan import Kernel, Launch, Plan
+from nsagen.ir.plan import Kernel, Launch, Plan, Ring
+from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
 from nsagen.render.view import power_of_two
 
@@ -17,10 +18,15 @@ class StoreView:
     name: str
     argument: str
     dim: int
+    ring: Ring | None
 
     @property
     def width(self) -> int:
         return power_of_two(self.dim)
+
+    @property
+    def valued(self) -> bool:
+        return self.name.startswith("v")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class PoolView:
     stride: int
     dim: int
     by_phi: bool
+    ring: Ring | None  # of src
 
     @property
     def rows(self) -> int:
@@ -42,6 +49,10 @@ class PoolView:
     @property
     def width(self) -> int:
         return power_of_two(self.dim)
+
+    @property
+    def valued(self) -> bool:
+        return self.src.startswith("v")
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class RunView:
     @property
     def keys(self) -> list[tuple[str, str]]:
         """Its arguments, and what a step gives for them."""
-        found = [(side + self.suffix, f'cache["{name}"]') for side, name in (("k", self.k), ("v", self.v)) if name]
+        found = [(side + self.suffix, f'cache.rows("{name}")') for side, name in (("k", self.k), ("v", self.v)) if name]
         return [*found, ("blocks" + self.suffix, "blocks")] if self.blocks else found
 
 
@@ -111,6 +122,10 @@ class DecodeView:
     grouped: int
 
     @property
+    def ringed(self) -> bool:
+        return any(s.ring for s in self.stores)
+
+    @property
     def phi_pools(self) -> tuple[PoolView, ...]:
         return tuple(p for p in self.pools if p.by_phi)
 
@@ -122,15 +137,18 @@ class DecodeView:
 def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeView:
     op = next(o for o in plan.ops if o.doc == "decode")
     of_phi = {p.out for p in phi(graph)}
+    kept = rings(graph)
     pools = tuple(
-        PoolView(n.out, n.src, n.axis.block, n.axis.stride, _dim(n.out, graph), n.out in of_phi)
+        PoolView(n.out, n.src, n.axis.block, n.axis.stride, _dim(n.out, graph), n.out in of_phi, kept.get(n.src))
         for n in graph.nodes
         if isinstance(n, Pool)
     )
     launched = tuple(x for x in op.launches if x.rides is None)
     select = select_node(graph)
     return DecodeView(
-        stores=tuple(_store(x, graph, branches) for x in graph.inputs if x.partition("_")[0] in ("k", "v")),
+        stores=tuple(
+            _store(x, graph, branches, kept.get(x)) for x in graph.inputs if x.partition("_")[0] in ("k", "v")
+        ),
         pools=pools,
         splits=tuple(_split(x, plan) for x in launched),
         launches=1 + len(launched),
@@ -140,9 +158,9 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
     )
 
 
-def _store(name: str, graph: Graph, branches: tuple[str, ...]) -> StoreView:
+def _store(name: str, graph: Graph, branches: tuple[str, ...], ring: Ring | None) -> StoreView:
     side, _, branch = name.partition("_")
-    return StoreView(name, f'{side}["{branch or branches[0]}"]', _dim(name, graph))
+    return StoreView(name, f'{side}["{branch or branches[0]}"]', _dim(name, graph), ring)
 
 
 def _dim(name: str, graph: Graph) -> int:

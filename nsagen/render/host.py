@@ -19,8 +19,9 @@ from nsagen.ir.graph import (
     chosen_ahead,
     phi,
 )
-from nsagen.ir.plan import BT, T0, Launch, N, Op, Plan, Walk
-from nsagen.passes.operators import suffixes
+from nsagen.ir.plan import BT, T0, Launch, N, Op, Plan, Ring, Walk
+from nsagen.passes.operators import cached_name, suffixes
+from nsagen.passes.rings import rings
 from nsagen.render.view import Named
 from nsagen.sym import Expr, Symbol, conjunct_text, expand, substitute, symbol, to_text
 
@@ -37,6 +38,7 @@ class KeySourceView:
     dkv: str  # kernels
     sum: str
     split: bool  # programs share a key tile
+    ring: Ring | None  # how the keys lie in a cache
 
     @property
     def k(self) -> str:
@@ -99,9 +101,19 @@ class BranchView:
         return ", ".join(f"dks[{i}], dvs[{i}]" for i in range(len(self.sources)))
 
     @property
+    def keeps(self) -> list[str]:
+        """What the kernel over a cache is told of its rings: tokens before a query."""
+        return [f"min({s.ring.keep}, past.capacity)" for s in self.sources if s.ring]
+
+    @property
     def pointers(self) -> list[str]:
         """Keys, values and lists, as the kernels take them."""
         return [x for s in self.sources for x in (s.k, s.v, *((s.blocks,) if s.listed else ()))]
+
+    @property
+    def rows(self) -> list[str]:
+        """The same of a cache, whose keys and values come with scales."""
+        return [f"{x}.data" if x in self.keys else x for x in self.pointers]
 
     @property
     def arguments(self) -> list[str]:
@@ -173,6 +185,7 @@ def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan
         dkv=f"{branch}_dkv{suffix}",
         sum=f"{branch}_sum{suffix}",
         split=plan.kernel(f"{branch}_dkv{suffix}").grid.split,
+        ring=next(o.ring for o in plan.kernel(cached_name(f"{branch}_fwd")).operands if o.name == "k" + suffix),
     )
 
 
@@ -206,7 +219,8 @@ class ServingView:
     tensors: tuple[str, ...]
     keys: tuple[str, ...]  # what lies in the cache
     more: tuple[str, ...]  # gates and lists
-    stores: str  # (storage, tokens a row)
+    rings: dict[str, tuple[int, int, int]]  # of all that lies in the cache: sinks, tokens before a query, last tokens
+    stores: str  # what a path without kernels is told of the keys
     lines: tuple[str, ...]  # over the cache
     plain: tuple[str, ...]  # over keys in a row
     output: str
@@ -218,8 +232,9 @@ def serving_view(graph: Graph, plan: Plan) -> ServingView:
     keys = tuple(x for x in op.inputs if x in strides)
     lines, plain = (tuple(_lines(op, plan, graph, cached)) for cached in (True, False))
     more = tuple(x for x in op.inputs[1:] if x not in strides)
-    stores = ", ".join(f"({x}, {strides[x]})" for x in keys)
-    return ServingView(op.inputs, keys, more, stores, lines, plain, op.outputs[0])
+    found = {value: (ring.sinks, ring.keep, ring.size) for value, ring in rings(graph).items()}
+    stores = ", ".join(f"by_sequence.Seen({x}, {strides[x]}{f', {found[x]}' if x in found else ''})" for x in keys)
+    return ServingView(op.inputs, keys, more, found, stores, lines, plain, op.outputs[0])
 
 
 def _axes(graph: Graph) -> list[tuple[str, KeyAxis]]:

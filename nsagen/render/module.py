@@ -13,7 +13,7 @@ import jinja2
 from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
-from nsagen.ir.plan import Kernel, Plan, TileTable
+from nsagen.ir.plan import MOST_NEW, Kernel, Plan, TileTable
 from nsagen.render.decode import DecodeView, decode_view
 from nsagen.render.host import (
     ahead_view,
@@ -31,7 +31,6 @@ from nsagen.render.standalone import link
 from nsagen.render.view import Named, kernel_view
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
-MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 COMPRESSORS = {
     "mean": "MeanCompressor", "weighted": "WeightedCompressor", "linear": "LinearCompressor", "mlp": "MLPCompressor"
 }  # fmt: skip
@@ -134,7 +133,13 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
 
 def _step_context(view: DecodeView, plan: Plan) -> dict[str, Any]:
     """A decoding step's launches, and the tiles of those that have some."""
-    append = {"stores": view.stores, "pools": view.pools, "phi_pools": view.phi_pools, "hkv": plan.heads.kv}
+    append = {
+        "stores": view.stores,
+        "pools": view.pools,
+        "phi_pools": view.phi_pools,
+        "ringed": view.ringed,
+        "hkv": plan.heads.kv,
+    }
     source = environment().get_template("cache_append.py.j2").render(append).strip("\n")
     kernels = [k for k in plan.kernels if k.body == "split_attend"]
     tiles = [KernelText(k.name, kernel_key(_source(k, plan)), "", _distinct(k.tiles), None) for k in kernels]

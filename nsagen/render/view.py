@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
-from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Kernel, Mask, Plan, Segment, Walk
+from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Kernel, Mask, Plan, Ring, Segment, Walk
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
 
@@ -112,6 +112,7 @@ class SourceView:
     tokens: bool
     walks: tuple[WalkView, ...]
     listed: BlockList | None
+    ring: Ring | None  # how its keys lie in a cache
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class KernelView:
     split: bool  # programs share a tile's loop
     heads_in_turn: bool  # a tile's rows are queries of one head
     cached: bool  # keys lie in a cache
+    valued: bool  # and values
     rows_may_be_empty: bool
     rows: str  # rows of a tile that belong to one query
     live: str  # which rows of a query tile are queries
@@ -167,9 +169,48 @@ class KernelView:
         assert self.select is not None
         return power_of_two(self.select.count)
 
+    @property
+    def ringed(self) -> bool:
+        return any(s.ring for s in self.sources)
+
+    @property
+    def cache_arguments(self) -> str:
+        """What a kernel over a cache is told of it; keep: the tokens before a query that a ring holds for it."""
+        keeps = "".join(f"keep{s.suffix}, " for s in self.sources if s.ring)
+        scales = "".join(f"{side}{s.suffix}_scales_ptr, " for s in self.sources for side in self.sides)
+        return f"past_ptr, table_ptr, table_sb, pages, {keeps}{scales}" if self.cached else ""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Keys, and values where the kernel has some."""
+        return ("k", "v") if self.valued else ("k",)
+
+    @property
+    def step_arguments(self) -> str:
+        rings = " oldest, SINKS: tl.constexpr," if self.ringed else ""
+        scales = "".join(f" {side}_scales_ptr," for side in self.sides)
+        return f"table_ptr, pages, PAGE: tl.constexpr,{rings}{scales}"
+
+    @property
+    def step_row(self) -> str:
+        """The rows of a step's keys."""
+        if self.ringed:
+            return "device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)"
+        return "device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)"
+
+    def ring_of(self, source: SourceView) -> str:
+        """What a decoding step is told of a source's ring, in a kernel that has one."""
+        ring = source.ring
+        return f"{ring.sinks}, {ring.size}, " if ring else "0, 0, " if self.ringed else ""
+
     def cache_of(self, source: SourceView) -> str:
-        """What a step is told of a source's cache: the table, and rows of a page."""
-        return f"table_ptr, PAGE // {source.stride}, " if self.cached else ""
+        """What a step is told of a source's cache: the table, and rows of a page; or a ring, which has neither."""
+        if not self.cached:
+            return ""
+        scales = "".join(f"{side}{source.suffix}_scales_ptr, " for side in self.sides)
+        if source.ring:
+            return f"None, 0, 1, oldest, {source.ring.sinks}, {scales}"
+        return f"table_ptr, pages, PAGE // {source.stride}, {'0, -1, ' if self.ringed else ''}{scales}"
 
     def guard(self, operand: str) -> str:
         return self.guards[operand]
@@ -204,6 +245,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         split=kernel.grid.split,
         heads_in_turn=kernel.body in HEADS_IN_TURN,
         cached=kernel.cached,
+        valued=any(o.role == "v" for o in kernel.operands),
         rows_may_be_empty="rows_may_be_empty" in kernel.facts,
         rows=_rows(kernel, h),
         live="(t < T)" + _heads_live(kernel, h),
@@ -280,6 +322,7 @@ def _sources(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan) -> tu
                 tokens=axis.is_tokens,
                 walks=tuple(_walk(w, conjuncts, str(number) if len(numbers) > 1 else "", plan.heads) for w in walks),
                 listed=walks[0].listed,
+                ring=next(o.ring for o in kernel.operands if o.role == "k" and o.source == number),
             )
         )
     return tuple(views)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -34,6 +34,7 @@ class Layout:
     pooled: tuple[str, int, int] | None  # branch, l, d
     caller_blocks: bool  # the selected blocks are an argument
     scored: tuple[int, int] | None = None  # l, d of the keys that score the blocks
+    rings: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # value of a cache -> rings.Ring
 
 
 class Checked(NamedTuple):

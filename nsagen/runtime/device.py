@@ -41,13 +41,34 @@ def first_tile(start, sequence, STRIDE: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def cached_row(table_ptr, s, inside, PAGE: tl.constexpr):
-    """Rows, 64-bit, of the keys s of a sequence in a cache: s itself, or through its row of the page table."""
+def row_in_page(page, pages, s, PAGE: tl.constexpr):
+    """Rows, 64-bit, of the keys s that lie in `page`; −1 where there is no such page."""
+    row = page.to(tl.int64) * PAGE + s % PAGE
+    return tl.where((page >= 0) & (page < pages), row, -1)
+
+
+@triton.jit
+def cached_row(table_ptr, pages, s, inside, PAGE: tl.constexpr):
+    """Rows, 64-bit, of the keys s of a sequence in a cache: s itself, or through its row of the page table, or −1."""
     if table_ptr is None:
         return s.to(tl.int64)
     else:
-        page = tl.load(table_ptr + s // PAGE, mask=inside, other=0)
-        return page.to(tl.int64) * PAGE + s % PAGE
+        return row_in_page(tl.load(table_ptr + s // PAGE, mask=inside, other=-1), pages, s, PAGE)
+
+
+@triton.jit
+def ring_row(s, SINKS: tl.constexpr, RING: tl.constexpr):
+    """Rows, 64-bit, of the tokens s of a sequence where the first SINKS and the last RING of the others stay."""
+    return tl.where(s < SINKS, s, SINKS + (s - SINKS) % RING).to(tl.int64)
+
+
+@triton.jit
+def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr):
+    """cached_row, or ring_row where there is a ring."""
+    if RING > 0:
+        return ring_row(s, SINKS, RING)
+    else:
+        return cached_row(table_ptr, pages, s, inside, PAGE)
 
 
 @triton.jit
@@ -62,18 +83,39 @@ def spread(BN: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(table_ptr, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr):
-    """cached_row of the keys s, which are s0 … s0 + BN − 1 in any order, below n.
+def tile_rows(
+    table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr
+):
+    """token_row of the keys s, which are s0 … s0 + BN − 1 in any order, below n; −1 for what a ring has lost.
 
     One look-up where they lie in a page: s0 is whole tiles.
     """
-    if table_ptr is None:
+    if RING > 0:
+        return tl.where((s < SINKS) | (s >= n - RING), ring_row(s, SINKS, RING), -1)
+    elif table_ptr is None:
         return s.to(tl.int64)
     elif PAGE % BN == 0:
-        page = tl.load(table_ptr + s0 // PAGE, mask=s0 < n, other=0)
-        return page.to(tl.int64) * PAGE + s % PAGE
+        return row_in_page(tl.load(table_ptr + s0 // PAGE, mask=s0 < n, other=-1), pages, s, PAGE)
     else:
-        return cached_row(table_ptr, s, s < n, PAGE)
+        return cached_row(table_ptr, pages, s, s < n, PAGE)
+
+
+@triton.jit
+def recent_rows(table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr):
+    """tile_rows; with SINKS ≥ 0 those of a prefill over a ring: the sinks, then the tokens from `oldest` on."""
+    if SINKS >= 0:
+        return tl.where(s < SINKS, s, SINKS + tl.maximum(s - oldest, 0)).to(tl.int64)
+    else:
+        return tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+
+
+@triton.jit
+def of_cache(table_ptr, row, inside, RING: tl.constexpr):
+    """Which of the keys `inside` have a row; all, where none can be −1."""
+    if table_ptr is None and RING == 0:
+        return inside
+    else:
+        return inside & (row >= 0)
 
 
 @triton.jit
@@ -167,57 +209,105 @@ def add_to(ptr, value, mask, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
+def spoil(x, lost):
+    """NaN in place of x where `lost` (a scalar, or None) says so."""
+    if lost is None:
+        return x
+    else:
+        return tl.where(lost, tl.full(x.shape, float("nan"), x.dtype), x)
+
+
+@triton.jit
+def scaled(x, scales_ptr, row, inside, HEADS: tl.constexpr):
+    """x, [rows, keys] or a number, times the scale of each key; x itself where there are none."""
+    if scales_ptr is None:
+        return x
+    else:
+        return x * tl.load(scales_ptr + row * HEADS, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def put_rows(store, scales_ptr, row, there, x, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """x [rows, WIDTH] to store [rows, WIDTH] of pointers: as it is, or e4m3 with a scale a row."""
+    mask = there[:, None] & (tl.arange(0, WIDTH)[None, :] < DIM)
+    if scales_ptr is None:
+        tl.store(store, x.to(store.dtype.element_ty), mask=mask)
+    else:
+        x = x.to(tl.float32)
+        sums = tl.sum(x, 1)
+        scale = tl.where(sums == sums, tl.max(tl.abs(x), 1) / 448.0, sums)  # a NaN is the whole row's
+        tl.store(scales_ptr + row * HEADS, scale, mask=there)
+        x = x / tl.where(scale == 0, 1.0, scale)[:, None]
+        tl.store(store, x.to(store.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def append_rows(
-    new, new_st, store, store_st, table_ptr, past, total, DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    PAGE: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, table_ptr, pages, past, total, lost,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     """Tokens past … total − 1 of a sequence and KV head, row i of `new` the i-th, to their rows of the store."""
     i = tl.arange(0, TOKENS)
     d = tl.arange(0, WIDTH)[None, :]
-    row = cached_row(table_ptr, past + i, past + i < total, PAGE)
-    mask = ((past + i < total) & (row >= 0))[:, None] & (d < DIM)
-    x = tl.load(new + i[:, None] * new_st + d, mask=mask, other=0.0)
-    tl.store(store + row[:, None] * store_st + d, x, mask=mask)
+    row = token_row(table_ptr, pages, past + i, past + i < total, PAGE, SINKS, RING)
+    there = of_cache(table_ptr, row, past + i < total, 0)
+    x = tl.load(new + i[:, None] * new_st + d, mask=there[:, None] & (d < DIM), other=0.0)
+    put_rows(store + row[:, None] * store_st + d, scales_ptr, row, there, spoil(x, lost), HEADS, DIM, WIDTH)
 
 
 @triton.jit
 def known_rows(
-    new, new_st, store, store_st, table_ptr, s, inside, past, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr
-):
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, table_ptr, pages, s, inside, past, lost,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
     """Tokens s of a sequence and KV head, [rows, WIDTH]: old ones from the store, from token `past` on from `new`."""
     d = tl.arange(0, WIDTH)[None, :]
-    row = cached_row(table_ptr, s, inside & (s < past), PAGE)
-    old = (inside & (s < past) & (row >= 0))[:, None] & (d < DIM)
-    x = tl.load(store + row[:, None] * store_st + d, mask=old, other=0.0)
+    row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
+    old = of_cache(table_ptr, row, inside & (s < past), 0)
+    x = tl.load(store + row[:, None] * store_st + d, mask=old[:, None] & (d < DIM), other=0.0)
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + row * HEADS, mask=old, other=0.0)
+        x = (x.to(tl.float32) * scale[:, None]).to(new.dtype.element_ty)
     late = (inside & (s >= past))[:, None] & (d < DIM)
-    return tl.where(late, tl.load(new + (s - past)[:, None] * new_st + d, mask=late, other=0.0), x)
+    fresh = tl.load(new + (s - past)[:, None] * new_st + d, mask=late, other=0.0)
+    return tl.where(late, spoil(fresh, lost), x)
 
 
 @triton.jit
 def mean_of_block(
-    new, new_st, store, store_st, out, table_ptr, start, past, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, out, out_scales_ptr, table_ptr, pages, start, past,
+    lost, BLOCK: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """The mean of tokens start … start + BLOCK − 1, in float32, to out [DIM]; ROWS are loaded at once."""
     sums = tl.zeros([WIDTH], dtype=tl.float32)
     for first in range(0, BLOCK, ROWS):
         s = start + first + tl.arange(0, ROWS)
         inside = s < start + BLOCK
-        x = known_rows(new, new_st, store, store_st, table_ptr, s, inside, past, DIM, WIDTH, PAGE)
+        x = known_rows(
+            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, pages, s, inside, past, lost,
+            DIM, WIDTH, PAGE, SINKS, RING,
+        )  # fmt: skip
         sums += tl.sum(x.to(tl.float32), 0)
-    d = tl.arange(0, WIDTH)
-    tl.store(out + d, (sums / BLOCK).to(out.dtype.element_ty), mask=d < DIM)
+    d = tl.arange(0, WIDTH)[None, :]
+    one = tl.zeros([1], dtype=tl.int32)
+    put_rows(out + d, out_scales_ptr, one, one == 0, (sums / BLOCK)[None, :], HEADS, DIM, WIDTH)
 
 
 @triton.jit
 def copy_block(
-    new, new_st, store, store_st, out, out_st, table_ptr, start, past, total, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, out, out_st, table_ptr, pages, start, past, total,
+    lost, BLOCK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
     """Tokens start … start + BLOCK − 1 to out [BLOCK, DIM]; zeros for those past the end."""
     d = tl.arange(0, WIDTH)[None, :]
     for first in range(0, BLOCK, 16):
         i = first + tl.arange(0, 16)
         inside = (i < BLOCK) & (start + i < total)
-        x = known_rows(new, new_st, store, store_st, table_ptr, start + i, inside, past, DIM, WIDTH, PAGE)
+        x = known_rows(
+            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, pages, start + i, inside, past, lost,
+            DIM, WIDTH, PAGE, SINKS, RING,
+        )  # fmt: skip
         tl.store(out + i[:, None] * out_st + d, x, mask=(i < BLOCK)[:, None] & (d < DIM))

@@ -162,6 +162,18 @@ def added(gradients: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, 
 
 CHUNK_BYTES = 1 << 28  # of the scores of one chunk of queries
 CHUNK_STEP = 128  # no query tile is larger: a chunk is whole tiles
+SLICE_BYTES = 4 << 30  # of what the branches of a prefill leave at once
+
+
+def slices(q: torch.Tensor, numbers: int, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
+    """Sequences [first, end) that a prefill serves at a time; `numbers`, of q's dtype, are kept for each query.
+
+    Packed ones are served at once.
+    """
+    batch = q.shape[0] if cu_seqlens is None else sequences(cu_seqlens)
+    each = q.shape[1] * numbers * q.element_size()
+    step = batch if cu_seqlens is not None or not each else max(1, SLICE_BYTES // each)
+    return [(first, min(first + step, batch)) for first in range(0, batch, step)]
 
 
 def chunk(length: int, row_bytes: int, most: int = CHUNK_BYTES) -> int:

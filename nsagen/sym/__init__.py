@@ -11,6 +11,7 @@ from nsagen.sym.expr import (
     evaluate,
     expand,
     floordiv,
+    linear_coefficient,
     maximum,
     minimum,
     substitute,
@@ -27,6 +28,6 @@ from nsagen.sym.proofs import Facts, Proof, above, below
 __all__ = [
     "KEY", "QUERY", "AtLeast", "Conjunct", "Expr", "Facts", "Interval", "Multiple", "Proof", "Symbol", "Tile",
     "above", "all_range", "as_int", "below", "conjunct_text", "const", "count", "down", "evaluate", "expand",
-    "floordiv", "le", "lt", "maximum", "minimum", "multiple", "some_range", "substitute", "symbol", "symbols_of",
-    "terms_of_max", "terms_of_min", "to_text", "up",
+    "floordiv", "le", "linear_coefficient", "lt", "maximum", "minimum", "multiple", "some_range", "substitute",
+    "symbol", "symbols_of", "terms_of_max", "terms_of_min", "to_text", "up",
 ]  # fmt: skip

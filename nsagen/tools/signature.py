@@ -104,8 +104,8 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
 
 
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
-    if stem in ("cu", "table"):
-        return "constexpr", False  # None: one sequence a batch entry, its keys in a row
+    if stem in ("cu", "table") or stem.endswith("_scales"):
+        return "constexpr", False  # None: one sequence a batch entry, its keys in a row, in q's dtype
     operand = _operand(stem, job.kernel)
     if stem in INDICES:
         return "*i32", True

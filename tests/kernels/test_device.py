@@ -101,30 +101,38 @@ def test_add_to_touches_only_what_the_mask_holds(accumulate: bool, device: str) 
 
 
 @triton.jit
-def a_step(new_ptr, store_ptr, mean_ptr, copy_ptr, table_ptr, start, past, total, PAGE: tl.constexpr):
-    d.mean_of_block(new_ptr, 5, store_ptr, 5, mean_ptr, table_ptr, start, past, 20, 16, 5, 8, PAGE)
-    d.copy_block(new_ptr, 5, store_ptr, 5, copy_ptr, 5, table_ptr, start, past, total, 20, 5, 8, PAGE)
+def a_step(
+    new_ptr, store_ptr, mean_ptr, copy_ptr, table_ptr, start, past, total, lost, PAGE: tl.constexpr, RING: tl.constexpr
+):
+    d.mean_of_block(
+        new_ptr, 5, store_ptr, 5, None, 1, mean_ptr, None, table_ptr, 4, start, past, lost, 20, 16, 5, 8, PAGE, 3, RING
+    )
+    d.copy_block(
+        new_ptr, 5, store_ptr, 5, None, 1, copy_ptr, 5, table_ptr, 4, start, past, total, lost, 20, 5, 8, PAGE, 3, RING
+    )
 
 
 @triton.jit
-def tokens_in(new_ptr, store_ptr, table_ptr, past, total, PAGE: tl.constexpr):
-    d.append_rows(new_ptr, 5, store_ptr, 5, table_ptr, past, total, 5, 8, 8, PAGE)
+def tokens_in(new_ptr, store_ptr, table_ptr, past, total, PAGE: tl.constexpr, RING: tl.constexpr):
+    d.append_rows(new_ptr, 5, store_ptr, 5, None, 1, table_ptr, 4, past, total, None, 5, 8, 8, PAGE, 3, RING)
 
 
-@pytest.mark.parametrize("pages", [None, [2, 0, 3, 1]])
-def test_a_block_is_of_old_and_new_tokens(pages: list[int] | None, device: str) -> None:
-    """Tokens 7 … 26, of which 22 … 26 are new, from a store in a row or in pages of 8."""
+@pytest.mark.parametrize(("pages", "ring"), [(None, 0), ([2, 0, 3, 1], 0), (None, 27)])
+def test_a_block_is_of_old_and_new_tokens(pages: list[int] | None, ring: int, device: str) -> None:
+    """Tokens 7 … 26, of which 22 … 26 are new, from a store in a row, in pages of 8, or in a ring behind 3 sinks."""
     store, new = torch.randn(32, 5, device=device), torch.randn(5, 5, device=device)
     rows = list(range(32)) if pages is None else [pages[s // 8] * 8 + s % 8 for s in range(32)]
+    if ring:
+        rows = [s if s < 3 else 3 + (s - 3) % ring for s in range(32)]
     table = None if pages is None else torch.tensor(pages, dtype=torch.int32, device=device)
     page = 1 if pages is None else 8
     want = torch.cat([store[rows[7:22]], new])
     mean, copy = torch.empty(5, device=device), torch.empty(20, 5, device=device)
-    a_step[(1,)](new, store, mean, copy, table, 7, 22, 27, page)
+    a_step[(1,)](new, store, mean, copy, table, 7, 22, 27, None, page, ring)
     torch.testing.assert_close(mean, want.mean(0))
     assert torch.equal(copy, want)
     before = store.clone()
-    tokens_in[(1,)](new, store, table, 22, 26, page)  # room for four
+    tokens_in[(1,)](new, store, table, 22, 26, page, ring)  # room for four
     assert torch.equal(store[rows[22:26]], new[:4])
-    others = rows[:22] + rows[26:]
+    others = [row for row in range(32) if row not in rows[22:26]]
     assert torch.equal(store[others], before[others])

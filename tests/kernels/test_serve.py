@@ -9,85 +9,12 @@ from typing import Any
 import pytest
 import torch
 from harness import cu_of
-from strategies import make_inputs
+from served import SELECTED, SPECS, Served, cut, spec
 from torch import Tensor
 
 import nsagen
 from nsagen.errors import InputError
 from nsagen.render import split_view
-
-HEADS = {"query": 6, "kv": 2, "qk_dim": 24, "v_dim": 16}
-COMPRESSED = {"block": 8, "stride": 4}
-SELECTED = {"block": 8, "top_n": 3, "initial": 1, "local": 1}
-WINDOW = {"size": 9, "sinks": 2}
-
-
-def spec(name: str, combine: str, kv: str = "shared", **branches: Any) -> dict[str, Any]:
-    return {"name": name, "heads": HEADS, "kv": kv, "branches": branches, "combine": combine}
-
-
-SPECS = {
-    "window": spec("serve_window", "single", window=WINDOW),
-    "whole": spec(
-        "serve_whole",
-        "gated_sum",
-        "per_branch",
-        compressed=COMPRESSED | {"pool": "mlp"},
-        selected=SELECTED,
-        window=WINDOW,
-    ),
-    "shared": spec(
-        "serve_shared", "gated_sum", compressed=COMPRESSED | {"pool": "mean"}, selected=SELECTED, window=WINDOW
-    ),
-    "pooled": spec("serve_pooled", "single", selected=SELECTED | {"from": "pooled"}),
-    "thirds": spec(  # three keys a block: their scores are kept one by one
-        "serve_thirds", "gated_sum", compressed=COMPRESSED | {"pool": "linear"}, selected=SELECTED | {"block": 12}
-    ),
-    "union": spec("serve_union", "one_softmax", compressed=COMPRESSED | {"pool": "weighted"}, selected=SELECTED),
-}
-
-
-def cut(x: Any, rows: slice) -> Any:
-    if x is None:
-        return None
-    return {b: one[:, rows] for b, one in x.items()} if isinstance(x, Mapping) else x[:, rows]
-
-
-class Served:
-    """A spec's module with inputs of whole sequences, what attention makes of them, and a cache."""
-
-    def __init__(
-        self,
-        name: str,
-        tokens: int,
-        device: str,
-        page: int | None,
-        dtype: torch.dtype = torch.float32,
-        room: int = 64,
-    ) -> None:
-        self.module: Any = nsagen.load(SPECS[name])
-        with torch.no_grad():
-            x = make_inputs(SPECS[name], 2, tokens, dtype, device, seed=3)
-            self.q, self.k, self.v, self.gates = (_detached(one) for one in x)
-            torch.manual_seed(3)
-            made = hasattr(self.module, "Compressor")
-            self.phi = self.module.Compressor(device=device, dtype=dtype) if made else None
-            self.want = self.module.attention(self.q, self.k, self.v, self.gates, self.phi)
-        self.cache = self.module.KVCache(2, room, device=device, dtype=dtype, page_size=page)
-
-    def step(self, first: int, end: int, decode: bool = False) -> None:
-        """Append tokens [first, end) of both sequences; their outputs must be attention's."""
-        rows = slice(first, end)
-        x = [cut(one, rows) for one in (self.q, self.k, self.v, self.gates)]
-        out = (self.module.decode if decode else self.module.prefill)(*x, self.phi, self.cache)
-        torch.testing.assert_close(out, self.want[:, rows], rtol=1e-4, atol=2e-5)
-        assert self.cache.lengths.tolist() == [end, end]
-
-
-def _detached(x: Any) -> Any:
-    if x is None:
-        return None
-    return {b: one.detach() for b, one in x.items()} if isinstance(x, Mapping) else x.detach()
 
 
 @pytest.mark.parametrize(
@@ -193,12 +120,12 @@ def test_candidates_some_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
     """So a captured step may be replayed: nothing of the cache moves, and lengths advance in place."""
     of = Served("whole", 24, device, 8)
-    held = [*of.cache._stores.values(), of.cache.lengths, of.cache.table, of.cache.past.lengths]
+    held = [*(s.view.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
     places = [x.data_ptr() for x in held]
     of.step(0, 20)
     for first in range(20, 24):
         of.step(first, first + 1, decode=True)
-    now = [*of.cache._stores.values(), of.cache.lengths, of.cache.table, of.cache.past.lengths]
+    now = [*(s.view.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
     assert [x.data_ptr() for x in now] == places
     assert not of.cache.past.arrivals.any()
 
