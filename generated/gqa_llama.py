@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  2f4099aa54a9
+content  a1e9f2e480eb
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -34,7 +34,7 @@ select_scores_cached     second_pass, because with lse known, the heads of a gro
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's probabilities are kept as sums a block, relative to a tile's maximum: no key is read again for lse
+decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
 decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
 decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_2f4099aa54a9"
+_SPACE = "nsagen_gqa_llama_a1e9f2e480eb"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -406,9 +406,9 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "e641c7296435", {
+    "decode_scores": Tiles("decode_scores", "1507604f6af0", {
         ("sm_80", 16): (
-            Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
+            Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
             Config(16, 16, 4, 1, 12288),
         ),
@@ -421,19 +421,14 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "fc7707d30652", {
+    "decode_attend": Tiles("decode_attend", "d44c50e44a20", {
         ("sm_80", 16): (
-            Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 3, 102400),
-            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480),
+            Config(16, 32, 4, 1, 20480), Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 16, 4, 1, 12288),
+            Config(16, 64, 8, 1, 36864),
         ),
         ("sm_80", 32): (
             Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
-        ),
-        ("sm_90", 16): (
-            Config(16, 64, 4, 2, 69632), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
         ),
     }),
 }
@@ -2269,60 +2264,46 @@ def window_cached(
 
 
 @triton.jit
-def decode_select_scores(sums, lse_ptr, j, ended, groups, BN: tl.constexpr):
-    """Importance of the candidates j: probabilities of their keys, summed over the heads; a thread has its own candidates.
-
-    sums: rows of sums, a row a head, relative to the maximum of their tile of BN keys; those maxima follow. lse: log2 units.
-    """
+def decode_select_scores(sums, lse, there, j, ended, groups):
+    """Importance of the candidates j: probabilities of their keys, summed over the heads; sums, lse in log2 units [heads, 1]."""
     score = tl.zeros([j.shape[0]], dtype=tl.float32)
-    for head in tl.range(0, 4, loop_unroll_factor=4):
-        row = sums + head * (3 * groups)
-        tops = row + 2 * groups
-        lse = tl.load(lse_ptr + head)
-        end = tl.cdiv(ended, 4)  # of the groups whose sums are there
-        i = j  # the group of the block
-        mask = (i >= 0) & (i < end)
-        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
-        score += tl.load(row + 2 * j, mask=mask, other=0.0) * tl.exp2(top - lse)
-        i = j - 1  # the group before the block, which reaches into it
-        mask = (i >= 0) & (i < end)
-        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
-        score += tl.load(row + 2 * j + 1, mask=mask, other=0.0) * tl.exp2(top - lse)
+    end = tl.cdiv(ended, 4)  # of the groups whose sums are there; loads go on to a whole vector
+    x0 = tl.load(sums + j[None, :], mask=there & (j < tl.cdiv(end, 4) * 4)[None, :], other=float("-inf"))
+    x1 = tl.load(sums + groups + j[None, :], mask=there & (j < tl.cdiv(end + 1, 4) * 4)[None, :], other=float("-inf"))
+    score += tl.sum(tl.where((j < end)[None, :], tl.exp2(x0 - lse), 0.0), 0)
+    score += tl.sum(tl.where(((j > 0) & (j < end + 1))[None, :], tl.exp2(x1 - lse), 0.0), 0)
     return score
 
 
 @triton.jit
 def decode_select(
-    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, BN: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
 
-    row: b·queries + query; t: its position. scores: room for each head's lse, then for all candidates. Scores are not
-    negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties go
-    to the lower block.
+    row: b·queries + query; t: its position. Scores are not negative, so their bits sort as integers. Forced blocks
+    score +inf; candidates start at or before the query; ties go to the lower block.
     """
     ended = max(0, t + 1 - 32 + 16) // 16  # keys
     own = t // 64
     head = tl.arange(0, 4)
-    there = head < 4
-    stat = row * 32 + h * 4
+    there = (head < 4)[:, None]
+    stat = (row * 32 + h * 4 + head)[:, None]
     part = tl.arange(0, SPLITS)[None, :]
-    lses = tl.load(lses_ptr + part * part_rows + (stat + head)[:, None], mask=there[:, None] & (part < splits), other=float("-inf"))
+    lses = tl.load(lses_ptr + part * part_rows + stat, mask=there & (part < splits), other=float("-inf"))
     top = tl.max(lses, 1)
     some = top > float("-inf")  # else no key has ended, and no sum is read
     z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-    kept = scores_ptr + (row * 8 + h) * (4 + CANDIDATES)
-    tl.store(kept + head, tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0))
-    tl.debug_barrier()
-    sums = sums_ptr + stat * (3 * groups)
+    lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
+    sums = sums_ptr + stat * (2 * groups)
     j = tl.arange(0, CANDIDATES)
-    if CANDIDATES <= 1024:
-        score = decode_select_scores(sums, kept, j, ended, groups, BN)
-    else:  # more than the registers hold: some at a time, set down and taken up again
-        scores = kept + 4
-        for first in range(0, own + 1, 1024):
-            these = first + tl.arange(0, 1024)
-            tl.store(scores + these, decode_select_scores(sums, kept, these, ended, groups, BN))
+    if CANDIDATES <= 512:
+        score = decode_select_scores(sums, lse, there, j, ended, groups)
+    else:  # more than the registers hold for all heads: some at a time, set down and taken up again
+        scores = scores_ptr + (row * 8 + h) * CANDIDATES
+        for first in range(0, own + 1, 512):
+            these = first + tl.arange(0, 512)
+            tl.store(scores + these, decode_select_scores(sums, lse, there, these, ended, groups))
         tl.debug_barrier()
         score = tl.load(scores + j, mask=j <= own, other=0.0)
     forced = (j < 1) | (j > own - 2)
@@ -2337,8 +2318,7 @@ def decode_scores_step(
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
-    i = device.spread(BN, 4)  # the order of the tile's keys: each thread has whole groups
-    s = s0 + i
+    s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
     there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
@@ -2356,20 +2336,20 @@ def decode_scores_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    tl.store(sums_ptr + 2 * groups + s0 // BN, m_new, mask=live)  # what the sums are relative to
-    place = s0 // 4 + tl.arange(0, BN // 4)
-    weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in their own block
-    weight = tl.where(i % 4 == 0, 2.0, weight)
-    weight = tl.where(i % 4 == 1, 2.0, weight)
-    weight = tl.where(i % 4 == 2, 2.0, weight)
-    weight = tl.where(i % 4 == 3, 1.0, weight)
-    sum0 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
-    weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in the next block
-    weight = tl.where(i % 4 == 3, 1.0, weight)
-    sum1 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
-    side = tl.arange(0, 2)[None, None, :]  # own blocks at places 0, 2, …; what reaches the next at 3, 5, …
-    place = place[None, :, None] + side
-    tl.store(sums_ptr[:, None, None] + 2 * place + side, tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups))
+    group = s0 // 4 + tl.arange(0, BN // 4)[None, :]
+    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in their own block
+    weight = tl.where(s % 4 == 0, 2.0, weight)
+    weight = tl.where(s % 4 == 1, 2.0, weight)
+    weight = tl.where(s % 4 == 2, 2.0, weight)
+    weight = tl.where(s % 4 == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
+    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
+    tl.store(sums_ptr[:, None] + group, part, mask=live[:, None] & (group < groups))
+    weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in the next block
+    weight = tl.where(s % 4 == 3, 1.0, weight)
+    part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
+    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
+    tl.store(sums_ptr[:, None] + groups + 1 + group, part, mask=live[:, None] & (group + 1 < groups))
     p = device.scaled(p, v_scales_ptr, row, there, 8)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
@@ -2415,7 +2395,7 @@ def decode_scores_source(
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
     z = tl.zeros([BM], dtype=tl.float32)
     acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-    sums_row = sums_ptr + stat * (3 * groups)
+    sums_row = sums_ptr + stat * (2 * groups)
     # ended: 16 * s <= t - 31
     some_lo = 0
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
@@ -2472,7 +2452,7 @@ def decode_scores(
     shared = splits  # programs of the tile
     if device.arrives_last(arrivals_ptr + (b * 8 + h) * tiles + tile, shared):
         for i in range(first, tl.minimum(first + BT, queries)):
-            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, BN, CANDIDATES, SPLITS)
+            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, CANDIDATES, SPLITS)
 
 
 @triton.jit
@@ -2538,8 +2518,7 @@ def decode_attend_step(
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
-    i = tl.arange(0, BN)
-    s = s0 + i
+    s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
     there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
@@ -3560,8 +3539,8 @@ def _decode_scores(q, k, v, past, scale):
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     groups = split.groups(past.capacity // 16, 4)
     candidates = launch.power_of_two(-(-past.capacity // 64))
-    sums = launch.empty(q, (*rows, 3, groups), None, torch.float32)
-    scores = launch.empty(q, (batch, queries, 8, 4 + candidates), None, torch.float32)
+    sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
+    scores = launch.empty(q, (batch, queries, 8, candidates), None, torch.float32)
     blocks = q.new_empty((batch, queries, 8, 16), dtype=torch.int32)
     decode_scores[(8 * batch * programs,)](
         q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,

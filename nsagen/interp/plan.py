@@ -128,7 +128,7 @@ class _Host:
             return
         kernel = self.plan.kernel(launch.kernel)
         arrays = {operand: self._bound(kernel, operand, launch, chunk) for operand, _ in launch.binds}
-        bm, bn = self._tile(self.plan.kernel(launch.rides) if launch.rides else kernel)
+        bm, bn = self._tile(kernel)
         batch = self.sizes["B"]
         later = kernel.body == "sum_items" and chunk.start > 0  # adds to what earlier chunks gave every key
         add = launch.accumulate or later

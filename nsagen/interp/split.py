@@ -44,7 +44,7 @@ def _part(p: Program, walks: list[Walk], names: dict[str, str], rows: Rows, i: i
                 v = split(p.load(names["v"], p.keys(step.indices, step.limit), step.guarded), p.run.kernel.v_parts)
                 acc = [a * fade[:, None] + weight @ x for a, x in zip(acc, v, strict=True)]
             if p.run.kernel.select:
-                _store_sums(p, p.run.kernel.select, step, rows, weight, top)
+                _store_sums(p, p.run.kernel.select, step, rows, scores)
     some = z > 0
     lse = np.where(some, m + np.log(np.where(some, z, 1.0)), -np.inf)
     _store(p, names["part_lse"], i, rows, lse)
@@ -65,19 +65,20 @@ def _store(p: Program, operand: str, part: int, rows: Rows, value: Array) -> Non
     write_once(p.run.arrays[operand], index, value[rows.live], f"{p.run.line}: store {operand}")
 
 
-def _store_sums(p: Program, select: Select, step: Step, rows: Rows, weight: Array, top: Array) -> None:
-    """Σ weight·exp(score − top) of groups of a tile's keys: for their own block, for the next; and the tile's top."""
+def _store_sums(p: Program, select: Select, step: Step, rows: Rows, scores: Array) -> None:
+    """Logs of Σ weight·exp(score) of groups of keys: for their own block, and for the next one."""
     sums, per = p.run.arrays["sums"], select.grouped
     weights = np.array(select.group_weights)  # [blocks, per]
-    at = (p.batch, p.sequence.start + rows.at[rows.live], rows.heads[rows.live])
-    sums[(*at, -1, step.at // step.width)] = top[rows.live]
-    for first in range(step.at, min(step.at + step.width, step.limit), per):
-        keys = weight[rows.live][:, first - step.at : first - step.at + per]
-        sums[(*at, slice(0, -1), first // per)] = keys @ weights[:, : keys.shape[1]].T
+    for key in range(step.at, min(step.at + step.width, step.limit)):
+        part = np.where(weights[:, key % per] > 0, scores[:, key - step.at, None], -np.inf)
+        part = part + np.log(np.maximum(weights[:, key % per], 1))
+        index = (p.batch, p.sequence.start + rows.at[rows.live], rows.heads[rows.live], slice(None), key // per)
+        before = sums[index]
+        sums[index] = np.where(np.isnan(before), part[rows.live], np.logaddexp(before, part[rows.live]))
 
 
 def split_select(run: Run) -> None:
-    """The best blocks of every query and KV head, from the sums and the parts' lse; none for rows of nobody."""
+    """The best blocks of every query and KV head, from the log-sums and the parts' lse; none for rows of nobody."""
     node = run.kernel.select
     if node is None:
         raise IRError(f"{run.line}: does not say what it selects")
@@ -88,22 +89,17 @@ def split_select(run: Run) -> None:
         heads = slice(h * group, (h + 1) * group)
         for sequence in run.sequences:
             if 0 <= (t := row - sequence.start) < sequence.tokens:
-                importance = _importance(node, run.arrays["sums"][b, row, heads], lse[b, row, heads], t, run.bn)
+                importance = _importance(node, run.arrays["sums"][b, row, heads], lse[b, row, heads], t)
                 run.arrays["scores"][b, row, h, : len(importance)] = importance
                 best = best_blocks(node, t, importance)
                 chosen[: len(best)] = best
         write_once(blocks, (b, row, h), chosen, f"{run.line}: store blocks")
 
 
-def _importance(node: Select, sums: Array, lse: Array, t: int, width: int) -> Array:
-    """[blocks up to the query's own] from sums [heads, blocks, groups]: a group adds to its own block and the next.
-
-    width: keys of a tile.
-    """
+def _importance(node: Select, sums: Array, lse: Array, t: int) -> Array:
+    """[blocks up to the query's own] from sums [heads, blocks, groups]: a group adds to its own block and the next."""
     ended = max(0, t + 1 - node.axis.block + node.axis.stride) // node.axis.stride
-    groups = np.arange(-(-ended // node.grouped))
-    tops = sums[:, -1, groups * node.grouped // width]
-    p = (sums[:, :-1, groups] * np.exp(tops - lse[:, None])[:, None]).sum(0)
+    p = np.exp(sums[..., : -(-ended // node.grouped)] - lse[:, None, None]).sum(0)
     total = np.zeros(t // node.size + 2)
     if node.grouped > 1:
         for ahead, of_groups in enumerate(p):

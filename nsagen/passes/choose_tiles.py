@@ -84,12 +84,16 @@ def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
 
 
 def _shared_shapes(kernel: Kernel, heads: Heads, bits: int) -> list[tuple[int, int, int, int]]:
-    """Rows of one query, or what the launch takes for more. Without tensor cores 16 keys are what does not spill."""
+    """Rows of one query, or what the launch takes for more. Without tensor cores 16 keys are what does not spill.
+
+    Eight warps where a merge rides behind: it is a third faster on them, and the rest no slower (docs/performance.md).
+    """
     rows = next(m for m in (16, 32, 64) if m >= heads.group)
     sizes = [w.listed.size for w in kernel.walks if w.listed]
     columns = [n for n in (16, 32, 64) if n == 16 or (bits == 16 and all(n < 2 * size for size in sizes))]
-    warps = 8 if rows > 512 // bits else 4  # the accumulators of so many rows spill on four
-    return [(rows, n, warps, stages) for n, stages in product(columns, (1, 2, 3))]
+    many = rows > 512 // bits  # their accumulators spill on four warps
+    wide = 64 if kernel.select is None else 128  # from so many keys on
+    return [(rows, n, 8 if many or n >= wide else 4, stages) for n, stages in product(columns, (1, 2, 3))]
 
 
 def _judge(

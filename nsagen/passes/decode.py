@@ -30,8 +30,7 @@ SPLIT_KEYS = Choice(
 ONE_LAUNCH = Choice("one_launch", "no source waits for another's result; a launch costs what a short step's bytes do")
 ALL_MASKED = Choice("one_masked_loop", "bound by memory: a mask is cheaper than the drained pipelines of three loops")
 LOG_SUMS = Choice(
-    "scores_once",
-    "a head's probabilities are kept as sums a block, relative to a tile's maximum: no key is read again for lse",
+    "scores_once", "a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known"
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
 ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found two bits a round")
@@ -192,8 +191,7 @@ def _split_launch(kernel: str, lanes: tuple[Lane, ...], select: Select | None) -
 
 
 def decode_buffers(graph: Graph) -> list[Buffer]:
-    """Parts of every lane; sums [B, T, Hq, 2, groups] of a group's own block and of the next, which it overlaps, and
-    behind them the maximum of each tile of keys, which they are relative to."""
+    """Parts of every lane; log-sums [B, T, Hq, 2, groups] of a group's own block and of the next, which it overlaps."""
     of, h = lanes(graph), graph.heads
     batch, heads, width = count("B"), const(h.query), const(h.v_dim)
     rows = ("splits", "B", "T", "Hq")
@@ -206,7 +204,7 @@ def decode_buffers(graph: Graph) -> list[Buffer]:
     if of.select:
         per = of.select.grouped
         groups = floordiv(of.select.axis.length() + per - 1, per)
-        shape = (batch, TOKENS, heads, const(len(of.select.group_weights) + 1), groups)
+        shape = (batch, TOKENS, heads, const(len(of.select.group_weights)), groups)
         blocks = (batch, TOKENS, const(h.kv), floordiv(TOKENS + of.select.size - 1, of.select.size))
         found.append(Buffer("split_scores", ("B", "T", "Hkv", "blocks"), blocks, "float32", "workspace"))
         found.append(Buffer("split_sums", ("B", "T", "Hq", "blocks", "groups"), shape, "float32", "workspace"))

@@ -117,8 +117,7 @@ class DecodeView:
     pools: tuple[PoolView, ...]
     splits: tuple[SplitKernelView, ...]
     launches: int
-    group_rows: int  # sums of a group
-    heads_width: int
+    group_rows: int  # log-sums of a group
     grouped: int
 
     @property
@@ -153,7 +152,6 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
         splits=tuple(_split(x, plan) for x in launched),
         launches=1 + len(launched),
         group_rows=len(select.group_weights) if select else 0,
-        heads_width=power_of_two(graph.heads.group),
         grouped=select.grouped if select else 1,
     )
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from nsagen.ir.plan import Kernel, Plan
 from nsagen.render.view import power_of_two
 
-MOST_CANDIDATES = 1024  # whose scores a selection adds up at once: a few a thread
+MOST_SUMS = 4096  # log-sums that a selection holds at once, of each kind
+MOST_CANDIDATES = 512  # whose scores it adds up at once: with few heads more would spill
 AT_ONCE = 8  # parts of a row whose loads are under way together
 
 
@@ -58,7 +59,7 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role not in ("q", "sums")),
         group_weights=tuple(tuple((i, w) for i, w in enumerate(row) if w) for row in weights),
         alone=max(16, group),
-        together=MOST_CANDIDATES,
+        together=min(MOST_CANDIDATES, MOST_SUMS // group),
         merged=tuple(LaneView(o.name.removeprefix("parts_"), o.source) for o in parts),
         rider=_rider(kernel, plan),
     )

@@ -72,17 +72,6 @@ def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constex
 
 
 @triton.jit
-def spread(BN: tl.constexpr, GROUP: tl.constexpr):
-    """An order of BN keys in which the GROUP keys of a group (a power of two) stand in pairs, BN / (GROUP / 2) apart.
-
-    A thread of a score tile holds pairs of neighbours at such distances, so it adds a group up by itself.
-    """
-    u = tl.arange(0, BN)
-    apart: tl.constexpr = BN // (GROUP // 2)
-    return u % apart // 2 * GROUP + u // apart * 2 + u % 2
-
-
-@triton.jit
 def tile_rows(
     table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr
 ):

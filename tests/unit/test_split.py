@@ -22,6 +22,7 @@ def test_runs_hold_every_key_and_none_is_idle(programs: int, longest: int, step:
 def test_a_large_batch_is_not_shared_out() -> None:
     assert split.runs(1024, 4096, 64) == (1, 4096)
     assert split.runs(4, 4096, 64) == (32, 128)
+    assert split.runs(128, 4096, 64) == (2, 2048)
 
 
 def test_no_cache_without_keys_is_without_runs() -> None:
