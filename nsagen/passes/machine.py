@@ -36,10 +36,9 @@ class Arch:
         reuse = 1.0 if alone else min(narrow, 64) / (min(narrow, 64) + 18)
         together = 0.92 if warps > 4 and not body.endswith("dkv") else 1.0
         hidden = {1: 0.6, 2: 1.0 if body == "score_lse" else 0.93, 3: 1.0}[stages]
-        drained = (
-            0.0 if body == "split_attend" else 1.5 * stages
-        )  # which streams a run of keys: nothing but depth counts
-        return rows * reuse * together * hidden * trips / (trips + drained)
+        if body == "split_attend":  # streams a run of keys: bound by memory, its rows never fill a warpgroup
+            return reuse * hidden
+        return rows * reuse * together * hidden * trips / (trips + 1.5 * stages)
 
     def _in_turn(self, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
         """A key tile stays, q comes by, a head a trip: warpgroups may share out the keys, too. Not measured yet."""
