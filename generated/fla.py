@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  5ff58394de70
+content  2ec99f57091c
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_5ff58394de70"
+_SPACE = "nsagen_fla_2ec99f57091c"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -390,7 +390,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "08103372bad1", {
+    "decode_scores": Tiles("decode_scores", "d17222fd8078", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 2, 36864), Config(16, 32, 4, 3, 53248), Config(16, 16, 4, 3, 28672),
             Config(16, 16, 4, 2, 20480), Config(16, 64, 4, 1, 36864), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 1, 20480),
@@ -2145,21 +2145,22 @@ def window_cached(
 
 
 @triton.jit
-def decode_select_scores(sums, lse_ptr, j, ended, groups, BN: tl.constexpr):
-    """Importance of the candidates j: probabilities of their keys, summed over the heads; a thread has its own candidates.
+def decode_select_scores(sums, lse_ptr, own_ptr, first, ended, groups, BN: tl.constexpr, TILES: tl.constexpr, CANDIDATES: tl.constexpr):
+    """Importance of the candidates of TILES tiles of keys, from candidate `first` on, to own_ptr: probabilities of their
+    keys, summed over the heads. A thread has its own candidates.
 
     sums: rows of sums, a row a head, relative to the maximum of their tile of BN keys; those maxima follow. lse: log2 units.
     """
-    score = tl.zeros([j.shape[0]], dtype=tl.float32)
+    j = first + tl.arange(0, TILES * BN)
+    score = tl.zeros([TILES * BN], dtype=tl.float32)
     for head in tl.range(0, 16, loop_unroll_factor=4):
         row = sums + head * (2 * groups)
-        tops = row + 1 * groups
         lse = tl.load(lse_ptr + head)
         i = j * 1 + 0
         mask = (i >= 0) & (i < ended)
-        top = tl.load(tops + i // BN, mask=mask, other=float("-inf"))
+        top = tl.load(row + groups + i // BN, mask=mask, other=float("-inf"))
         score += 1 * tl.load(row + i, mask=mask, other=0.0) * tl.exp2(top - lse)
-    return score
+    tl.store(own_ptr + j, score, mask=j < CANDIDATES)
 
 
 @triton.jit
@@ -2168,9 +2169,9 @@ def decode_select(
 ):
     """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
 
-    row: b·queries + query; t: its position. scores: room for each head's lse, then for all candidates. Scores are not
-    negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties go
-    to the lower block.
+    row: b·queries + query; t: its position. scores: room for each head's lse and for a number a candidate. Scores are
+    not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties
+    go to the lower block.
     """
     ended = max(0, t + 1 - 64 + 64) // 64  # keys
     own = t // 64
@@ -2182,20 +2183,17 @@ def decode_select(
     top = tl.max(lses, 1)
     some = top > float("-inf")  # else no key has ended, and no sum is read
     z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-    kept = scores_ptr + (row * 4 + h) * (16 + CANDIDATES)
+    kept = scores_ptr + (row * 4 + h) * (16 + 1 * CANDIDATES)
     tl.store(kept + head, tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0))
     tl.debug_barrier()
     sums = sums_ptr + stat * (2 * groups)
+    scores = kept + 16
+    TILES: tl.constexpr = max(1, min(CANDIDATES, 1024) // (BN // 1))  # as many as the registers hold
+    for first in range(0, own + 1, TILES * (BN // 1)):
+        decode_select_scores(sums, kept, scores, first, ended, groups, BN, TILES, CANDIDATES)
+    tl.debug_barrier()
     j = tl.arange(0, CANDIDATES)
-    if CANDIDATES <= 1024:
-        score = decode_select_scores(sums, kept, j, ended, groups, BN)
-    else:  # more than the registers hold: some at a time, set down and taken up again
-        scores = kept + 16
-        for first in range(0, own + 1, 1024):
-            these = first + tl.arange(0, 1024)
-            tl.store(scores + these, decode_select_scores(sums, kept, these, ended, groups, BN))
-        tl.debug_barrier()
-        score = tl.load(scores + j, mask=j <= own, other=0.0)
+    score = tl.load(scores + j, mask=j <= own, other=0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
@@ -3389,7 +3387,7 @@ def _decode_scores(q, k, v, past, scale):
     groups = split.groups(past.capacity // 64, 1)
     candidates = launch.power_of_two(-(-past.capacity // 64))
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
-    scores = launch.empty(q, (batch, queries, 4, 16 + candidates), None, torch.float32)
+    scores = launch.empty(q, (batch, queries, 4, 16 + 1 * candidates), None, torch.float32)
     blocks = q.new_empty((batch, queries, 4, 16), dtype=torch.int32)
     decode_scores[(4 * batch * programs,)](
         q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  a8a5cd659cde
+content  6eb4cb15c939
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_a8a5cd659cde"
+_SPACE = "nsagen_tiny_6eb4cb15c939"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory, best first by the model.
@@ -282,7 +282,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "6c462dd18544", {
+    "decode_scores": Tiles("decode_scores", "c32a8f7461d9", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -2116,26 +2116,27 @@ def window_cached(
 
 
 @triton.jit
-def decode_select_scores(sums, lse_ptr, j, ended, groups, BN: tl.constexpr):
-    """Importance of the candidates j: probabilities of their keys, summed over the heads; a thread has its own candidates.
+def decode_select_scores(sums, lse_ptr, own_ptr, next_ptr, first, ended, groups, BN: tl.constexpr, TILES: tl.constexpr, CANDIDATES: tl.constexpr):
+    """Importance of the candidates of TILES tiles of keys, from candidate `first` on, to own_ptr: probabilities of their
+    keys, summed over the heads; what those before them have in common with them, to next_ptr. A thread has its own candidates.
 
     sums: rows of sums, a row a head, relative to the maximum of their tile of BN keys; those maxima follow. lse: log2 units.
     """
-    score = tl.zeros([j.shape[0]], dtype=tl.float32)
+    tile = first // (BN // 4) + tl.arange(0, TILES)
+    i = first + tl.arange(0, TILES)[:, None] * (BN // 4) + tl.arange(0, BN // 4)[None, :]  # groups, a row a tile
+    there = i < tl.cdiv(ended, 4)
+    own = tl.zeros([TILES, BN // 4], dtype=tl.float32)
+    following = tl.zeros([TILES, BN // 4], dtype=tl.float32)
+    at = 2 * i[:, :, None] + tl.arange(0, 2)[None, None, :]
     for head in tl.range(0, 3, loop_unroll_factor=4):
         row = sums + head * (3 * groups)
-        tops = row + 2 * groups
-        lse = tl.load(lse_ptr + head)
-        end = tl.cdiv(ended, 4)  # of the groups whose sums are there
-        i = j  # the group of the block
-        mask = (i >= 0) & (i < end)
-        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
-        score += tl.load(row + 2 * j, mask=mask, other=0.0) * tl.exp2(top - lse)
-        i = j - 1  # the group before the block, which reaches into it
-        mask = (i >= 0) & (i < end)
-        top = tl.load(tops + i * 4 // BN, mask=mask, other=float("-inf"))
-        score += tl.load(row + 2 * j + 1, mask=mask, other=0.0) * tl.exp2(top - lse)
-    return score
+        top = tl.load(row + 2 * groups + tile, mask=tile * BN < ended, other=float("-inf"))
+        factor = tl.exp2(top - tl.load(lse_ptr + head))[:, None]
+        x0, x1 = tl.split(tl.load(row + at, mask=there[:, :, None], other=0.0))
+        own += x0 * factor
+        following += x1 * factor
+    tl.store(own_ptr + i, own, mask=i < CANDIDATES)
+    tl.store(next_ptr + i + 1, following, mask=i + 1 < CANDIDATES)
 
 
 @triton.jit
@@ -2144,9 +2145,9 @@ def decode_select(
 ):
     """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
 
-    row: b·queries + query; t: its position. scores: room for each head's lse, then for all candidates. Scores are not
-    negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties go
-    to the lower block.
+    row: b·queries + query; t: its position. scores: room for each head's lse and for two numbers a candidate. Scores are
+    not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before the query; ties
+    go to the lower block.
     """
     ended = max(0, t + 1 - 8 + 4) // 4  # keys
     own = t // 16
@@ -2158,20 +2159,18 @@ def decode_select(
     top = tl.max(lses, 1)
     some = top > float("-inf")  # else no key has ended, and no sum is read
     z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-    kept = scores_ptr + (row * 2 + h) * (4 + CANDIDATES)
+    kept = scores_ptr + (row * 2 + h) * (4 + 2 * CANDIDATES)
     tl.store(kept + head, tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0))
     tl.debug_barrier()
     sums = sums_ptr + stat * (3 * groups)
+    scores = kept + 4
+    TILES: tl.constexpr = max(1, min(CANDIDATES, 1024) // (BN // 4))  # as many as the registers hold
+    for first in range(0, own + 1, TILES * (BN // 4)):
+        decode_select_scores(sums, kept, scores, scores + CANDIDATES, first, ended, groups, BN, TILES, CANDIDATES)
+    tl.debug_barrier()
     j = tl.arange(0, CANDIDATES)
-    if CANDIDATES <= 1024:
-        score = decode_select_scores(sums, kept, j, ended, groups, BN)
-    else:  # more than the registers hold: some at a time, set down and taken up again
-        scores = kept + 4
-        for first in range(0, own + 1, 1024):
-            these = first + tl.arange(0, 1024)
-            tl.store(scores + these, decode_select_scores(sums, kept, these, ended, groups, BN))
-        tl.debug_barrier()
-        score = tl.load(scores + j, mask=j <= own, other=0.0)
+    score = tl.load(scores + j, mask=j <= own, other=0.0)
+    score += tl.load(scores + CANDIDATES + j, mask=(j > 0) & (j <= own), other=0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
@@ -2214,9 +2213,8 @@ def decode_scores_step(
     weight = tl.zeros([BN], dtype=tl.float32)  # of a group's keys in the next block
     weight = tl.where(i % 4 == 3, 1.0, weight)
     sum1 = tl.sum(tl.sum(tl.reshape(p * weight[None, :], [t.shape[0], 2, BN // 4, 2]), 3), 1)
-    side = tl.arange(0, 2)[None, None, :]  # own blocks at places 0, 2, …; what reaches the next at 3, 5, …
-    place = place[None, :, None] + side
-    tl.store(sums_ptr[:, None, None] + 2 * place + side, tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups))
+    at = 2 * place[:, None] + tl.arange(0, 2)[None, :]  # side by side
+    tl.store(sums_ptr[:, None, None] + at[None, :, :], tl.join(sum0, sum1), mask=live[:, None, None] & (place < groups)[None, :, None])
     p = device.scaled(p, v_scales_ptr, row, there, 2)
     d = tl.arange(0, 16)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 16]
@@ -3425,7 +3423,7 @@ def _decode_scores(q, k, v, past, scale):
     groups = split.groups(past.capacity // 4, 4)
     candidates = launch.power_of_two(-(-past.capacity // 16))
     sums = launch.empty(q, (*rows, 3, groups), None, torch.float32)
-    scores = launch.empty(q, (batch, queries, 2, 4 + candidates), None, torch.float32)
+    scores = launch.empty(q, (batch, queries, 2, 4 + 2 * candidates), None, torch.float32)
     blocks = q.new_empty((batch, queries, 2, 4), dtype=torch.int32)
     decode_scores[(2 * batch * programs,)](
         q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
