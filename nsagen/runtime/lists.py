@@ -48,7 +48,7 @@ def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, 
     shape = (cu_seqlens, length, heads, g.pairs, slots, packed, g.chunk, g.tiles, g.tile, count, size, g.step, g.bits)
     counts = blocks.new_empty(g.programs * slots)
     inverse.count_entries[(g.programs,)](blocks, counts, *shape, **g.options)
-    starts, first = _sums(counts, g, g.pairs * slots, per_item)
+    starts, first = _totals(counts, g, g.pairs * slots, per_item)
     entries = blocks.new_empty(blocks.numel())
     key = tl.int32 if (slots + 1) << g.bits <= LARGEST_KEY else tl.int64
     places = chunk is not None
@@ -57,7 +57,7 @@ def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, 
     return Inverse(entries, _items(starts, first, most, per_item), first, slots)
 
 
-def _sums(counts: Tensor, g: _Grid, total: int, per_item: int) -> tuple[Tensor, Tensor]:
+def _totals(counts: Tensor, g: _Grid, total: int, per_item: int) -> tuple[Tensor, Tensor]:
     """Each key block's first entry of all and first item of the chunk, [chunks, total + 1]; counts: of tiles before."""
     totals = counts.new_empty(g.chunks * total)
     inverse.sum_tiles[(-(-total // 16), g.chunks)](counts, totals, g.tiles, total, 128, 16)
