@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  2c023c47b3f7
+content  366af4842a90
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,10 +66,10 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_2c023c47b3f7"
+_SPACE = "nsagen_mha_16_366af4842a90"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
-# BM, BN, warps, stages, bytes of shared memory, best first by the model.
+# BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
 _CONFIGS = {
     "compressed_fwd": Tiles("compressed_fwd", "ec35d66f6a11", {
         ("sm_80", 16): (
@@ -170,9 +170,9 @@ _CONFIGS = {
             Config(32, 32, 8, 3, 65536), Config(32, 16, 8, 1, 24576), Config(32, 16, 8, 2, 40960), Config(32, 16, 8, 3, 57344),
         ),
         ("sm_90", 16): (
-            Config(128, 64, 4, 2, 81920), Config(128, 128, 8, 2, 98304), Config(64, 128, 4, 2, 65536), Config(128, 64, 4, 1, 49152),
-            Config(128, 128, 8, 1, 65536), Config(64, 128, 4, 1, 49152), Config(128, 64, 8, 2, 81920), Config(64, 64, 4, 2, 49152),
-            Config(64, 128, 8, 2, 65536), Config(64, 256, 8, 2, 98304), Config(128, 64, 8, 1, 49152), Config(64, 64, 4, 1, 32768),
+            Config(64, 128, 4, 2, 65536, 168), Config(64, 64, 4, 2, 49152, 168), Config(128, 64, 4, 2, 81920), Config(128, 128, 8, 2, 98304),
+            Config(64, 128, 4, 2, 65536), Config(128, 64, 4, 1, 49152), Config(128, 128, 8, 1, 65536), Config(128, 32, 4, 2, 73728, 168),
+            Config(64, 128, 4, 1, 49152), Config(128, 64, 8, 2, 81920), Config(64, 64, 4, 2, 49152), Config(64, 128, 8, 2, 65536),
             Config(32, 16, 4, 1, 12288),
         ),
     }),

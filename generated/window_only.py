@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  f7f4088cc284
+content  f0eb3575da6e
 runtime  8
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,10 +39,10 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_f7f4088cc284"
+_SPACE = "nsagen_window_only_f0eb3575da6e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
-# BM, BN, warps, stages, bytes of shared memory, best first by the model.
+# BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
 _CONFIGS = {
     "window_fwd": Tiles("window_fwd", "82c33ea3e0e3", {
         ("sm_80", 16): (

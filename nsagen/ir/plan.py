@@ -146,6 +146,11 @@ class TileConfig:
     registers: int  # estimated, a thread
     cost: float  # estimated, relative to the useful work at the peak rate
     dropped: str | None = None  # the reason, for a candidate that does not survive
+    cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
+
+    @property
+    def label(self) -> str:
+        return f"{self.bm}x{self.bn} w{self.warps} s{self.stages}" + (f" r{self.cap}" if self.cap else "")
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _tiles(table: TileTable) -> list[str]:
     lines = [f"  tiles    {table.arch} {table.bits}-bit: {len(kept)} kept, {len(gone)} dropped"]
     for c in (*kept[:SHOWN_TILES], *gone[:1]):
         fate = f"dropped: {c.dropped}" if c.dropped else f"smem {c.smem}, registers {c.registers}, cost {c.cost}"
-        lines.append(f"    {c.bm}x{c.bn} w{c.warps} s{c.stages}  {fate}")
+        lines.append(f"    {c.label}  {fate}")
     return lines
 
 

@@ -240,6 +240,7 @@ def _tiles(kept: list[TileConfig], line: str) -> None:
     for c in kept:
         _need(c.bm > 0 and c.bn > 0 and c.warps in (1, 2, 4, 8, 16) and c.stages > 0, line, f"impossible candidate {c}")
         _need(c.registers > 0 and c.smem >= 0, line, f"{c.bm}x{c.bn} cannot run and was not dropped")
+        _need(c.cap == 0 or 32 <= c.cap <= 255, line, f"{c.label}: no program runs in so many registers")
 
 
 def _access(access: Access, kernel: Kernel, line: str) -> None:

@@ -22,14 +22,16 @@ class Config(NamedTuple):
     warps: int
     stages: int
     smem: int  # bytes it needs
+    cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        held = {"maxnreg": self.cap} if self.cap else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **held}
 
     @property
     def label(self) -> str:
-        return f"{self.bm}x{self.bn}w{self.warps}s{self.stages}"
+        return f"{self.bm}x{self.bn}w{self.warps}s{self.stages}" + (f"r{self.cap}" if self.cap else "")
 
 
 Configs = dict[tuple[str, int], tuple[Config, ...]]  # (from this architecture on, operand bits) -> best first
@@ -101,7 +103,8 @@ def place(chip: Chip, dtype: torch.dtype, length: int) -> tuned.Place:
 @lru_cache(maxsize=64)
 def chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
-    arch = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    known = {} if torch.version.hip else {9: "sm_90", 10: "sm_100"}  # AMD's chips count their generations alike
+    arch = known.get(properties.major, "sm_80")
     return Chip(arch, getattr(properties, "shared_memory_per_block_optin", 99 << 10), properties.name)
 
 

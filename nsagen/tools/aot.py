@@ -71,6 +71,7 @@ def compile_job(module: ModuleType, job: Job, plan: Plan) -> Report:
     s = signature_of(function, job, plan)
     source = ASTSource(function, s.types, s.constants, s.attributes)
     options = {"num_warps": warps_of(job), "num_stages": job.tile.stages}
+    options |= {"maxnreg": job.tile.cap} if job.tile.cap else {}
     try:
         built = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=options)
     except Exception as error:  # MLIR, LLVM and ptxas each raise their own

@@ -81,7 +81,7 @@ def failed_first_choices(reports: list[Report]) -> list[Report]:
 
 def _name(r: Report) -> str:
     t = r.job.tile
-    return f"{r.job.kernel.name} {r.job.arch} {r.job.dtype} {t.bm}x{t.bn} w{t.warps} s{t.stages}"
+    return f"{r.job.kernel.name} {r.job.arch} {r.job.dtype} {t.label}"
 
 
 def _row(r: Report) -> list[object]:

@@ -121,7 +121,7 @@ def _tiles(of: TileTable) -> Iterator[str]:
 
 
 def _tile(c: TileConfig) -> str:
-    return f"{c.bm}x{c.bn} w{c.warps} s{c.stages}"
+    return c.label
 
 
 def _kind(c: TileConfig) -> str:

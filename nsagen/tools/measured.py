@@ -16,8 +16,7 @@ HEAD = ("kernel", "GPU", "triton", "dots", "tokens", "first choice", "predicted"
 
 def lines(plan: Plan) -> list[str]:
     """A row a kernel and place; nothing where nothing was measured."""
-    keys = kernel_keys(plan)
-    rows = [row for kernel in plan.kernels for row in _rows(kernel, plan, keys[kernel.name])]
+    rows = [row for name, key in kernel_keys(plan).items() for row in _rows(plan.kernel(name), plan, key)]
     if not rows:
         return []
     about = f"MEASURED (predicted: useful work at the {H200.name}'s peak rate × the tile's cost; ms: by `nsagen tune`)"
@@ -39,7 +38,7 @@ def _rows(kernel: Kernel, plan: Plan, key: str) -> Iterator[list[str]]:
 def _tiles(kernel: Kernel, place: tuned.Place) -> dict[str, TileConfig]:
     """Surviving candidates, best first, on the newest architecture: there, those of the others survive, too."""
     table = next(t for t in reversed(kernel.tiles) if t.bits == (16 if place.kind == "16" else 32))
-    return {f"{c.bm}x{c.bn}w{c.warps}s{c.stages}": c for c in table.configs if c.dropped is None}
+    return {c.label.replace(" ", ""): c for c in table.configs if c.dropped is None}
 
 
 def _predicted(kernel: Kernel, plan: Plan, tile: TileConfig, place: tuned.Place) -> str:

@@ -20,3 +20,12 @@ from nsagen.runtime import launch
 )
 def test_splits(programs: int, length: int, step: int, expected: int) -> None:
     assert launch.splits(programs, length, step) == expected
+
+
+def test_a_configuration_may_hold_the_compiler_to_few_registers() -> None:
+    free, held = launch.Config(64, 128, 4, 2, 65536), launch.Config(64, 128, 4, 2, 65536, 168)
+    assert (free.label, held.label) == ("64x128w4s2", "64x128w4s2r168")
+    assert (free.options, held.options) == (
+        {"num_warps": 4, "num_stages": 2},
+        {"num_warps": 4, "num_stages": 2, "maxnreg": 168},
+    )

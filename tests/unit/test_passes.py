@@ -419,7 +419,7 @@ def test_survivors_come_first_and_ranked_and_the_dropped_say_why(spec: str) -> N
         assert list(configs[: len(kept)]) == kept
         assert [c.cost for c in kept] == sorted(c.cost for c in kept)
         assert all(c.dropped for c in configs[len(kept) :])
-        assert len(configs) == len({(c.bm, c.bn, c.warps, c.stages) for c in configs})
+        assert len(configs) == len({c.label for c in configs})
 
 
 @pytest.mark.parametrize("spec", sorted(api.ready_specs()))
