@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  3901308dc459
+content  c846e7a8fd11
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_3901308dc459"
+_SPACE = "nsagen_gqa_llama_c846e7a8fd11"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -406,7 +406,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "1507604f6af0", {
+    "decode_scores": Tiles("decode_scores", "43d42e8d80c5", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -421,7 +421,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "d44c50e44a20", {
+    "decode_attend": Tiles("decode_attend", "ae0c2efb73e4", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -1754,7 +1754,7 @@ def compressed_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1870,7 +1870,7 @@ def select_scores_cached_sum(
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     scale = device.scaled(scale, k_scales_ptr, row, inside, 8)
     d = tl.arange(0, 128)[:, None]
     k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0).to(q_ptr.dtype.element_ty)  # [128, BN]
@@ -2028,7 +2028,7 @@ def selected_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2144,7 +2144,7 @@ def window_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2321,7 +2321,7 @@ def decode_scores_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
@@ -2521,7 +2521,7 @@ def decode_attend_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  dc6c83d1f86a
+content  d3a76cd884eb
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_dc6c83d1f86a"
+_SPACE = "nsagen_nsa_compressed_window_d3a76cd884eb"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -263,7 +263,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "c38ff6726cb5", {
+    "decode_attend": Tiles("decode_attend", "a5d4b0c75d3f", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -1017,7 +1017,7 @@ def compressed_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1135,7 +1135,7 @@ def window_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1310,7 +1310,7 @@ def decode_attend_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
-    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]

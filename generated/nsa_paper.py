@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  db5a27574dee
+content  4b943b6f70e0
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_db5a27574dee"
+_SPACE = "nsagen_nsa_paper_4b943b6f70e0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -393,7 +393,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "36a2581cd958", {
+    "decode_scores": Tiles("decode_scores", "fa0955f8926e", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 64, 4, 3, 129024), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -408,7 +408,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "f59b8fa52646", {
+    "decode_attend": Tiles("decode_attend", "69126f731fcb", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 129024), Config(16, 64, 8, 2, 88064), Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104),
             Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624), Config(16, 64, 8, 1, 47104), Config(16, 32, 4, 1, 26624),
@@ -1739,7 +1739,7 @@ def compressed_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1860,7 +1860,7 @@ def select_scores_cached_sum(
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     scale = device.scaled(scale, k_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[:, None]
     k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :], other=0.0).to(q_ptr.dtype.element_ty)  # [128, BN]
@@ -2023,7 +2023,7 @@ def selected_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2144,7 +2144,7 @@ def window_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2323,7 +2323,7 @@ def decode_scores_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
@@ -2528,7 +2528,7 @@ def decode_attend_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
-    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]

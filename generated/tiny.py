@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  8a0c266f5b1c
+content  1ad9a3ef53bc
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_8a0c266f5b1c"
+_SPACE = "nsagen_tiny_1ad9a3ef53bc"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -282,7 +282,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "bcea9403be70", {
+    "decode_scores": Tiles("decode_scores", "eff424fa8c21", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -292,7 +292,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "cab253db9596", {
+    "decode_attend": Tiles("decode_attend", "16be57c1c653", {
         ("sm_80", 16): (
             Config(16, 16, 4, 3, 5632), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 1, 2560),
         ),
@@ -1590,7 +1590,7 @@ def compressed_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -1706,7 +1706,7 @@ def select_scores_cached_sum(
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     scale = device.scaled(scale, k_scales_ptr, row, inside, 2)
     d = tl.arange(0, 32)[:, None]
     k0 = tl.load(k_ptr + row[None, :] * k_st + d, mask=inside[None, :] & (d < 24), other=0.0).to(q_ptr.dtype.element_ty)  # [32, BN]
@@ -1864,7 +1864,7 @@ def selected_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -1980,7 +1980,7 @@ def window_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
     row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2173,7 +2173,7 @@ def decode_scores_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
-    there = device.of_cache(table_ptr, row, inside, 0)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]
@@ -2373,7 +2373,7 @@ def decode_attend_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
-    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :] & (d < 24), other=0.0)  # [32, BN]

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  f0eb3575da6e
+content  1a42b5eb2705
 runtime  8
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_f0eb3575da6e"
+_SPACE = "nsagen_window_only_1a42b5eb2705"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "b3ffda5308ec", {
+    "decode_attend": Tiles("decode_attend", "6649e93b0c13", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864), Config(16, 32, 4, 1, 20480),
@@ -480,7 +480,7 @@ def window_cached_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
-    inside = device.of_cache(table_ptr, row, s < n, 0)  # a key of no page is zero
+    inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -647,7 +647,7 @@ def decode_attend_step(
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
-    there = device.of_cache(table_ptr, row, inside, RING)  # a key of no page is zero
+    there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]

@@ -75,12 +75,15 @@ def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constex
 def tile_rows(
     table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr
 ):
-    """token_row of the keys s, which are s0 … s0 + BN − 1 in any order, below n; −1 for what a ring has lost.
+    """token_row of the keys s, which are s0 … s0 + BN − 1 in any order, below n.
 
-    One look-up where they lie in a page: s0 is whole tiles.
+    One look-up where they lie in a page: s0 is whole tiles. For a key that a ring has lost, the row of a later one.
     """
-    if RING > 0:
-        return tl.where((s < SINKS) | (s >= n - RING), ring_row(s, SINKS, RING), -1)
+    if RING >= BN and SINKS == 0:
+        row = s0 % RING + (s - s0)  # one division a tile
+        return tl.where(row < RING, row, row - RING).to(tl.int64)
+    elif RING > 0:
+        return ring_row(s, SINKS, RING)
     elif table_ptr is None:
         return s.to(tl.int64)
     elif PAGE % BN == 0:
@@ -99,9 +102,9 @@ def recent_rows(table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr
 
 
 @triton.jit
-def of_cache(table_ptr, row, inside, RING: tl.constexpr):
-    """Which of the keys `inside` have a row; all, where none can be −1."""
-    if table_ptr is None and RING == 0:
+def of_cache(table_ptr, row, inside):
+    """Which of the keys `inside` have a row; all, where there are no pages."""
+    if table_ptr is None:
         return inside
     else:
         return inside & (row >= 0)
@@ -240,7 +243,7 @@ def append_rows(
     i = tl.arange(0, TOKENS)
     d = tl.arange(0, WIDTH)[None, :]
     row = token_row(table_ptr, pages, past + i, past + i < total, PAGE, SINKS, RING)
-    there = of_cache(table_ptr, row, past + i < total, 0)
+    there = of_cache(table_ptr, row, past + i < total)
     x = tl.load(new + i[:, None] * new_st + d, mask=there[:, None] & (d < DIM), other=0.0)
     put_rows(store + row[:, None] * store_st + d, scales_ptr, row, there, spoil(x, lost), HEADS, DIM, WIDTH)
 
@@ -253,7 +256,7 @@ def known_rows(
     """Tokens s of a sequence and KV head, [rows, WIDTH]: old ones from the store, from token `past` on from `new`."""
     d = tl.arange(0, WIDTH)[None, :]
     row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
-    old = of_cache(table_ptr, row, inside & (s < past), 0)
+    old = of_cache(table_ptr, row, inside & (s < past))
     x = tl.load(store + row[:, None] * store_st + d, mask=old[:, None] & (d < DIM), other=0.0)
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + row * HEADS, mask=old, other=0.0)
