@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  ee035e2014fb
+content  ef584c4fb9dd
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_ee035e2014fb"
+_SPACE = "nsagen_nsa_128_ef584c4fb9dd"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2911,7 +2911,7 @@ def _select(q, k, lse, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["select_scores"], q)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
-    blocks = q.new_empty((batch, length, 4, 16), dtype=torch.int32)
+    blocks = launch.empty(q, (batch, length, 4, 16), None, torch.int32)
     columns = (-(-length // 64) + 15) // 16 * 16  # rows start aligned
     chunk = launch.chunk(length, 4 * batch * 8 * columns)
     scores = launch.empty(q, (batch, min(chunk, length), 4, 2, columns), None, torch.float32)
@@ -3286,7 +3286,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 16)
-    blocks = q.new_empty((batch, length, 4, 16), dtype=torch.int32)
+    blocks = launch.empty(q, (batch, length, 4, 16), None, torch.int32)
     columns = (-(-past.capacity // 64) + 15) // 16 * 16  # rows start aligned
     chunk = launch.chunk(length, 4 * batch * 8 * columns)
     scores = launch.empty(q, (batch, min(chunk, length), 4, 2, columns), None, torch.float32)
@@ -3408,7 +3408,7 @@ def _decode_scores(q, k, v, past, scale):
     candidates = launch.power_of_two(-(-past.capacity // 64))
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
     scores = launch.empty(q, (batch, queries, 4, candidates), None, torch.float32)
-    blocks = q.new_empty((batch, queries, 4, 16), dtype=torch.int32)
+    blocks = launch.empty(q, (batch, queries, 4, 16), None, torch.int32)
     decode_scores[(4 * batch * programs,)](
         q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,

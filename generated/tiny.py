@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  1ad9a3ef53bc
+content  d28b8bf2db42
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_1ad9a3ef53bc"
+_SPACE = "nsagen_tiny_d28b8bf2db42"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2913,7 +2913,7 @@ def _select(q, k, lse, cu_seqlens, scale):
     c = launch.pick(_CONFIGS["select_scores"], q)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
-    blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
+    blocks = launch.empty(q, (batch, length, 2, 4), None, torch.int32)
     columns = (-(-length // 16) + 15) // 16 * 16  # rows start aligned
     chunk = launch.chunk(length, 4 * batch * 4 * columns)
     scores = launch.empty(q, (batch, min(chunk, length), 2, 2, columns), None, torch.float32)
@@ -3288,7 +3288,7 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 4)
-    blocks = q.new_empty((batch, length, 2, 4), dtype=torch.int32)
+    blocks = launch.empty(q, (batch, length, 2, 4), None, torch.int32)
     columns = (-(-past.capacity // 16) + 15) // 16 * 16  # rows start aligned
     chunk = launch.chunk(length, 4 * batch * 4 * columns)
     scores = launch.empty(q, (batch, min(chunk, length), 2, 2, columns), None, torch.float32)
@@ -3410,7 +3410,7 @@ def _decode_scores(q, k, v, past, scale):
     candidates = launch.power_of_two(-(-past.capacity // 16))
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
     scores = launch.empty(q, (batch, queries, 2, candidates), None, torch.float32)
-    blocks = q.new_empty((batch, queries, 2, 4), dtype=torch.int32)
+    blocks = launch.empty(q, (batch, queries, 2, 4), None, torch.int32)
     decode_scores[(2 * batch * programs,)](
         q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 6, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,

@@ -211,11 +211,10 @@ def empty(
     dtype = dtype or like.dtype
     if cu_seqlens is not None:
         return torch.full(shape, unused, dtype=dtype, device=like.device)
-    return (
-        torch.full(shape, float("nan"), dtype=dtype, device=like.device)
-        if POISON
-        else like.new_empty(shape, dtype=dtype)
-    )
+    if POISON:
+        nothing = float("nan") if dtype.is_floating_point else -1
+        return torch.full(shape, nothing, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
-POISON = False  # tests: outputs are NaN before a launch, so that a row nobody wrote shows
+POISON = False  # tests: outputs are NaN (lists −1) before a launch, so that a row nobody wrote shows
