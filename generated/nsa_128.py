@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  ef584c4fb9dd
+content  92f699cc4ab9
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_ef584c4fb9dd"
+_SPACE = "nsagen_nsa_128_92f699cc4ab9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -390,7 +390,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "3dd49851ed7a", {
+    "decode_scores": Tiles("decode_scores", "b5ad18572ffc", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -2350,7 +2350,7 @@ def decode_scores(
     shared = splits  # programs of the tile
     if device.arrives_last(arrivals_ptr + (b * 4 + h) * tiles + tile, shared):
         for i in range(first, tl.minimum(first + BT, queries)):
-            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, CANDIDATES, SPLITS)
+            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, tl.minimum(past + i, capacity - 1), part_rows, groups, splits, CANDIDATES, SPLITS)
 
 
 @triton.jit
@@ -2627,7 +2627,7 @@ def cache_append(
     """
     device.begin_early(EARLY)
     pid = tl.program_id(0)
-    h = pid % 4
+    h = (pid % 4).to(tl.int64)
     b = (pid // 4).to(tl.int64)
     job = tl.program_id(1)
     past = tl.load(lengths_ptr + b)

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  d28b8bf2db42
+content  ddad47739e50
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_d28b8bf2db42"
+_SPACE = "nsagen_tiny_ddad47739e50"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -282,7 +282,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "eff424fa8c21", {
+    "decode_scores": Tiles("decode_scores", "ddb7c23b0c8c", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
             Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
@@ -2304,7 +2304,7 @@ def decode_scores(
     shared = splits  # programs of the tile
     if device.arrives_last(arrivals_ptr + (b * 2 + h) * tiles + tile, shared):
         for i in range(first, tl.minimum(first + BT, queries)):
-            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, past + i, part_rows, groups, splits, CANDIDATES, SPLITS)
+            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, tl.minimum(past + i, capacity - 1), part_rows, groups, splits, CANDIDATES, SPLITS)
 
 
 @triton.jit
@@ -2592,7 +2592,7 @@ def cache_append(
     """
     device.begin_early(EARLY)
     pid = tl.program_id(0)
-    h = pid % 2
+    h = (pid % 2).to(tl.int64)
     b = (pid // 2).to(tl.int64)
     job = tl.program_id(1)
     past = tl.load(lengths_ptr + b)

@@ -41,7 +41,7 @@ class Arch:
         return rows * reuse * together * hidden * trips / (trips + 1.5 * stages)
 
     def _in_turn(self, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
-        """A key tile stays, q comes by, a head a trip: warpgroups may share out the keys, too. Not measured yet."""
+        """A key tile stays, q comes by, a head a trip: warpgroups may share out the keys, too."""
         rows = min(1.0, max(bm, min(2 * bm, bn)) / (16 * warps))
         if bits == 32:
             return 0.03 * rows * bn / (bn + 16)

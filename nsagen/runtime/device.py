@@ -137,7 +137,7 @@ def arrives_last(counter_ptr, programs):
 
 @triton.jit
 def nth_largest(bits, COUNT: tl.constexpr):
-    """A number that just the COUNT largest of `bits` (int32 [up to 16384], −1 for none) reach; where others equal the
+    """A number that just the COUNT largest of `bits` (int32 [up to 2²⁰ − 1], −1 for none) reach; where others equal the
     last of them, its own number. 0 where fewer than COUNT are not negative.
 
     Two bits a round, from the 30th down: three thresholds' counts in one sum. Ends with the first that COUNT reach.
@@ -169,17 +169,18 @@ def store_best(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     WIDTH: a power of two, COUNT or more.
     """
     least = nth_largest(bits, COUNT)
-    both = (bits > least).to(tl.int32) + ((bits == least).to(tl.int32) << 16)
+    both = (bits > least).to(tl.int64) + ((bits == least).to(tl.int64) << 32)
     total = tl.sum(both)
-    room = COUNT - (total & 0xFFFF)  # for those that are equal to the last one chosen
+    above = (total & 0xFFFFFFFF).to(tl.int32)
+    room = COUNT - above  # for those that are equal to the last one chosen
     upto = tl.cumsum(both, 0)  # of both kinds, up to and with this one
-    ahead = upto & 0xFFFF
-    equal = upto >> 16
+    ahead = (upto & 0xFFFFFFFF).to(tl.int32)
+    equal = (upto >> 32).to(tl.int32)
     chosen = (bits > least) | ((bits == least) & (equal <= room))
     number = tl.arange(0, bits.shape[0])
     tl.store(blocks_ptr + ahead + tl.minimum(equal, room) - 1, number, mask=chosen)
     slot = tl.arange(0, WIDTH)
-    missing = (slot >= (total & 0xFFFF) + tl.minimum(total >> 16, room)) & (slot < COUNT)
+    missing = (slot >= above + tl.minimum((total >> 32).to(tl.int32), room)) & (slot < COUNT)
     tl.store(blocks_ptr + slot, tl.full([WIDTH], -1, dtype=tl.int32), mask=missing)
 
 

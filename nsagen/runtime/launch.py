@@ -59,7 +59,9 @@ def use_kernels(x: torch.Tensor) -> bool:
     """Kernels run on GPU tensors, and on CPU tensors under TRITON_INTERPRET=1; float64 takes the torch path."""
     if x.dtype == torch.float64:
         return False
-    return x.is_cuda or triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
+    if x.is_cuda or torch.compiler.is_compiling():  # which does not see through the interpreter's switch
+        return x.is_cuda
+    return triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def pick(tiles: Tiles, x: torch.Tensor) -> Config:
@@ -191,7 +193,7 @@ def power_of_two(count: int) -> int:
 
 
 def warps_for(candidates: int) -> int:
-    """Warps of a program that holds a row of candidates in registers: 32 64-bit keys a lane, more would spill."""
+    """Warps of a program that holds a row of candidates in registers: 32 numbers a lane, more would spill."""
     return min(16, max(1, candidates // 1024))
 
 

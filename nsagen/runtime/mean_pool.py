@@ -34,7 +34,7 @@ def _mean(x: Tensor, cu_seqlens: Optional[Tensor], block: int, stride: int) -> T
     rows = _rows(x, cu_seqlens, block, stride)
     out = launch.empty(x, (batch, rows, heads, dim), None)
     if rows and batch:
-        kernel: Any = mean_of_blocks[(rows * heads, batch)]
+        kernel: Any = mean_of_blocks[(batch * rows * heads,)]
         kernel(
             x, out, cu_seqlens, length, rows, launch.sequences(cu_seqlens), *launch.strides(x),
             heads, block, stride, dim, launch.power_of_two(dim), min(64, launch.power_of_two(block)), num_warps=1,
@@ -51,9 +51,9 @@ def _grad(d_out: Tensor, cu_seqlens: Optional[Tensor], length: int, block: int, 
     d_x = launch.empty(d_out, (batch, length, heads, dim), cu_seqlens)
     tiles = launch.tiles(length, stride, cu_seqlens)
     if d_x.numel():
-        kernel: Any = share_to_tokens[(tiles * heads, batch)]
+        kernel: Any = share_to_tokens[(batch * tiles * heads,)]
         kernel(
-            d_out, d_x, cu_seqlens, length, rows, launch.sequences(cu_seqlens),
+            d_out, d_x, cu_seqlens, length, rows, tiles, launch.sequences(cu_seqlens),
             heads, block, stride, dim, launch.power_of_two(dim), min(64, launch.power_of_two(stride)), num_warps=1,
         )  # fmt: skip
     return d_x
@@ -87,9 +87,10 @@ def mean_of_blocks(
     STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A program a row and head: the mean of its block, 0 where the row has none. STEP tokens at a time."""
-    row = tl.program_id(0) // HEADS
-    h = tl.program_id(0) % HEADS
-    b = tl.program_id(1).to(tl.int64)
+    pid = tl.program_id(0)
+    h = (pid % HEADS).to(tl.int64)
+    row = pid // HEADS % rows
+    b = (pid // HEADS // rows).to(tl.int64)
     start = tl.full([], 0, dtype=tl.int64)
     first = row * STRIDE
     if cu_ptr is not None:
@@ -109,15 +110,16 @@ def mean_of_blocks(
     tl.store(out + d, (total / BLOCK).to(out_ptr.dtype.element_ty), mask=d < DIM)
 
 
-@triton.jit(do_not_specialize=["T", "rows", "sequences"])
+@triton.jit(do_not_specialize=["T", "rows", "tiles", "sequences"])
 def share_to_tokens(
-    d_out_ptr, d_x_ptr, cu_ptr, T, rows, sequences, HEADS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
+    d_out_ptr, d_x_ptr, cu_ptr, T, rows, tiles, sequences, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A program STRIDE tokens and a head: those share their blocks, so each gets the same sum of gradients / BLOCK."""
-    tile = tl.program_id(0) // HEADS
-    h = tl.program_id(0) % HEADS
-    b = tl.program_id(1).to(tl.int64)
+    pid = tl.program_id(0)
+    h = pid % HEADS
+    tile = pid // HEADS % tiles
+    b = (pid // HEADS // tiles).to(tl.int64)
     start = b * T
     first_row = b * rows
     if cu_ptr is not None:

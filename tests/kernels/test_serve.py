@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 import nsagen
 from nsagen.errors import InputError
 from nsagen.render import split_view
+from nsagen.runtime import launch
 
 
 @pytest.mark.parametrize(
@@ -107,14 +109,35 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str) -> No
 
 
 def test_candidates_some_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nineteen candidates, of whose scores the selection is let add up sixteen at once."""
+    """Nineteen candidates, of whose scores the selection is let add up sixteen at once.
+
+    Then a step beside a sequence that is full, as a replayed graph may run it: nothing is written behind the scores.
+    """
     monkeypatch.setattr(split_view, "MOST_CANDIDATES", 16)
     compressed, selected = {"block": 2, "stride": 1, "pool": "mean"}, SELECTED | {"block": 2}
     few = spec("serve_some", "gated_sum", compressed=compressed, selected=selected)
     monkeypatch.setitem(SPECS, "some", few)
-    of = Served("some", 38, device, None)
-    of.step(0, 36)
-    of.step(36, 38, decode=True)
+    of = Served("some", 38, device, None, room=64)
+    of.step(0, 35)
+    of.step(35, 37, decode=True)
+    behind: list[torch.Tensor] = []
+    empty = launch.empty
+
+    def guarded(like: torch.Tensor, shape: tuple[int, ...], *more: Any, **named: Any) -> torch.Tensor:
+        if shape[-1] != 32:
+            return empty(like, shape, *more, **named)
+        flat = torch.full((math.prod(shape) + 64,), float("nan"), device=device)
+        behind.append(flat[-64:])
+        return flat[:-64].view(shape)
+
+    monkeypatch.setattr(launch, "empty", guarded)
+    monkeypatch.setattr(type(of.cache), "_room", lambda *_: None)
+    of.cache.lengths[1] = 64
+    rows = slice(37, 38)
+    out = of.module.decode(*(cut(x, rows) for x in (of.q, of.k, of.v, of.gates)), of.phi, of.cache)
+    torch.testing.assert_close(out[0], of.want[0, rows], rtol=1e-4, atol=2e-5)
+    assert behind and all(x.isnan().all() for x in behind)
+    assert of.cache.lengths.tolist() == [38, 64]
 
 
 def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:

@@ -23,7 +23,7 @@ from triton.runtime.jit import KernelInterface
 import nsagen
 from nsagen import api
 from nsagen.compiler import compile_spec
-from nsagen.runtime import compress, launch
+from nsagen.runtime import launch, mean_pool
 
 TESTS = Path(__file__).parents[1]
 Fault = tuple[str, str, str]  # function, sound text, faulty text
@@ -112,12 +112,12 @@ def test_a_window_of_one_token_more_is_seen(device: str) -> None:
 
 def test_compressed_lengths_of_packed_sequences_are_their_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fla #707: lengths from the total. Also where a sequence is shorter than l."""
-    sound = compress.Compressor._packed_rows
+    sound = mean_pool.pooled
 
-    def from_total(self: Any, k: Tensor, cu_seqlens: Tensor, *start: Any) -> Any:
-        return sound(self, k, cu_seqlens[[0, -1]], *start)
+    def from_total(x: Tensor, cu_seqlens: Tensor, *sizes: int) -> Tensor:
+        return sound(x, cu_seqlens[[0, -1]], *sizes)
 
-    monkeypatch.setattr(compress.Compressor, "_packed_rows", from_total)
+    monkeypatch.setattr(mean_pool, "pooled", from_total)
     sees(PACKED, None, device)
 
 

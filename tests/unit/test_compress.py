@@ -277,11 +277,12 @@ def test_tokens_of_no_sequence_reach_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mean", "mlp"])
-def test_compiles_in_one_graph(kind: str) -> None:
-    phi = make(kind, 4, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiles_in_one_graph(kind: str, dtype: torch.dtype) -> None:
+    phi = make(kind, 4, 2, dtype)
     compiled = torch.compile(phi, fullgraph=True, backend="aot_eager")
     cu = torch.tensor([0, 3, 19], dtype=torch.int32)
-    for args in ((*draw(1, 19), None), (*draw(1, 19), cu)):
+    for args in ((*draw(1, 19, dtype), None), (*draw(1, 19, dtype), cu)):
         for a, b in zip(compiled(*args), phi(*args), strict=True):
             torch.testing.assert_close(a, b)
 
