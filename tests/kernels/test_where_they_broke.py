@@ -23,7 +23,7 @@ from triton.runtime.jit import KernelInterface
 import nsagen
 from nsagen import api
 from nsagen.compiler import compile_spec
-from nsagen.runtime import launch, mean_pool
+from nsagen.runtime import compress, launch, mean_pool
 
 TESTS = Path(__file__).parents[1]
 Fault = tuple[str, str, str]  # function, sound text, faulty text
