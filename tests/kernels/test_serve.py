@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import cu_of
-from served import SELECTED, SPECS, Served, cut, spec
+from served import SELECTED, SMALL, SPECS, Served, cut, spec
 from torch import Tensor
 
 import nsagen
@@ -100,9 +100,10 @@ def cut_batch(x: Tensor | None) -> Tensor | None:
 
 
 @pytest.mark.parametrize(("name", "page"), [("whole", 64), ("thirds", None)])
-def test_keys_shared_out_in_runs(name: str, page: int | None, device: str) -> None:
-    """More keys than a tile, so that programs share them; tokens of a step that are no power of two."""
-    of = Served(name, 78, device, page, room=100)
+def test_keys_shared_out_in_runs(name: str, page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More keys than a tile, so that programs share them; tokens of a step that are no power of two. Few heads."""
+    monkeypatch.setitem(SPECS, "few", SPECS[name] | {"name": f"serve_few_{name}", "heads": SMALL})
+    of = Served("few", 78, device, page, room=100)
     of.step(0, 71)
     of.step(71, 72, decode=True)
     of.step(72, 78, decode=True)
