@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  334d26804962
+content  0288acb2d741
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_334d26804962"
+_SPACE = "nsagen_mha_16_0288acb2d741"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -406,7 +406,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "5acf520223df", {
+    "decode_scores": Tiles("decode_scores", "3a525618227e", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -421,7 +421,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "a514d9a2f8dc", {
+    "decode_attend": Tiles("decode_attend", "fafd83c83c0c", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
@@ -2279,7 +2279,7 @@ def decode_select_scores(sums, lse, there, j, ended, groups):
 def decode_select(
     sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
-    """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
+    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
 
     row: b·queries + query; t: its position. Scores are not negative, so their bits sort as integers. Forced blocks
     score +inf; candidates start at or before the query; ties go to the lower block.

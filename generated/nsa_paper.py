@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  099acb922d60
+content  fdb5ccf6de05
 runtime  8
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_099acb922d60"
+_SPACE = "nsagen_nsa_paper_fdb5ccf6de05"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -393,7 +393,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "3ac28751a04f", {
+    "decode_scores": Tiles("decode_scores", "76332fc2e199", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 64, 4, 3, 129024), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 2, 88064),
             Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624), Config(16, 32, 4, 1, 26624),
@@ -408,7 +408,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "69126f731fcb", {
+    "decode_attend": Tiles("decode_attend", "972bc656c749", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 129024), Config(16, 64, 8, 2, 88064), Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104),
             Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624), Config(16, 64, 8, 1, 47104), Config(16, 32, 4, 1, 26624),
@@ -2281,7 +2281,7 @@ def decode_select_scores(sums, lse, there, j, ended, groups):
 def decode_select(
     sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
 ):
-    """the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none; one program: one of each.
+    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
 
     row: b·queries + query; t: its position. Scores are not negative, so their bits sort as integers. Forced blocks
     score +inf; candidates start at or before the query; ties go to the lower block.

@@ -37,7 +37,6 @@ class RiderView:
 
 @dataclass(frozen=True)
 class SplitView:
-    valued: bool  # whether there are values, or scores alone
     pointers: str  # of keys, values, lists and parts
     group_weights: tuple[tuple[tuple[int, int], ...], ...]  # (key of a group, weight): for its own block, for the next
     alone: int  # rows of a tile that holds one query
@@ -55,7 +54,6 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
     weights = kernel.select.group_weights if kernel.select else ()
     parts = [o for o in kernel.operands if o.role == "parts"]
     return SplitView(
-        valued=any(o.role == "v" for o in kernel.operands),
         pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role not in ("q", "sums")),
         group_weights=tuple(tuple((i, w) for i, w in enumerate(row) if w) for row in weights),
         alone=max(16, group),

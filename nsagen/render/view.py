@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
 from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Kernel, Mask, Plan, Ring, Segment, Walk
+from nsagen.render.kernel_doc import kernel_doc
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
 
@@ -226,7 +227,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
     return KernelView(
         name=kernel.name,
         body=kernel.body,
-        doc=_doc(kernel, h),
+        doc=kernel_doc(kernel, h, _rows(kernel, h)),
         hq=h.query,
         hkv=h.kv,
         group=h.group,
@@ -385,39 +386,3 @@ def _negative(x: Expr) -> str:
     """x < 0 with the tile sizes on the left: `BN + BT > 514`."""
     constant = substitute(x, {BN: const(0), BT: const(0)})
     return f"{to_text(expand(constant - x))} > {to_text(constant)}"
-
-
-def _doc(kernel: Kernel, heads: Heads) -> str:
-    what = {
-        "attend_fwd": "out = softmax(scale·q·kᵀ)·v and its log-sum-exp",
-        "attend_dq": "dq from the scores recomputed with lse",
-        "attend_dkv": "dk and dv from the scores recomputed with lse",
-        "attend_list_fwd": "an item's parts of out, each a softmax over the item's key block, and their log-sum-exp",
-        "merge_lists": "out and its log-sum-exp from the parts of the query's listed blocks",
-        "sum_lists": "dq from the parts of the query's listed blocks, added in order",
-        "attend_list_dkv": "an item's part of dk and dv, float32, from the scores recomputed with lse",
-        "sum_items": "dk and dv of a key block: its items' parts, added in order",
-        "score_lse": "log-sum-exp of scale·q·k over the ended blocks",
-        "sum_splits": "dk and dv of every key row: the parts of the programs that shared its tile, added in order",
-        "select_scores": "importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads",
-        "select_blocks": "the best blocks of a query and KV head, ascending, −1 for none",
-        "split_attend": "parts of a decoding step's attention, float32, each of a run of a source's keys",
-        "split_select": "the best blocks of a query and KV head, from sums of its scores, ascending, −1 for none",
-        "split_merge": "out: the parts of every term, merged in their order, times its gate if there are gates",
-        "combine_fwd": "out = Σ_c gate_c·term_c",
-        "combine_bwd": "row sums of d_out·term: deltas, and the gates' gradients if there are gates",
-    }[kernel.body]
-    if not kernel.walks:
-        flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
-        one = flat | {"sum_items": "a key block", "split_merge": "a query tile and the heads of one KV head"}
-        one |= dict.fromkeys(("merge_lists", "sum_lists"), "a query and the heads of one KV head")
-        return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
-    tile = f"BM // {_rows(kernel, heads)} queries"
-    if any(w.listed for w in kernel.walks):
-        listed = kernel.body in ("attend_list_dkv", "attend_list_fwd")
-        tile = "BN keys and one item's queries" if listed else "one query"
-    elif kernel.body in HEADS_IN_TURN:
-        tile = "BM queries and BN keys"
-    elif kernel.body == "attend_dkv":
-        tile = "BN keys, one run of their queries" if kernel.grid.split else "BN keys"
-    return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

@@ -75,7 +75,7 @@ def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constex
 def tile_rows(
     table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr
 ):
-    """token_row of the keys s, which are s0 … s0 + BN − 1 in any order, below n.
+    """token_row of the keys s = s0 … s0 + BN − 1 below n.
 
     One look-up where they lie in a page: s0 is whole tiles. For a key that a ring has lost, the row of a later one.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -110,9 +111,9 @@ class Store:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.flat.all if x is not None)
 
-    @property
+    @cached_property
     def view(self) -> Kept:
-        """Without the spare row: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
+        """Without the spare row, which never moves: [B, rows, Hkv, D], or [pages, rows of a page, Hkv, D]."""
         return self.flat.all.cut(0, self.spare).view(-1, self.per)
 
     def part(self, first: int, end: int, past: Past) -> Kept:

@@ -53,11 +53,10 @@ def launch_of(plan: Plan, kernel: Kernel) -> Launch:
 
 def _with_rider(plan: Plan, kernel: Kernel, launch: Launch) -> tuple[Kernel, Launch]:
     """Both with the operands that come for the sake of what rides on the kernel."""
-    more = plan.brought(launch)
-    if not more:
+    rider, more = plan.rider(kernel.name), plan.brought(launch)
+    if rider is None:
         return kernel, launch
-    rider = next(plan.kernel(x.kernel) for x in (plan.rider(kernel.name),) if x)
-    operands = tuple(o for o in rider.operands if o.name in dict(more))
+    operands = tuple(o for o in plan.kernel(rider.kernel).operands if o.name in dict(more))
     return replace(kernel, operands=(*kernel.operands, *operands)), replace(launch, binds=(*launch.binds, *more))
 
 

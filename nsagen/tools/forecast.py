@@ -19,7 +19,7 @@ from nsagen.tools.costs import flops_of_pair, pairs, taken, work_of
 
 @dataclass(frozen=True)
 class Rate:
-    flops: float  # a second, of padded tiles (or bytes)
+    flops: float  # a second, of padded tiles
     program: float = 0.0  # seconds a program, all multiprocessors at work
     tail: float = 0.0  # seconds a launch
 
@@ -34,7 +34,7 @@ RATES = {
 }
 LISTED = {"attend_fwd": 0.98 * L2, "attend_dq": 0.83 * L2}  # bytes a second, of the blocks that each query reads
 PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
-BEST = Rate(2.8e12, 0.5e-9)  # a selection: bytes of scores a second, seconds a query and KV head
+BEST = 2.8e12, 0.5e-9  # a selection: bytes of scores a second, seconds a query and KV head
 COPY = 3.9e12
 LAUNCH = 4e-6  # seconds: less does not show
 INVERSE = 10e-6, 33e-12  # seconds for the inverse of the lists: a call, an entry
@@ -53,7 +53,7 @@ def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
     """Of one launch, batch 1, with its kernel's tile."""
     kernel, work = plan.kernel(launch.kernel), work_of(launch, plan, tokens)
     if kernel.body == "select_blocks":
-        return LAUNCH + work.bytes / BEST.flops + tokens * plan.heads.kv * BEST.program
+        return LAUNCH + work.bytes / BEST[0] + tokens * plan.heads.kv * BEST[1]
     if not kernel.walks:
         return LAUNCH + work.bytes / COPY
     if any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
