@@ -6,20 +6,20 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  0288acb2d741
-runtime  8
+content  490b61feab03
+runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
-selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-selected_list            block_major, because group 1: a (query, block) pair costs 0.24 ns in parts, against 3.41 ns for reading the block once a query; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-selected_merge           block_major, because group 1: a (query, block) pair costs 0.24 ns in parts, against 3.41 ns for reading the block once a query
-selected_dkv             block_major, because group 1: a (query, block) pair costs 0.32 ns in parts, against 3.57 ns for reading the block once a query; key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
+selected_list            block_major, because group 1: a (query, block) pair costs 0.24 ns in parts, against 2.95 ns for reading the block once a query; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+selected_merge           block_major, because group 1: a (query, block) pair costs 0.24 ns in parts, against 2.95 ns for reading the block once a query
+selected_dkv             block_major, because group 1: a (query, block) pair costs 0.32 ns in parts, against 3.11 ns for reading the block once a query; key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
-selected_dq              block_major, because group 1: a (query, block) pair costs 0.32 ns in parts, against 3.57 ns for reading the block once a query
+selected_dq              block_major, because group 1: a (query, block) pair costs 0.32 ns in parts, against 3.11 ns for reading the block once a query
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(8, "mha_16")
+version.require(9, "mha_16")
 
 SPEC = {'name': 'mha_16',
  'heads': {'query': 16, 'kv': 16, 'qk_dim': 128, 'v_dim': 128},
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_0288acb2d741"
+_SPACE = "nsagen_mha_16_490b61feab03"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -184,26 +184,26 @@ _CONFIGS = {
             Config(1, 1, 1, 1, 0),
         ),
     }),
-    "selected_fwd": Tiles("selected_fwd", "fc45a13d6a21", {
+    "selected_fwd": Tiles("selected_fwd", "6d484db0828f", {
         ("sm_80", 16): (
-            Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 2, 36864), Config(16, 32, 2, 3, 53248), Config(16, 16, 1, 3, 28672),
-            Config(16, 64, 2, 2, 69632), Config(16, 16, 1, 1, 12288), Config(16, 32, 2, 1, 20480), Config(16, 64, 2, 1, 36864),
-            Config(16, 64, 2, 3, 102400), Config(16, 16, 2, 3, 28672), Config(16, 16, 2, 2, 20480), Config(16, 16, 2, 1, 12288),
+            Config(16, 64, 2, 2, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480), Config(16, 16, 1, 2, 12288),
+            Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 1, 20480),
+            Config(16, 16, 1, 1, 12288), Config(16, 16, 2, 3, 20480), Config(16, 16, 2, 2, 12288), Config(16, 16, 2, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 2, 1, 40960), Config(16, 32, 1, 1, 40960), Config(16, 32, 2, 2, 73728), Config(16, 16, 1, 1, 24576),
-            Config(16, 32, 1, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
-            Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
+            Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 40960), Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 40960),
+            Config(16, 32, 2, 3, 73728), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 24576), Config(16, 32, 1, 3, 73728),
+            Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
         ),
         ("sm_90", 16): (
-            Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 3, 53248), Config(16, 32, 2, 2, 36864),
-            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 16, 1, 1, 12288), Config(16, 32, 2, 1, 20480),
-            Config(16, 64, 2, 1, 36864), Config(16, 16, 2, 3, 28672), Config(16, 16, 2, 2, 20480), Config(16, 16, 2, 1, 12288),
+            Config(16, 64, 1, 2, 36864), Config(16, 32, 1, 2, 20480), Config(16, 32, 1, 3, 36864), Config(16, 64, 1, 3, 69632),
+            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
+            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480),
         ),
         ("sm_90", 32): (
-            Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 73728), Config(16, 32, 1, 1, 40960), Config(16, 32, 2, 3, 106496),
-            Config(16, 16, 1, 1, 24576), Config(16, 32, 1, 2, 73728), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
-            Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
+            Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 40960), Config(16, 32, 2, 3, 73728), Config(16, 32, 1, 1, 40960),
+            Config(16, 32, 1, 2, 40960), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 24576), Config(16, 32, 1, 3, 73728),
+            Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
         ),
     }, (0, 2048)),
     "selected_list": Tiles("selected_list", "34870ee749dd", {
@@ -409,26 +409,31 @@ _DECODE_CONFIGS = {
     "decode_scores": Tiles("decode_scores", "3a525618227e", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 5, 86016),
+            Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
     "decode_attend": Tiles("decode_attend", "fafd83c83c0c", {
         ("sm_80", 16): (
-            Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
+            Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 8, 3, 102400), Config(16, 64, 4, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248),
+            Config(16, 64, 4, 5, 167936), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864),
+            Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
 }
@@ -893,15 +898,18 @@ def select_best(
 @triton.jit
 def selected_fwd_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, k_ptr, v_ptr, k_st, v_st, k_map0, v_map0, map_b, h, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
-    d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    if k_map0 is not None:
+        k = tl.trans(k_map0.load([map_b, s0, h, 0]).reshape(BN, 128))  # [128, BN]
+    else:
+        d = tl.arange(0, 128)[:, None]
+        k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -912,15 +920,18 @@ def selected_fwd_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, (row < n)[:, None], EXTENT)  # [BN, 128]
+    if v_map0 is not None:
+        v = v_map0.load([map_b, s0, h, 0]).reshape(BN, 128)  # [BN, 128]
+    else:
+        d = tl.arange(0, 128)[None, :]
+        v = device.load(v_ptr + row[:, None] * v_st + d, (row < n)[:, None], EXTENT)
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_fwd(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, k_map0, v_map0, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -950,6 +961,7 @@ def selected_fwd(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     q_row = b * q_sb + (start + t) * q_st + (h * 1 + head).to(tl.int64) * q_sh
     t = t[:, None]
+    map_b = b.to(tl.int32)
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
@@ -970,7 +982,7 @@ def selected_fwd(
         s0 = block * 64 + step % tiles_of_block * BN
         m, z, acc0 = selected_fwd_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
+            k_map0, v_map0, map_b, h, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -2917,7 +2929,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 16), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_fwd[(tiles * 16 * batch,)](
-        q, k, v, blocks, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     return out, lse
@@ -3528,7 +3540,7 @@ def _append(k, v, phi, cache):
 
 def _decode_scores(q, k, v, past, scale):
     """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
-    c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, past.table is not None, 16)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 1)
     tiles, rows, programs = -(-queries // (bm // 1)), (batch, queries, 16), 0
@@ -3552,7 +3564,7 @@ def _decode_scores(q, k, v, past, scale):
 
 def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
     """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
-    c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, past.table is not None, 16)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 1)
     tiles, rows, programs = -(-queries // (bm // 1)), (batch, queries, 16), 0

@@ -6,16 +6,16 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  ce5160bda6b1
-runtime  8
+content  b3874d7ded97
+runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
-selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
+selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(8, "nsa_128")
+version.require(9, "nsa_128")
 
 SPEC = {'name': 'nsa_128',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_ce5160bda6b1"
+_SPACE = "nsagen_nsa_128_b3874d7ded97"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -182,48 +182,48 @@ _CONFIGS = {
             Config(1, 1, 1, 1, 0),
         ),
     }),
-    "selected_fwd": Tiles("selected_fwd", "c629450232ab", {
+    "selected_fwd": Tiles("selected_fwd", "70599c8d4d1a", {
         ("sm_80", 16): (
-            Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 2, 36864), Config(16, 32, 2, 3, 53248), Config(16, 16, 1, 3, 28672),
-            Config(16, 64, 2, 2, 69632), Config(16, 16, 1, 1, 12288), Config(16, 32, 2, 1, 20480), Config(16, 64, 2, 1, 36864),
-            Config(16, 64, 2, 3, 102400), Config(16, 16, 2, 3, 28672), Config(16, 16, 2, 2, 20480), Config(16, 16, 2, 1, 12288),
+            Config(16, 64, 2, 2, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480), Config(16, 16, 1, 2, 12288),
+            Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 1, 20480),
+            Config(16, 16, 1, 1, 12288), Config(16, 16, 2, 3, 20480), Config(16, 16, 2, 2, 12288), Config(16, 16, 2, 1, 12288),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 2, 1, 40960), Config(16, 32, 1, 1, 40960), Config(16, 32, 2, 2, 73728), Config(16, 16, 1, 1, 24576),
-            Config(16, 32, 1, 2, 73728), Config(16, 32, 2, 3, 106496), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
-            Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
+            Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 40960), Config(16, 32, 1, 1, 40960), Config(16, 32, 1, 2, 40960),
+            Config(16, 32, 2, 3, 73728), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 24576), Config(16, 32, 1, 3, 73728),
+            Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
         ),
         ("sm_90", 16): (
-            Config(16, 16, 1, 3, 28672), Config(16, 16, 1, 2, 20480), Config(16, 32, 2, 3, 53248), Config(16, 32, 2, 2, 36864),
-            Config(16, 64, 2, 2, 69632), Config(16, 64, 2, 3, 102400), Config(16, 16, 1, 1, 12288), Config(16, 32, 2, 1, 20480),
-            Config(16, 64, 2, 1, 36864), Config(16, 16, 2, 3, 28672), Config(16, 16, 2, 2, 20480), Config(16, 16, 2, 1, 12288),
+            Config(16, 64, 1, 2, 36864), Config(16, 32, 1, 2, 20480), Config(16, 32, 1, 3, 36864), Config(16, 64, 1, 3, 69632),
+            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
+            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480),
         ),
         ("sm_90", 32): (
-            Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 73728), Config(16, 32, 1, 1, 40960), Config(16, 32, 2, 3, 106496),
-            Config(16, 16, 1, 1, 24576), Config(16, 32, 1, 2, 73728), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 106496),
-            Config(16, 16, 1, 3, 57344), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 57344),
+            Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 40960), Config(16, 32, 2, 3, 73728), Config(16, 32, 1, 1, 40960),
+            Config(16, 32, 1, 2, 40960), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 24576), Config(16, 32, 1, 3, 73728),
+            Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
         ),
     }),
-    "selected_dq": Tiles("selected_dq", "934fb2d35576", {
+    "selected_dq": Tiles("selected_dq", "743d172b042c", {
         ("sm_80", 16): (
-            Config(16, 32, 2, 2, 40960), Config(16, 16, 1, 2, 24576), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 3, 57344),
-            Config(16, 64, 2, 2, 73728), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576), Config(16, 64, 2, 1, 40960),
-            Config(16, 64, 2, 3, 106496), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
+            Config(16, 64, 2, 2, 40960), Config(16, 32, 2, 2, 24576), Config(16, 16, 1, 3, 24576), Config(16, 16, 1, 2, 16384),
+            Config(16, 32, 2, 3, 40960), Config(16, 64, 2, 3, 73728), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 1, 24576),
+            Config(16, 16, 1, 1, 16384), Config(16, 16, 2, 3, 24576), Config(16, 16, 2, 2, 16384), Config(16, 16, 2, 1, 16384),
         ),
         ("sm_80", 32): (
-            Config(16, 32, 2, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 81920),
-            Config(16, 32, 2, 3, 114688), Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
+            Config(16, 32, 2, 1, 49152), Config(16, 32, 2, 2, 49152), Config(16, 32, 2, 3, 81920), Config(16, 32, 1, 1, 49152),
+            Config(16, 32, 1, 2, 49152), Config(16, 32, 1, 3, 81920), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 32768),
+            Config(16, 16, 1, 3, 49152), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 49152),
         ),
         ("sm_90", 16): (
-            Config(16, 16, 1, 2, 24576), Config(16, 32, 2, 3, 57344), Config(16, 16, 1, 3, 32768), Config(16, 32, 2, 2, 40960),
-            Config(16, 64, 2, 2, 73728), Config(16, 64, 2, 3, 106496), Config(16, 16, 1, 1, 16384), Config(16, 32, 2, 1, 24576),
-            Config(16, 64, 2, 1, 40960), Config(16, 16, 2, 3, 32768), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 1, 16384),
+            Config(16, 32, 1, 2, 24576), Config(16, 32, 1, 3, 40960), Config(16, 64, 2, 2, 40960), Config(16, 32, 2, 2, 24576),
+            Config(16, 16, 1, 3, 24576), Config(16, 16, 1, 2, 16384), Config(16, 32, 2, 3, 40960), Config(16, 64, 2, 3, 73728),
+            Config(16, 32, 1, 1, 24576), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 1, 24576), Config(16, 16, 1, 1, 16384),
         ),
         ("sm_90", 32): (
-            Config(16, 32, 2, 1, 49152), Config(16, 32, 1, 1, 49152), Config(16, 32, 2, 2, 81920), Config(16, 32, 2, 3, 114688),
-            Config(16, 16, 1, 1, 32768), Config(16, 32, 1, 2, 81920), Config(16, 32, 1, 3, 114688), Config(16, 16, 1, 2, 49152),
-            Config(16, 16, 1, 3, 65536), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 49152), Config(16, 16, 2, 3, 65536),
+            Config(16, 32, 2, 1, 49152), Config(16, 32, 2, 2, 49152), Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 49152),
+            Config(16, 32, 2, 3, 81920), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 32768), Config(16, 32, 1, 3, 81920),
+            Config(16, 16, 1, 3, 49152), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 49152),
         ),
     }),
     "selected_dkv": Tiles("selected_dkv", "38cb06107315", {
@@ -393,26 +393,31 @@ _DECODE_CONFIGS = {
     "decode_scores": Tiles("decode_scores", "5955c609d169", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 64, 4, 3, 102400), Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 5, 86016),
+            Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
     "decode_attend": Tiles("decode_attend", "ed8419c5acb2", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 8, 3, 102400), Config(16, 64, 4, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248),
+            Config(16, 32, 4, 2, 36864), Config(16, 64, 4, 5, 167936), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480),
+            Config(16, 64, 8, 1, 36864), Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
 }
@@ -877,15 +882,18 @@ def select_best(
 @triton.jit
 def selected_fwd_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, k_ptr, v_ptr, k_st, v_st, k_map0, v_map0, map_b, h, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
-    d = tl.arange(0, 128)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)  # [128, BN]
+    if k_map0 is not None:
+        k = tl.trans(k_map0.load([map_b, s0, h, 0]).reshape(BN, 128))  # [128, BN]
+    else:
+        d = tl.arange(0, 128)[:, None]
+        k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :], EXTENT)
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -896,15 +904,18 @@ def selected_fwd_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    d = tl.arange(0, 128)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, (row < n)[:, None], EXTENT)  # [BN, 128]
+    if v_map0 is not None:
+        v = v_map0.load([map_b, s0, h, 0]).reshape(BN, 128)  # [BN, 128]
+    else:
+        d = tl.arange(0, 128)[None, :]
+        v = device.load(v_ptr + row[:, None] * v_st + d, (row < n)[:, None], EXTENT)
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_fwd(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, k_map0, v_map0, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -934,6 +945,7 @@ def selected_fwd(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
+    map_b = b.to(tl.int32)
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
@@ -954,7 +966,7 @@ def selected_fwd(
         s0 = block * 64 + step % tiles_of_block * BN
         m, z, acc0 = selected_fwd_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
+            k_map0, v_map0, map_b, h, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -972,7 +984,7 @@ def selected_fwd(
 @triton.jit
 def selected_dq_step(
     dq0,
-    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, k_map0, v_map0, map_b, h, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t"""
@@ -980,11 +992,17 @@ def selected_dq_step(
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     dp = tl.zeros([t.shape[0], BN], dtype=tl.float32)
-    d = tl.arange(0, 128)[None, :]
-    k0 = device.load(k_ptr + row[:, None] * k_st + d, (s < n)[:, None], EXTENT)  # [BN, 128]
+    if k_map0 is not None:
+        k0 = k_map0.load([map_b, s0, h, 0]).reshape(BN, 128)  # [BN, 128]
+    else:
+        d = tl.arange(0, 128)[None, :]
+        k0 = device.load(k_ptr + row[:, None] * k_st + d, (s < n)[:, None], EXTENT)
     x = tl.dot(q0, tl.trans(k0), x, input_precision=PRECISION)
-    d = tl.arange(0, 128)[:, None]
-    v = device.load(v_ptr + row[None, :] * v_st + d, (row < n)[None, :], EXTENT)  # [128, BN]
+    if v_map0 is not None:
+        v = tl.trans(v_map0.load([map_b, s0, h, 0]).reshape(BN, 128))  # [128, BN]
+    else:
+        d = tl.arange(0, 128)[:, None]
+        v = device.load(v_ptr + row[None, :] * v_st + d, (row < n)[None, :], EXTENT)
     dp = tl.dot(do0, v, dp, input_precision=PRECISION)
     p = tl.exp2(x * scale - lse)
     s = s[None, :]
@@ -999,7 +1017,7 @@ def selected_dq_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_dq(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, k_map0, v_map0, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
     T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -1030,6 +1048,7 @@ def selected_dq(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     q_row = b * q_sb + (start + t) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     t = t[:, None]
+    map_b = b.to(tl.int32)
     d = tl.arange(0, 128)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
     do_row = stat * 128
@@ -1055,7 +1074,7 @@ def selected_dq(
         s0 = block * 64 + step % tiles_of_block * BN
         dq0 = selected_dq_step(
             dq0, q0, do0, lse, delta,
-            k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
+            k_base, v_base, k_st, v_st, k_map0, v_map0, map_b, h, t, s0, min(n, block * 64 + 64), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
     dq_row = stat * 128
     d = tl.arange(0, 128)[None, :]
@@ -2813,7 +2832,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_fwd[(tiles * 4 * batch,)](
-        q, k, v, blocks, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     return out, lse
@@ -2831,7 +2850,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     c = launch.pick(_CONFIGS["selected_dq"], q)
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_dq[(tiles * 4 * batch,)](
-        q, k, v, blocks, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
         c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
@@ -3395,7 +3414,7 @@ def _append(k, v, phi, cache):
 
 def _decode_scores(q, k, v, past, scale):
     """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
-    c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, past.table is not None, 4)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
@@ -3419,7 +3438,7 @@ def _decode_scores(q, k, v, past, scale):
 
 def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
     """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
-    c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, past.table is not None, 4)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0

@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  11c26ec1e5ce
-runtime  8
+content  e2725731f8e7
+runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(8, "nsa_compressed_window")
+version.require(9, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_11c26ec1e5ce"
+_SPACE = "nsagen_nsa_compressed_window_e2725731f8e7"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -266,11 +266,16 @@ _DECODE_CONFIGS = {
     "decode_attend": Tiles("decode_attend", "ff4e520db732", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
-            Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864), Config(16, 32, 4, 1, 20480),
-            Config(16, 16, 4, 1, 12288),
+            Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
         ("sm_80", 32): (
             Config(16, 16, 4, 1, 24576), Config(16, 16, 4, 2, 40960), Config(16, 16, 4, 3, 57344),
+        ),
+        ("sm_90", 16): (
+            Config(16, 64, 8, 3, 102400), Config(16, 64, 4, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248),
+            Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
 }
@@ -2057,7 +2062,7 @@ def _append(k, v, phi, cache):
 
 def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     """compressed, window and what was attended to before, in runs of keys that the last program merges -> out."""
-    c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, past.table is not None, 4)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0

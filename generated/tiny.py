@@ -6,16 +6,16 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  0624b3aba8d7
-runtime  8
+content  4729fb5991bd
+runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
-selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
+selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(8, "tiny")
+version.require(9, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_0624b3aba8d7"
+_SPACE = "nsagen_tiny_4729fb5991bd"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -147,28 +147,38 @@ _CONFIGS = {
             Config(1, 1, 1, 1, 0),
         ),
     }),
-    "selected_fwd": Tiles("selected_fwd", "d87c0588d6ff", {
+    "selected_fwd": Tiles("selected_fwd", "5e222ce66162", {
         ("sm_80", 16): (
-            Config(16, 16, 1, 2, 4096), Config(16, 16, 1, 3, 5632), Config(16, 16, 1, 1, 2560), Config(16, 16, 2, 2, 4096),
-            Config(16, 16, 2, 3, 5632), Config(16, 16, 2, 1, 2560), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 3, 5632),
+            Config(16, 16, 1, 1, 2560), Config(16, 16, 1, 2, 2560), Config(16, 16, 1, 3, 4096), Config(16, 16, 2, 1, 2560),
+            Config(16, 16, 2, 2, 2560), Config(16, 16, 2, 3, 4096), Config(16, 16, 4, 2, 2560), Config(16, 16, 4, 3, 4096),
             Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
-            Config(16, 16, 1, 1, 5120), Config(16, 16, 1, 2, 8192), Config(16, 16, 1, 3, 11264), Config(16, 16, 2, 1, 5120),
-            Config(16, 16, 2, 2, 8192), Config(16, 16, 2, 3, 11264), Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192),
-            Config(16, 16, 4, 3, 11264),
+            Config(16, 16, 1, 1, 5120), Config(16, 16, 1, 2, 5120), Config(16, 16, 1, 3, 8192), Config(16, 16, 2, 1, 5120),
+            Config(16, 16, 2, 2, 5120), Config(16, 16, 2, 3, 8192), Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 5120),
+            Config(16, 16, 4, 3, 8192),
+        ),
+        ("sm_90", 16): (
+            Config(16, 16, 1, 1, 2560), Config(16, 16, 1, 2, 2560), Config(16, 16, 1, 3, 4096), Config(16, 16, 2, 1, 2560),
+            Config(16, 16, 2, 2, 2560), Config(16, 16, 2, 3, 4096), Config(16, 16, 4, 2, 2560), Config(16, 16, 4, 3, 4096),
+            Config(16, 16, 4, 1, 2560),
         ),
     }),
-    "selected_dq": Tiles("selected_dq", "58e1294736eb", {
+    "selected_dq": Tiles("selected_dq", "173eb5369a9f", {
         ("sm_80", 16): (
-            Config(16, 16, 1, 2, 4608), Config(16, 16, 1, 3, 6144), Config(16, 16, 1, 1, 3072), Config(16, 16, 2, 2, 4608),
-            Config(16, 16, 2, 3, 6144), Config(16, 16, 2, 1, 3072), Config(16, 16, 4, 2, 4608), Config(16, 16, 4, 3, 6144),
+            Config(16, 16, 1, 1, 3072), Config(16, 16, 1, 2, 3072), Config(16, 16, 1, 3, 4608), Config(16, 16, 2, 1, 3072),
+            Config(16, 16, 2, 2, 3072), Config(16, 16, 2, 3, 4608), Config(16, 16, 4, 2, 3072), Config(16, 16, 4, 3, 4608),
             Config(16, 16, 4, 1, 3072),
         ),
         ("sm_80", 32): (
-            Config(16, 16, 1, 1, 6144), Config(16, 16, 1, 2, 9216), Config(16, 16, 1, 3, 12288), Config(16, 16, 2, 1, 6144),
-            Config(16, 16, 2, 2, 9216), Config(16, 16, 2, 3, 12288), Config(16, 16, 4, 1, 6144), Config(16, 16, 4, 2, 9216),
-            Config(16, 16, 4, 3, 12288),
+            Config(16, 16, 1, 1, 6144), Config(16, 16, 1, 2, 6144), Config(16, 16, 1, 3, 9216), Config(16, 16, 2, 1, 6144),
+            Config(16, 16, 2, 2, 6144), Config(16, 16, 2, 3, 9216), Config(16, 16, 4, 1, 6144), Config(16, 16, 4, 2, 6144),
+            Config(16, 16, 4, 3, 9216),
+        ),
+        ("sm_90", 16): (
+            Config(16, 16, 1, 1, 3072), Config(16, 16, 1, 2, 3072), Config(16, 16, 1, 3, 4608), Config(16, 16, 2, 1, 3072),
+            Config(16, 16, 2, 2, 3072), Config(16, 16, 2, 3, 4608), Config(16, 16, 4, 2, 3072), Config(16, 16, 4, 3, 4608),
+            Config(16, 16, 4, 1, 3072),
         ),
     }),
     "selected_dkv": Tiles("selected_dkv", "f1c1b351872e", {
@@ -284,9 +294,9 @@ _CONFIGS = {
 _DECODE_CONFIGS = {
     "decode_scores": Tiles("decode_scores", "06d7623765e0", {
         ("sm_80", 16): (
-            Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 2, 7168),
-            Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096), Config(16, 32, 4, 1, 4096),
-            Config(16, 16, 4, 1, 2560),
+            Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 5, 16384),
+            Config(16, 32, 4, 2, 7168), Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096),
+            Config(16, 32, 4, 1, 4096), Config(16, 16, 4, 1, 2560),
         ),
         ("sm_80", 32): (
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
@@ -762,15 +772,18 @@ def select_best(
 @triton.jit
 def selected_fwd_step(
     m, z, acc0,
-    q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, k_ptr, v_ptr, k_st, v_st, k_map0, v_map0, map_b, h, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
-    d = tl.arange(0, 32)[:, None]
-    k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)  # [32, BN]
+    if k_map0 is not None:
+        k = tl.trans(k_map0.load([map_b, s0, h, 0]).reshape(BN, 32))  # [32, BN]
+    else:
+        d = tl.arange(0, 32)[:, None]
+        k = device.load(k_ptr + row[None, :] * k_st + d, (s < n)[None, :] & (d < 24), True)
     x = tl.dot(q0, k, x, input_precision=PRECISION)
     s = s[None, :]
     if C0:
@@ -781,15 +794,18 @@ def selected_fwd_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    d = tl.arange(0, 16)[None, :]
-    v = device.load(v_ptr + row[:, None] * v_st + d, (row < n)[:, None], EXTENT)  # [BN, 16]
+    if v_map0 is not None:
+        v = v_map0.load([map_b, s0, h, 0]).reshape(BN, 16)  # [BN, 16]
+    else:
+        d = tl.arange(0, 16)[None, :]
+        v = device.load(v_ptr + row[:, None] * v_st + d, (row < n)[:, None], EXTENT)
     acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
     return m_new, z, acc0
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_fwd(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, k_map0, v_map0, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -819,6 +835,7 @@ def selected_fwd(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     t = t[:, None]
+    map_b = b.to(tl.int32)
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
     m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
@@ -839,7 +856,7 @@ def selected_fwd(
         s0 = block * 16 + step % tiles_of_block * BN
         m, z, acc0 = selected_fwd_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st,
-            t, s0, min(n, block * 16 + 16), scale2, BN, PRECISION, C0=True, EXTENT=True,
+            k_map0, v_map0, map_b, h, t, s0, min(n, block * 16 + 16), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
 
     some = z > 0  # a row that sees nothing: output 0, lse −inf
@@ -857,7 +874,7 @@ def selected_fwd(
 @triton.jit
 def selected_dq_step(
     dq0,
-    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale,
+    q0, do0, lse, delta, k_ptr, v_ptr, k_st, v_st, k_map0, v_map0, map_b, h, t, s0, n, scale,
     BN: tl.constexpr, PRECISION: tl.constexpr, C0: tl.constexpr, EXTENT: tl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t"""
@@ -865,11 +882,17 @@ def selected_dq_step(
     row = s.to(tl.int64)
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     dp = tl.zeros([t.shape[0], BN], dtype=tl.float32)
-    d = tl.arange(0, 32)[None, :]
-    k0 = device.load(k_ptr + row[:, None] * k_st + d, (s < n)[:, None] & (d < 24), True)  # [BN, 32]
+    if k_map0 is not None:
+        k0 = k_map0.load([map_b, s0, h, 0]).reshape(BN, 32)  # [BN, 32]
+    else:
+        d = tl.arange(0, 32)[None, :]
+        k0 = device.load(k_ptr + row[:, None] * k_st + d, (s < n)[:, None] & (d < 24), True)
     x = tl.dot(q0, tl.trans(k0), x, input_precision=PRECISION)
-    d = tl.arange(0, 16)[:, None]
-    v = device.load(v_ptr + row[None, :] * v_st + d, (row < n)[None, :], EXTENT)  # [16, BN]
+    if v_map0 is not None:
+        v = tl.trans(v_map0.load([map_b, s0, h, 0]).reshape(BN, 16))  # [16, BN]
+    else:
+        d = tl.arange(0, 16)[:, None]
+        v = device.load(v_ptr + row[None, :] * v_st + d, (row < n)[None, :], EXTENT)
     dp = tl.dot(do0, v, dp, input_precision=PRECISION)
     p = tl.exp2(x * scale - lse)
     s = s[None, :]
@@ -884,7 +907,7 @@ def selected_dq_step(
 
 @triton.jit(do_not_specialize=["T", "tiles", "sequences"])
 def selected_dq(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, k_map0, v_map0, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_ptr,
     T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -915,6 +938,7 @@ def selected_dq(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     q_row = b * q_sb + (start + t) * q_st + (h * 3 + head).to(tl.int64) * q_sh
     t = t[:, None]
+    map_b = b.to(tl.int32)
     d = tl.arange(0, 32)[None, :]
     q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None] & (d < 24), other=0.0)
     do_row = stat * 16
@@ -940,7 +964,7 @@ def selected_dq(
         s0 = block * 16 + step % tiles_of_block * BN
         dq0 = selected_dq_step(
             dq0, q0, do0, lse, delta,
-            k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale2, BN, PRECISION, C0=True, EXTENT=True,
+            k_base, v_base, k_st, v_st, k_map0, v_map0, map_b, h, t, s0, min(n, block * 16 + 16), scale2, BN, PRECISION, C0=True, EXTENT=True,
         )
     dq_row = stat * 24
     d = tl.arange(0, 32)[None, :]
@@ -2815,7 +2839,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_fwd[(tiles * 2 * batch,)](
-        q, k, v, blocks, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, *launch.maps(k, (32,), c.bn, 16, cu_seqlens), *launch.maps(v, (16,), c.bn, 16, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     return out, lse
@@ -2833,7 +2857,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     c = launch.pick(_CONFIGS["selected_dq"], q)
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_dq[(tiles * 2 * batch,)](
-        q, k, v, blocks, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+        q, k, v, blocks, *launch.maps(k, (32,), c.bn, 16, cu_seqlens), *launch.maps(v, (16,), c.bn, 16, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
         c.bm, c.bn, launch.precision(q), adds, **c.options,
     )
@@ -3397,7 +3421,7 @@ def _append(k, v, phi, cache):
 
 def _decode_scores(q, k, v, past, scale):
     """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
-    c = launch.pick(_DECODE_CONFIGS["decode_scores"], q)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, past.table is not None, 2)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0
@@ -3421,7 +3445,7 @@ def _decode_scores(q, k, v, past, scale):
 
 def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
     """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
-    c = launch.pick(_DECODE_CONFIGS["decode_attend"], q)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, past.table is not None, 2)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0

@@ -43,6 +43,10 @@ class Half(str, Enum):
     fp16 = "fp16"
 
 
+class KV(str, Enum):
+    fp8 = "fp8"
+
+
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
@@ -294,6 +298,7 @@ def tune(
     "bench nsa_128 --forward-only --no-parts --rep 500",
     "bench tiny --device cpu --lengths 64,128",
     "bench nsa_128 --decode --grid 8kx256,64kx1 --plot decode.png",
+    "bench nsa_128 --decode --tokens 4 --page-size 256 --kv fp8",
 )
 def bench(
     spec: SpecArgument,
@@ -319,6 +324,15 @@ def bench(
         str | None,
         typer.Option(metavar="TxB,…", help="Of --decode: context x batch. Default: 4 GiB of K/V, then batch 1."),
     ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, max=8, metavar="M", help="Of --decode: new tokens of a sequence. Default: 1.")
+    ] = None,
+    page_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of --decode: keys in pages of N tokens. Default: in a row.")
+    ] = None,
+    kv: Annotated[
+        KV | None, typer.Option(help="Of --decode: keys and values as e4m3 with scales. Default: in --dtype.")
+    ] = None,
 ) -> None:
     """Time the whole operation and its parts beside dense attention: medians, peak memory, break-even length.
 
@@ -329,10 +343,14 @@ def bench(
     Exit 1 if the whole operation ran at no length, or on an interrupt.
     """
     if decode:
-        _bench_decode(spec, lengths, grid, dtype, device, against, rep, json, plot)
+        from nsagen.tools.decode_grid import Serving
+
+        serving = Serving(tokens or 1, page_size, kv is not None)
+        _bench_decode(spec, lengths, grid, dtype, device, against, rep, json, plot, serving)
         return
-    if grid is not None:
-        raise _usage("--grid goes with --decode: without it, give --lengths")
+    for name, given in (("--grid", grid), ("--tokens", tokens), ("--page-size", page_size), ("--kv", kv)):
+        if given is not None:
+            raise _usage(f"{name} goes with --decode: without it, give --lengths")
     from nsagen.tools.bench import Request, run
 
     request = Request(

@@ -25,7 +25,9 @@ Body = Literal[
     "split_attend", "split_select", "split_merge",
 ]  # fmt: skip
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
+BY_LISTS = ("attend_fwd", "attend_dq")  # bodies whose query tiles may find their keys by block lists
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
+DEEP = 5  # stages of a decoding step over pages: half of them are between the table and the keys
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]
 
@@ -101,6 +103,7 @@ class Access:
     base: Expr
     guard: Literal["tile", "segment"]  # rows past the end: in any tile, or only on segments with the extent's mask
     bits: Literal[32, 64]  # of the offsets of a tile's rows
+    map: bool = False  # tiles come by a tensor map (TMA) where the launch can make one, else by pointers
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,10 @@ class Kernel:
     facts: tuple[str, ...] = ()  # names from FACTS below
     select: Select | None = None  # what a selection kernel computes
     cached: bool = False  # queries continue sequences whose keys lie in a cache, perhaps in pages
+
+    def follows_lists(self, source: int) -> bool:
+        """Whether query tiles find the source's keys by block lists."""
+        return self.body in BY_LISTS and any(w.listed for w in self.walks if w.source == source)
 
 
 FACTS = {

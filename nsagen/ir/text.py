@@ -159,4 +159,7 @@ def _tiles(table: TileTable) -> list[str]:
 
 
 def _access(a: Access) -> str:
-    return f"  access   {a.operand} = {_names(a.buffers)}: rows from {to_text(a.base)}, guard {a.guard}, {a.bits}-bit"
+    by = ", by map" if a.map else ""
+    return (
+        f"  access   {a.operand} = {_names(a.buffers)}: rows from {to_text(a.base)}, guard {a.guard}, {a.bits}-bit{by}"
+    )

@@ -247,5 +247,8 @@ def _access(access: Access, kernel: Kernel, line: str) -> None:
     operand = next(o for o in kernel.operands if o.name == access.operand)
     _need(access.bits == 64 or operand.role not in ("q", "k", "v"), line, "the caller's strides need 64-bit offsets")
     _need(access.guard == "tile" or operand.mode == "load", line, "an unguarded store")
+    _need(
+        not access.map or (operand.rows == "key" and operand.mode == "load"), line, "maps are of keys that are walked"
+    )
     _need(bool(access.buffers) or operand.optional, line, "no launch binds it")
     _symbols((access.base,), {"start"}, line)

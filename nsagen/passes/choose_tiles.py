@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from nsagen.ir.graph import Heads
-from nsagen.ir.plan import HEADS_IN_TURN, Kernel, Plan, TileConfig, TileTable
+from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Kernel, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, resources
 
 BITS = (16, 32)
@@ -99,22 +99,29 @@ def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
 def _shared_shapes(kernel: Kernel, heads: Heads, bits: int) -> list[tuple[int, int, int, int]]:
     """Rows of one query, or what the launch takes for more. Without tensor cores 16 keys are what does not spill.
 
-    Eight warps where a merge rides behind: it is a third faster on them, and the rest no slower (docs/performance.md).
+    Eight warps where a merge rides behind: at few sequences it is a third faster on them. At many, four, and over pages
+    a deeper pipeline, since its first stages read the table: the launch says which (runtime/split.py).
     """
     rows = next(m for m in (16, 32, 64) if m >= heads.group)
     sizes = [w.listed.size for w in kernel.walks if w.listed]
     columns = [n for n in (16, 32, 64) if n == 16 or (bits == 16 and all(n < 2 * size for size in sizes))]
     many = rows > 512 // bits  # their accumulators spill on four warps
-    wide = 64 if kernel.select is None else 128  # from so many keys on
-    return [(rows, n, 8 if many or n >= wide else 4, stages) for n, stages in product(columns, (1, 2, 3))]
+    merges = kernel.select is None
+    wide = 64 if merges else 128  # from so many keys on
+    shapes = [(rows, n, 8 if many or n >= wide else 4, stages) for n, stages in product(columns, (1, 2, 3))]
+    if many or len(columns) < 3:
+        return shapes
+    deep = (rows, 64 if merges else 32, 4, DEEP)
+    ringed = any(o.ring for o in kernel.operands)  # a ring has no table: all stages would be keys
+    return [*shapes, *([(rows, 64, 4, 3)] if merges else []), *([] if ringed else [deep])]
 
 
 def _judge(
     kernel: Kernel, heads: Heads, arch: Arch, bits: int, bm: int, bn: int, warps: int, stages: int
 ) -> TileConfig:
-    use = resources(kernel, bits, bm, bn, warps, stages)
+    use = resources(kernel, arch, bits, bm, bn, warps, stages)
     waste, trips = loop_shape(kernel, heads, bm, bn)
-    speed = arch.efficiency(kernel.body, bits, bm, bn, warps, stages, trips) * arch.filled(use.smem, warps)
+    speed = arch.efficiency(kernel.body, bits, bm, bn, warps, stages, trips) * arch.filled(bits, use.smem, warps)
     cost = round(waste / speed, 3)
     return TileConfig(bm, bn, warps, stages, use.smem, use.registers, cost, _dropped(use, arch, bits, bm * bn, warps))
 

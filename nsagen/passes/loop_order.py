@@ -6,7 +6,7 @@ from nsagen.ir.graph import Attend, Heads
 from nsagen.ir.plan import Choice
 
 BYTES = 2  # of an element, in the dtypes that matter
-L2 = 9.6e12  # bytes a second of random key blocks out of the L2 cache; an H200 (docs/performance.md)
+L2 = 11.1e12  # bytes a second of random key blocks out of the L2 cache, by tensor maps; an H200 (docs/performance.md)
 MEMORY = 3.2e12  # of rows gathered and parts written and read again, likewise
 MARGIN = 1.5  # how much faster the second order must promise to be: the model is off by up to 1.4
 

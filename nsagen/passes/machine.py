@@ -15,14 +15,14 @@ class Arch:
     name: str
     smem: int  # bytes a block can have
     sm: int  # bytes a multiprocessor has, of which every block takes 1 KiB more than it asks for
-    wgmma: bool  # tensor cores read both operands from shared memory, from 64 rows on
+    wgmma: bool  # tensor cores read both operands from shared memory, from 64 rows on; and there are tensor maps
 
     def efficiency(self, body: Body, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
         """Fraction of the peak rate that a tile reaches; constants fitted on an H200 (docs/performance.md).
 
         rows: a warpgroup wants 64 rows of its own (16 a warp without wgmma). reuse: a short walked tile pays for its
-        loads; not where a query walks alone, whose rows never fill a warpgroup. together: two warpgroups wait for each
-        other over a query tile. overlap: stages hide loads, but every loop drains its pipeline once a segment.
+        loads; less where a query walks alone, whose rows never fill a warpgroup. together: warpgroups, or two warps of
+        one query, wait for each other. overlap: stages hide loads, but every loop drains its pipeline once a segment.
         """
         if body in HEADS_IN_TURN:
             return self._in_turn(bits, bm, bn, warps, stages, trips)
@@ -33,9 +33,11 @@ class Arch:
             rows = min(1.0, wide * narrow / (256 * warps))
         if bits == 32:  # full float32 has no tensor cores: only the rows count
             return 0.03 * rows * narrow / (narrow + 16)
-        reuse = 1.0 if alone else min(narrow, 64) / (min(narrow, 64) + 18)
-        together = 0.92 if warps > 4 and not body.endswith("dkv") else 1.0
-        hidden = {1: 0.6, 2: 1.0 if body == "score_lse" else 0.93, 3: 1.0}[stages]
+        reuse = narrow / (narrow + 8) if alone else min(narrow, 64) / (min(narrow, 64) + 18)
+        together = 0.92 if warps > 4 and not body.endswith("dkv") else 0.88 if warps == 2 else 1.0
+        hidden = {1: 0.6, 2: 1.0 if body == "score_lse" else 0.93}.get(stages, 1.0)
+        if alone:  # many programs hide each other's loads
+            hidden = {1: 0.8, 2: 1.0, 3: 1.03}[stages]
         if body == "split_attend":  # streams a run of keys: bound by memory, its rows never fill a warpgroup
             return reuse * hidden
         return rows * reuse * together * hidden * trips / (trips + 1.5 * stages)
@@ -50,12 +52,13 @@ class Arch:
         together = 0.92 if warps > 4 else 1.0
         return whole * rows * reuse * together * (0.6 if stages == 1 else 1.0) * trips / (trips + 1.5 * stages)
 
-    def filled(self, smem: int, warps: int) -> float:
+    def filled(self, bits: int, smem: int, warps: int) -> float:
         """What is left of the speed where shared memory lets too few warps share a multiprocessor.
 
         Measured on an H200 for dq at 64 × 64 (docs/performance.md): four warps reach three quarters of eight's speed.
+        Where a query walks alone on tensor cores, seven are enough.
         """
-        return min(1.0, 0.5 + self.sm // (smem + 1024) * warps / 14)
+        return min(1.0, 0.5 + self.sm // (smem + 1024) * warps / (7 if warps < 4 and bits == 16 else 14))
 
 
 ARCHES = (
@@ -71,8 +74,11 @@ class Use:
     registers: int
 
 
-def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: int) -> Use:
+def resources(kernel: Kernel, arch: Arch, bits: int, bm: int, bn: int, warps: int, stages: int) -> Use:
     """Shared memory: the resident tile plus `stages` of the walked one. Registers: accumulators, scores, pointers."""
+    listed = bool(kernel.walks) and all(kernel.follows_lists(w.source) for w in kernel.walks)
+    if listed:
+        stages = max(1, stages - 1)  # the first stage reads the list
     size, qk, v = bits // 8, sum(kernel.qk_parts), sum(kernel.v_parts)
     threads = 32 * warps
     walked = bn
@@ -100,6 +106,8 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     if bits == 16 and by_query and bm < 64:  # mma.sync: operands in registers
         words += bm * (qk + (v if kernel.body == "attend_dq" else 0)) // 2 + bn * qk // 4
     pointers = 2 * walked * (qk + v) / (16 // size)  # one 64-bit address a 16-byte load
+    if listed and not kernel.cached and arch.wgmma and bits == 16:
+        pointers = 0  # tensor maps
     if any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
         pointers /= 2  # one gather of rows: q and d_out lie alike, and a block's keys are held
     return Use(round(smem), round((words + pointers) / threads) + 40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nsagen.ir.graph import (
@@ -73,6 +74,7 @@ class BranchView:
     merge: str
     list_dq: bool  # dq comes in parts from the kernel of dk and dv
     column: int  # of its gate, where there are gates
+    maps: tuple[str, ...]  # the tensor maps of fwd and dq, as a launch makes them for its config c
 
     @property
     def listed(self) -> bool:
@@ -168,7 +170,17 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         merge=f"{node.branch}_merge",
         list_dq=bodies[f"{node.branch}_dq"] == "sum_lists",
         column=column,
+        maps=tuple(_maps(plan, f"{node.branch}_fwd", sources)),
     )
+
+
+def _maps(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator[str]:
+    kernel = plan.kernel(name)
+    mapped = {a.operand for a in kernel.accesses if a.map}
+    for s in sources:
+        for operand, widths in ((s.k, kernel.qk_parts), (s.v, kernel.v_parts)):
+            if operand in mapped and s.listed:
+                yield f"launch.maps({operand}, {widths}, c.bn, {s.listed.size}, cu_seqlens)"
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:

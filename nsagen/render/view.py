@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
-from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Kernel, Mask, Plan, Ring, Segment, Walk
+from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Access, Kernel, Mask, Plan, Ring, Segment, Walk
 from nsagen.render.kernel_doc import kernel_doc
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
@@ -151,6 +151,7 @@ class KernelView:
     count: int  # blocks of a list
     parted: bool  # leaves parts of a result in the queries' lists
 
+    maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
     wides: dict[str, str]  # operand -> a cast of its row offsets, or nothing
 
@@ -213,6 +214,26 @@ class KernelView:
             return f"None, 0, 1, oldest, {source.ring.sinks}, {scales}"
         return f"table_ptr, pages, PAGE // {source.stride}, {'0, -1, ' if self.ringed else ''}{scales}"
 
+    @property
+    def map_arguments(self) -> list[str]:
+        """Of the kernel; each may be None."""
+        return [name for names in self.maps.values() for name in names]
+
+    def maps_of(self, source: SourceView) -> str:
+        """What a step is told of a source's maps, and where they find the program's keys."""
+        if not self.map_arguments:
+            return ""
+        names = [self.maps.get(side + source.suffix, ()) for side in self.sides]
+        none = [("None",) * len(parts) for parts in (self.qk_parts, self.v_parts)]
+        given = [name for own, absent in zip(names, none, strict=True) for name in own or absent]
+        return f"{', '.join(given)}, map_b, h, "
+
+    @property
+    def step_maps(self) -> str:
+        """The same as the step's parameters: k_map0, v_map0, …"""
+        names = [f"{side}_map{p.i}" for side, parts in (("k", self.qk_parts), ("v", self.v_parts)) for p in parts]
+        return f"{', '.join(names)}, map_b, h, " if self.map_arguments else ""
+
     def guard(self, operand: str) -> str:
         return self.guards[operand]
 
@@ -257,9 +278,15 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         size=_listed(plan)[0],
         count=_listed(plan)[1],
         parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
+        maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
     )
+
+
+def _maps(kernel: Kernel, access: Access) -> tuple[str, ...]:
+    parts = kernel.v_parts if access.operand.startswith("v") else kernel.qk_parts
+    return tuple(f"{access.operand}_map{i}" for i in range(len(parts)))
 
 
 def _rows(kernel: Kernel, heads: Heads) -> str:

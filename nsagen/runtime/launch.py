@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsagen.runtime import tuned
 
@@ -141,6 +142,29 @@ def splits(programs: int, length: int, step: int) -> int:
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Strides of [B, T, H, D] but the last, which is 1."""
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+def maps(
+    x: torch.Tensor, widths: tuple[int, ...], rows: int, block: int, cu_seqlens: torch.Tensor | None
+) -> list[TensorDescriptor | None]:
+    """Tensor maps of keys or values [B, T, H, D] for boxes of `rows` rows of one head, one for each part of D.
+
+    None, and a kernel goes by pointers: on chips without a copy engine for them, of addresses that 16 bytes do not
+    divide, of float32 (whose products take rows out of boxes at the price of spills), and where a box may pass the end
+    of what is the program's own, a packed sequence or a block.
+    """
+    if cu_seqlens is not None or block % rows or not _can_map(x):
+        return [None] * len(widths)
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, width]) for width in widths]
+
+
+def _can_map(x: torch.Tensor) -> bool:
+    steps = [s * x.element_size() for s in x.stride()[:-1]]
+    if x.data_ptr() % 16 or any(s <= 0 or s % 16 for s in steps) or not x.numel():
+        return False
+    if not x.is_cuda:
+        return True  # the interpreter has them, for every dtype
+    return x.element_size() == 2 and torch.version.hip is None and chip(x.device.index or 0).arch != ARCHES[0]
 
 
 def rest(q: torch.Tensor, shape: tuple[int, ...] | None = None, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:

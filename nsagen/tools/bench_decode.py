@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nsagen.compiler import Compiled
 from nsagen.tools.bench import settle
 from nsagen.tools.console import track
-from nsagen.tools.decode_grid import Point, grid_of
+from nsagen.tools.decode_grid import PLAIN, Point, Serving, grid_of
 
 if TYPE_CHECKING:
     from nsagen.tools.decode_cases import Case
@@ -35,11 +35,12 @@ class Request:
     rep: int = 200
     json: Path | None = None
     plot: Path | None = None
+    serving: Serving = PLAIN
 
     def command(self, points: Sequence[Point]) -> str:
         """The command line again, with the choices that decide the numbers."""
         words = ["nsagen", "bench", self.spec, "--decode", "--grid", ",".join(p.label for p in points)]
-        words += ["--dtype", self.dtype, "--device", self.device, "--rep", str(self.rep)]
+        words += ["--dtype", self.dtype, "--device", self.device, "--rep", str(self.rep), *self.serving.words]
         return shlex.join([*words, *(["--against", self.against] if self.against is not None else [])])
 
 
@@ -59,12 +60,14 @@ def run(compiled: Compiled, request: Request) -> bool:
     json = request.json or default
     bandwidth = copy_bandwidth(request.device, request.rep)
     clock = Clock(request.device, request.rep)
-    clock.rows += decode_report.byte_rows(compiled, points, bandwidth)
+    clock.rows += decode_report.byte_rows(compiled, points, bandwidth, request.serving)
 
     def save() -> None:
         if json:
             command = request.command(points)
-            record = decode_report.record(compiled, command, request.dtype, where, bandwidth, clock.rows)
+            record = decode_report.record(
+                compiled, command, request.dtype, where, bandwidth, clock.rows, request.serving
+            )
             bench_report.write_json(json, record)
 
     whole_run = _measured(clock, cases, points, save)
@@ -88,7 +91,8 @@ def _cases(compiled: Compiled, request: Request) -> list[Case]:
 
     setting = Setting(compiled.spec, DTYPES[request.dtype], request.device)
     against = None if request.against is None else request.against.replace(",", " ").split()
-    return [*dense(setting, against), ours(module_of(compiled), setting)]
+    serving = request.serving
+    return [*dense(setting, against, serving.tokens), ours(module_of(compiled), setting, serving)]
 
 
 def _measured(clock: Clock, cases: Sequence[Case], points: Sequence[Point], save: Callable[[], None]) -> bool:
@@ -119,9 +123,10 @@ def _tell(rows: Sequence[Row]) -> None:
 def _title(compiled: Compiled, request: Request, where: dict[str, Any]) -> str:
     h = compiled.spec.heads
     what = f"{h.query} query heads on {h.kv} KV heads, dims {h.qk_dim}/{h.v_dim}, {request.dtype}"
+    step = request.serving.label or "one token a sequence"
     on = where["gpu"] or "the CPU through the torch path, wall clock: a trial, no measurement of the kernels"
     return (
-        f"{compiled.spec.name} {compiled.digest}: a step of one token, {what}; on {on}; "
+        f"{compiled.spec.name} {compiled.digest}: a step ({step}), {what}; on {on}; "
         f"torch {where['torch']}, triton {where['triton']}\n"
         "in a graph: time on the device, L2 written over before each step; eager: steps in a row, host included"
     )

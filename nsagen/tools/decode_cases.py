@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsagen.errors import NsagenError
 from nsagen.tools.bench_inputs import Setting
-from nsagen.tools.decode_grid import Point
+from nsagen.tools.decode_grid import PLAIN, Point, Serving
 from nsagen.tools.dense import FA3_MODULES, installed
 from nsagen.tools.random_lists import random_lists
 
@@ -46,11 +46,12 @@ class Case:
 
 @dataclass
 class _Served:
-    """A cache with context − 1 tokens of every sequence, and the next token's tensors."""
+    """A cache with all of every sequence but the step's tokens, and their tensors."""
 
     module: Any
     setting: Setting
     point: Point
+    serving: Serving = PLAIN
     source: torch.Generator = field(init=False)
     phi: Any = None
 
@@ -59,14 +60,31 @@ class _Served:
         if hasattr(self.module, "Compressor"):
             self.phi = self.module.Compressor(device=self.setting.device, dtype=self.setting.dtype)
 
+    @property
+    def before(self) -> int:
+        return self.point.context - self.serving.tokens
+
     def filled(self) -> Any:
         """Keys and values go straight to the cache: nothing attends to them before the step."""
-        before, batch, heads = self.point.context - 1, self.point.batch, self.setting.spec.heads
-        options = {"device": self.setting.device, "dtype": self.setting.dtype}
-        cache = self.module.KVCache(batch, -(-(self.point.context + ROOM) // WHOLE) * WHOLE, **options)
+        before, batch, heads = self.before, self.point.batch, self.setting.spec.heads
+        cache = self.empty(-(-(self.point.context + ROOM) // WHOLE) * WHOLE)
         chunk = max(1, CHUNK // (batch * heads.kv * heads.qk_dim))
         for first in range(0, before, chunk):
             cache.append(*self.keys(min(chunk, before - first)), self.phi, None)
+        return cache
+
+    def empty(self, length: int) -> Any:
+        """Pages lie in no order, as after other sequences have come and gone."""
+        options: dict[str, Any] = {"device": self.setting.device, "dtype": self.setting.dtype}
+        if self.serving.page_size:
+            options["page_size"] = self.serving.page_size
+        if self.serving.fp8:
+            options["kv_dtype"] = torch.float8_e4m3fn
+        cache = self.module.KVCache(self.point.batch, length, **options)
+        if cache.table is not None:
+            shuffle = self.setting.source(self.point.batch, self.point.context)  # the same q, k, v in any layout
+            order = torch.randperm(cache.table.numel(), generator=shuffle, device=cache.table.device)
+            cache.table.copy_(order.view_as(cache.table))
         return cache
 
     def keys(self, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -84,30 +102,33 @@ class _Served:
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Of `decode`, but for the cache: q, k, v, gates, φ; the caller's lists."""
         spec = self.setting.spec
-        k, v = self.keys(1)
+        count = self.serving.tokens
+        k, v = self.keys(count)
         by_branch = spec.kv == "per_branch"
         pair = (k, v) if by_branch else (next(iter(k.values())), next(iter(v.values())))
         gates = None
         if spec.combine == "gated_sum":
-            gates = self.setting.rand(self.source, self.point.batch, 1, spec.heads.query, len(spec.branches))
-        return [self.new(1, spec.heads.query, spec.heads.qk_dim), *pair, gates, self.phi], self.lists()
+            gates = self.setting.rand(self.source, self.point.batch, count, spec.heads.query, len(spec.branches))
+        return [self.new(count, spec.heads.query, spec.heads.qk_dim), *pair, gates, self.phi], self.lists()
 
     def lists(self) -> dict[str, Any]:
         selected: Any = self.setting.spec.branches.get("selected")
         if getattr(selected, "scores", "") != "caller":
             return {}
-        own = torch.tensor([(self.point.context - 1) // selected.block], device=self.setting.device)
+        own = torch.arange(self.before, self.point.context, device=self.setting.device) // selected.block
         heads = self.setting.spec.heads.kv
         return {"blocks": random_lists(own, self.point.batch, heads, selected.top_n, self.source)}
 
 
-def ours(module: ModuleType, setting: Setting) -> Case:
+def ours(module: ModuleType, setting: Setting, serving: Serving = PLAIN) -> Case:
     @torch.no_grad()
     def make(point: Point) -> Step:
         torch.manual_seed(0)  # φ's parameters
-        of = _Served(module, setting, point)
+        if point.context <= serving.tokens:
+            raise NsagenError(f"a context of {point.context} has no token before the step's {serving.tokens}")
+        of = _Served(module, setting, point, serving)
         cache, (arguments, more) = of.filled(), of.arguments()
-        at = torch.full_like(cache.lengths, point.context - 1)
+        at = torch.full_like(cache.lengths, of.before)
         decode: Any = getattr(module, "decode")  # noqa: B009
         # Not truncate: it refuses what a ring has lost, and what lies there is random anyway.
         return Step(lambda: decode(*arguments, cache, **more), lambda: cache.lengths.copy_(at))
@@ -115,42 +136,47 @@ def ours(module: ModuleType, setting: Setting) -> Case:
     return Case("nsagen", "ours", make)
 
 
-def dense(setting: Setting, against: Sequence[str] | None) -> list[Case]:
-    """Those asked for, also to say why one cannot run; by default all."""
+def dense(setting: Setting, against: Sequence[str] | None, tokens: int = 1) -> list[Case]:
+    """Those asked for, also to say why one cannot run; by default all; their keys lie in a row, in q's dtype."""
     chosen = DENSE if against is None else tuple(n for n in against if n != "none")
     for name in chosen:
         if name not in DENSE:
             raise NsagenError(f"--decode --against knows no {name!r}: choose from {', '.join(DENSE)}, or none")
     makers = {"fa3": ("dense FA3", _fa3), "sdpa": ("dense SDPA", _sdpa)}
-    return [Case(label, "dense", _maker(setting, make)) for label, make in (makers[n] for n in dict.fromkeys(chosen))]
+    return [
+        Case(label, "dense", _maker(setting, make, tokens))
+        for label, make in (makers[n] for n in dict.fromkeys(chosen))
+    ]
 
 
-def _maker(setting: Setting, make: Callable[[Setting, Point], Step]) -> Callable[[Point], Step]:
-    return lambda point: make(setting, point)
+def _maker(setting: Setting, make: Callable[[Setting, Point, int], Step], tokens: int) -> Callable[[Point], Step]:
+    return lambda point: make(setting, point, tokens)
 
 
-def _dense_inputs(setting: Setting, point: Point) -> tuple[Tensor, Tensor, Tensor]:
+def _dense_inputs(setting: Setting, point: Point, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """q of the step; k and v of every token, [B, T, H, D]."""
     h, source = setting.spec.heads, setting.source(point.context, point.batch)
     rows = (point.batch, point.context, h.kv)
-    q = setting.randn(source, point.batch, 1, h.query, h.qk_dim)
+    q = setting.randn(source, point.batch, tokens, h.query, h.qk_dim)
     return q, setting.randn(source, *rows, h.qk_dim), setting.randn(source, *rows, h.v_dim)
 
 
-def _sdpa(setting: Setting, point: Point) -> Step:
+def _sdpa(setting: Setting, point: Point, tokens: int) -> Step:
     from torch.nn.functional import scaled_dot_product_attention
 
-    q, k, v = (x.transpose(1, 2) for x in _dense_inputs(setting, point))
+    if tokens > 1:
+        raise NsagenError("it has no causal mask for several tokens after others but a dense one")
+    q, k, v = (x.transpose(1, 2) for x in _dense_inputs(setting, point, tokens))
     return Step(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))
 
 
-def _fa3(setting: Setting, point: Point) -> Step:
+def _fa3(setting: Setting, point: Point, tokens: int) -> Step:
     if setting.device != "cuda":
         raise NsagenError("it needs a CUDA device")
     name = installed(FA3_MODULES)
     if not name:
         raise NsagenError("not installed: pip install fa3-fwd")
     attend = importlib.import_module(name).flash_attn_with_kvcache
-    q, k, v = _dense_inputs(setting, point)
+    q, k, v = _dense_inputs(setting, point, tokens)
     lengths = torch.full((point.batch,), point.context, device=setting.device, dtype=torch.int32)
     return Step(lambda: attend(q, k, v, cache_seqlens=lengths, causal=True))

@@ -22,8 +22,34 @@ MOST = 1 << 24
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How the step and its cache are: new tokens of a sequence, tokens of a page, e4m3 keys and values."""
+
+    tokens: int = 1
+    page_size: int | None = None
+    fp8: bool = False
+
+    @property
+    def label(self) -> str:
+        """In words, where it is not the plain one."""
+        tokens = f"{self.tokens} tokens a sequence" if self.tokens > 1 else ""
+        pages = f"pages of {self.page_size}, in no order" if self.page_size else ""
+        return ", ".join(x for x in (tokens, pages, "e4m3 keys and values" if self.fp8 else "") if x)
+
+    @property
+    def words(self) -> list[str]:
+        """The command line's."""
+        pages = ["--page-size", str(self.page_size)] if self.page_size else []
+        tokens = ["--tokens", str(self.tokens)] if self.tokens > 1 else []
+        return [*tokens, *pages, *(["--kv", "fp8"] if self.fp8 else [])]
+
+
+PLAIN = Serving()
+
+
+@dataclass(frozen=True)
 class Point:
-    """`batch` sequences of `context` tokens each, the one of the step included."""
+    """`batch` sequences of `context` tokens each, those of the step included."""
 
     context: int
     batch: int
@@ -59,27 +85,36 @@ def dense_bytes(spec: Spec, point: Point) -> int:
     return point.batch * point.context * h.kv * (h.qk_dim + h.v_dim) * ELEMENT
 
 
-def nsa_bytes(compiled: Compiled, point: Point) -> int:
-    """K and V that the step's query sees, each branch by itself: the blocks that have ended, n·l' selected, w.
+def nsa_bytes(compiled: Compiled, point: Point, serving: Serving = PLAIN) -> int:
+    """K and V that the step's queries see, each branch by itself: the blocks that have ended, n·l' selected, w.
 
-    Keys that do nothing but score blocks (from: pooled) are read, too.
+    Each token of a step selects for itself; what is not selected is read once. Keys that do nothing but score blocks
+    (from: pooled) are read, too. e4m3 rows come with a scale.
     """
-    h = compiled.spec.heads
-    numbers = sum(dims * keys for dims, keys in _reads(compiled.graph, point.context))
-    return point.batch * h.kv * numbers * ELEMENT
+    per = compiled.spec.heads.kv * point.batch
+    return per * sum(
+        keys * (dims + 4 * vectors if serving.fp8 else dims * ELEMENT)
+        for dims, vectors, keys in _reads(compiled.graph, point.context, serving.tokens)
+    )
 
 
-def _reads(graph: Graph, tokens: int) -> Iterator[tuple[int, int]]:
-    """(numbers of a key, keys) of one KV head."""
+def _reads(graph: Graph, tokens: int, new: int) -> Iterator[tuple[int, int, int]]:
+    """(numbers of a key, vectors they make, keys) of one KV head, for the `new` last of `tokens` queries."""
     h, attended = graph.heads, set[str]()
     for node in (n for n in graph.nodes if isinstance(n, Attend)):
         for source in node.sources:
             attended.add(source.k)
-            keys = sum(keys_at(piece, source.axis, tokens - 1, tokens, source.listed) for piece in source.pieces)
-            yield h.qk_dim + h.v_dim, keys
+            queries = range(tokens - new, tokens)
+            seen = [
+                sum(keys_at(piece, source.axis, t, tokens, source.listed) for piece in source.pieces) for t in queries
+            ]
+            # A window slides on by a key a token; pooled keys that end are there for all.
+            slide = new - 1 if source.axis.is_tokens else 0
+            keys = sum(seen) if source.listed else min(seen[-1] + slide, tokens)
+            yield h.qk_dim + h.v_dim, 2, keys
     for node in (n for n in graph.nodes if isinstance(n, LogSumExp)):
         if node.k not in attended:
-            yield h.qk_dim, evaluate(node.axis.length(), {TOKENS.name: tokens})
+            yield h.qk_dim, 1, evaluate(node.axis.length(), {TOKENS.name: tokens})
 
 
 def keys_at(piece: Piece, axis: KeyAxis, query: int, tokens: int, listed: BlockList | None = None) -> int:

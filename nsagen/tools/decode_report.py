@@ -9,17 +9,17 @@ from nsagen.compiler import Compiled
 from nsagen.tools.bench_report import NONE, heading, reasons
 from nsagen.tools.console import table
 from nsagen.tools.decode_clock import Row
-from nsagen.tools.decode_grid import Point, dense_bytes, nsa_bytes
+from nsagen.tools.decode_grid import PLAIN, Point, Serving, dense_bytes, nsa_bytes
 
 DENSE, LIMIT, OURS = "dense at copy bandwidth", "limit: NSA bytes", "nsagen in a graph"
 MILLISECONDS_FROM = 10.0  # below, a column is in microseconds
 
 
-def byte_rows(compiled: Compiled, points: Sequence[Point], bandwidth: float) -> list[Row]:
+def byte_rows(compiled: Compiled, points: Sequence[Point], bandwidth: float, serving: Serving = PLAIN) -> list[Row]:
     """What the bytes alone would take: of dense attention, then of the spec's."""
     sizes = {
         DENSE: lambda p: dense_bytes(compiled.spec, p),
-        LIMIT: lambda p: nsa_bytes(compiled, p),
+        LIMIT: lambda p: nsa_bytes(compiled, p, serving),
     }
     return [
         Row(name, "bytes", p.context, p.batch, ms=1e3 * size(p) / bandwidth)
@@ -79,12 +79,19 @@ def _ratio(a: float | None, b: float | None) -> str:
 
 
 def record(
-    compiled: Compiled, command: str, dtype: str, where: dict[str, Any], bandwidth: float, rows: Sequence[Row]
+    compiled: Compiled,
+    command: str,
+    dtype: str,
+    where: dict[str, Any],
+    bandwidth: float,
+    rows: Sequence[Row],
+    serving: Serving = PLAIN,
 ) -> dict[str, Any]:
-    """The machine, the spec, the bandwidth, bytes of every point, and the rows."""
+    """The machine, the spec, the bandwidth, the step, bytes of every point, and the rows."""
     points = dict.fromkeys(r.point for r in rows)
     sizes = [
-        {**vars(p), "dense_bytes": dense_bytes(compiled.spec, p), "nsa_bytes": nsa_bytes(compiled, p)} for p in points
+        {**vars(p), "dense_bytes": dense_bytes(compiled.spec, p), "nsa_bytes": nsa_bytes(compiled, p, serving)}
+        for p in points
     ]
-    head = heading(compiled, command, dtype, where)
+    head = {**heading(compiled, command, dtype, where), "step": vars(serving)}
     return {**head, "copy_bandwidth": bandwidth, "points": sizes, "rows": [r.record() for r in rows]}

@@ -32,7 +32,7 @@ RATES = {
     "score_lse": Rate(370e12, 9.3e-9),
     "select_scores": Rate(410e12, 1.0e-9),
 }
-LISTED = {"attend_fwd": 0.98 * L2, "attend_dq": 0.83 * L2}  # bytes a second, of the blocks that each query reads
+LISTED = {"attend_fwd": L2, "attend_dq": 0.87 * L2}  # bytes a second, of the blocks that each query reads
 PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
 BEST = 2.8e12, 0.5e-9  # a selection: bytes of scores a second, seconds a query and KV head
 COPY = 3.9e12

@@ -1,8 +1,8 @@
 """A kernel's arguments as Triton's compiler wants them: types, constants and alignment, from the plan.
 
 What a parameter is follows from the plan: X_ptr holds the buffer that the launch binds to the operand X, X_sb, X_st,
-X_sh and X_sp (of parts) are that operand's strides. What is left are scalars of the launch, never
-specialised, and int32 indices that the host makes of cu_seqlens and block lists.
+X_sh and X_sp (of parts) are that operand's strides, X_map0 and X_map1 its tensor maps. What is left are scalars of the
+launch, never specialised, and int32 indices that the host makes of cu_seqlens and block lists.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
 INDICES = ("list", "first", "items", "past", "lengths", "arrivals")  # int32: of block lists, or of a cache
 EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap
+MAPS = ("sm_90", "sm_100")  # where tensor maps are
 LENGTH = 65536  # tokens, where a compile-time size depends on them
 
 
@@ -98,9 +99,18 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
     stem, _, what = name.rpartition("_")
     if what == "ptr":
         return _pointer(stem, job, plan)
+    if what.startswith("map"):
+        return _map(stem, int(what[3:]), job), False
     if what in ("sb", "st", "sh", "sp"):
         return "i32", _aligned(_operand(stem, job.kernel), what, plan)
     return ("fp32" if name == "scale" else "i32"), name == "groups"
+
+
+def _map(stem: str, part: int, job: Job) -> str:
+    if job.arch not in MAPS or DTYPES[job.dtype][1] != 16:
+        return "constexpr"  # None
+    width = (job.kernel.v_parts if stem.startswith("v") else job.kernel.qk_parts)[part]
+    return f"tensordesc<{DTYPES[job.dtype][0]}[1, {job.tile.bn}, 1, {width}]>"
 
 
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:

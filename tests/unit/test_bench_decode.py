@@ -18,7 +18,7 @@ from nsagen.tools.bench_decode import Request
 from nsagen.tools.bench_inputs import Setting
 from nsagen.tools.decode_cases import Case, Step, dense, ours
 from nsagen.tools.decode_clock import Clock, Row
-from nsagen.tools.decode_grid import Point, dense_bytes, grid_of, nsa_bytes
+from nsagen.tools.decode_grid import Point, Serving, dense_bytes, grid_of, nsa_bytes
 from nsagen.tools.decode_plot import plot
 
 H200 = 4.3e12
@@ -78,6 +78,36 @@ def test_a_step_over_a_filled_cache(name: str):
     step.reset()
     assert torch.equal(step.call(), first)
     assert first.abs().min() > 0 if first.isfinite().all() else False
+
+
+@pytest.mark.parametrize("serving", [Serving(3), Serving(2, page_size=16), Serving(fp8=True)], ids=lambda s: s.label)
+def test_other_steps(serving: Serving):
+    compiled, setting = compiled_of(read("tiny")), setting_of("tiny")
+    step = ours(module_of(compiled), setting, serving).make(Point(70, 2))
+    first = step.call()
+    assert first.shape[:2] == (2, serving.tokens)
+    step.reset()
+    assert torch.equal(step.call(), first)
+    if serving != Serving(fp8=True):
+        row = ours(module_of(compiled), setting, Serving(serving.tokens)).make(Point(70, 2)).call()
+        torch.testing.assert_close(first, row)  # wherever the keys lie
+
+
+def test_the_bytes_of_other_steps():
+    """Each token selects for itself, a window slides on, compressed keys are shared; e4m3 is a byte and its scale."""
+    compiled, point = compiled_of(read("nsa_128")), Point(65536, 1)
+    ended = (65536 - 32) // 16 + 1
+    assert nsa_bytes(compiled, point, Serving(4)) == 4 * 512 * (
+        ended + 4 * 1024 - (3 + 2 + 1) + 512 + 3
+    )  # own blocks are not whole
+    assert nsa_bytes(compiled, point, Serving(fp8=True)) * 512 == nsa_bytes(compiled, point) * (256 + 8)
+    assert Serving(4, 64, True).words == ["--tokens", "4", "--page-size", "64", "--kv", "fp8"]
+    assert Serving(4, 64, True).label == "4 tokens a sequence, pages of 64, in no order, e4m3 keys and values"
+
+
+def test_a_step_needs_something_before_it():
+    with pytest.raises(NsagenError, match="a context of 4 has no token before the step's 4"):
+        ours(module_of(compiled_of(read("tiny"))), setting_of("tiny"), Serving(4)).make(Point(4, 1))
 
 
 def test_the_filled_cache_is_what_prefill_makes(monkeypatch):
@@ -179,6 +209,8 @@ def test_the_command_on_the_cpu(tmp_path):
 def test_options_that_do_not_go_together():
     for options, text in (
         (["--grid", "8kx1"], "--grid goes with --decode"),
+        (["--tokens", "2"], "--tokens goes with --decode"),
+        (["--kv", "fp8"], "--kv goes with --decode"),
         (["--decode", "--lengths", "8k"], "--lengths does not go with --decode"),
         (["--decode", "--grid", "8"], "CONTEXTxBATCH"),
     ):

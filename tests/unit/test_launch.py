@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from nsagen.runtime import launch
 
@@ -29,3 +30,29 @@ def test_a_configuration_may_hold_the_compiler_to_few_registers() -> None:
         {"num_warps": 4, "num_stages": 2},
         {"num_warps": 4, "num_stages": 2, "maxnreg": 168},
     )
+
+
+def test_boxes_of_a_block_s_keys() -> None:
+    x = torch.zeros(2, 100, 4, 192, dtype=torch.bfloat16)
+    first, second = launch.maps(x, (128, 64), 32, 64, None)
+    assert first is not None and second is not None
+    assert (first.shape, first.strides) == ([2, 100, 4, 192], [100 * 768, 768, 192, 1])
+    assert (first.block_shape, second.block_shape) == ([1, 32, 1, 128], [1, 32, 1, 64])
+    by_head = launch.maps(x.transpose(1, 2).contiguous().transpose(1, 2), (128, 64), 64, 64, None)
+    assert by_head[0] is not None and by_head[0].strides == [76800, 192, 19200, 1]
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(1, 9, 3, 20, dtype=torch.bfloat16), torch.zeros(1, 9, 1, 64).expand(2, -1, -1, -1),
+          torch.zeros(2 * 9 * 64 + 1)[1:].view(2, 9, 1, 64), torch.zeros(1, 0, 1, 64)],
+    ids=["rows of 40 bytes", "one sequence for two", "address", "no tokens"],
+)  # fmt: skip
+def test_where_there_is_no_box_it_is_pointers(x: torch.Tensor) -> None:
+    assert launch.maps(x, (64,), 16, 64, None) == [None]
+
+
+def test_no_box_passes_the_end_of_what_is_the_program_s() -> None:
+    x = torch.zeros(1, 96, 1, 64)
+    assert launch.maps(x, (64,), 32, 48, None) == [None]  # blocks of 48
+    assert launch.maps(x, (64,), 16, 48, torch.tensor([0, 96])) == [None]  # packed
+    assert launch.maps(x, (64,), 16, 48, None) != [None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsagen.runtime import split
+from nsagen.ir import plan
+from nsagen.runtime import launch, split
 
 
 @pytest.mark.parametrize("programs", [1, 4, 128, 1024, 5000])
@@ -42,3 +43,31 @@ def test_the_longest_walk_counts_from_its_first_step() -> None:
 )  # fmt: skip
 def test_rows_hold_a_group_at_least(queries: int, group: int, dtype: torch.dtype, rows: int) -> None:
     assert split.rows(torch.empty((1, queries, group, 16), dtype=dtype), group) == rows
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is there."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "paged", "label"),
+    [
+        (1, 1, False, "16x64w8s3"), (1, 1, True, "16x64w8s3"), (16, 1, False, "16x64w4s3"), (16, 1, True, "16x64w4s5"),
+        (256, 4, False, "16x64w8s3"),
+    ],
+)  # fmt: skip
+def test_many_programs_take_four_warps(
+    monkeypatch: pytest.MonkeyPatch, batch: int, queries: int, paged: bool, label: str
+) -> None:
+    monkeypatch.setattr(launch, "chip", lambda index: launch.Chip("sm_90", 227 << 10, "some GPU"))
+    shapes = ((64, 8, 3), (64, 4, 3), (32, 4, 3), (64, 4, split.DEEP))
+    tiles = launch.Tiles("a", "b", {("sm_90", 16): tuple(launch.Config(16, *shape, 0) for shape in shapes)})
+    q = torch.empty((batch, queries, 64, 16), dtype=torch.bfloat16).as_subclass(OnGpu)
+    for _ in range(2):
+        assert split.pick(tiles, q, paged, 4).label == label
+
+
+def test_a_deep_pipeline_is_what_the_tables_say() -> None:
+    assert split.DEEP == plan.DEEP
