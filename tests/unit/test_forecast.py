@@ -17,7 +17,7 @@ from nsagen.tools import costs, forecast
 from nsagen.tools.costs import main_ops
 
 ROOT = Path(__file__).parents[2]
-BENCH = json.loads((ROOT / "benchmarks/results/h200_nsa_128_bench_b3fb673.json").read_text())
+BENCH = json.loads((ROOT / "benchmarks/results/h200_nsa_128_bench_57333de.json").read_text())
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 WITHIN = 0.25  # parts from 8k on: below, launches are the time
 
