@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.errors import InputError
-from nsagen.runtime import launch, mean_pool
+from nsagen.runtime import launch, mean_pool, mlp_pool
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 
@@ -93,8 +93,7 @@ class Compressor(nn.Module):
     def of_blocks(self, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """k [N, l, Hkv, Dqk], v [N, l, Hkv, Dv]: a block a row, from token starts (int64 [N]) on -> two [N, Hkv, D]."""
         self._check(k, v, None)
-        rows = _Rows(1, starts)
-        k_cmp, v_cmp = (self._pooled(pool, x, rows)[:, 0] for pool, x in ((self.k, k), (self.v, v)))
+        k_cmp, v_cmp = (pool.of_blocks(x).to(x.dtype) for pool, x in ((self.k, k), (self.v, v)))
         return k_cmp if self.rope is None else self.rope(k_cmp.unsqueeze(0), starts)[0].to(k.dtype), v_cmp
 
     @property
@@ -190,6 +189,10 @@ class Pool(nn.Module):
         by_head = chunks.transpose(2, 3)
         return self.pool(torch.cat([by_head[:, j : j + count] for j in range(self.shape.overlap)], 3))
 
+    def of_blocks(self, x: Tensor) -> Tensor:
+        """[N, l, Hkv, D], a block a row -> [N, Hkv, D]."""
+        return self(x.unflatten(1, (self.shape.overlap, self.shape.stride)), 1)[:, 0]
+
     def pool(self, blocks: Tensor) -> Tensor:
         """[B, n, Hkv, l, D] -> [B, n, Hkv, D]."""
         raise NotImplementedError(f"{type(self).__name__} must define pool or forward")
@@ -245,6 +248,12 @@ class MLPPool(Pool):
         self.bias_in = self.parameter(fan_in**-0.5, heads, width)
         self.weight_out = self.parameter(width**-0.5, heads, width, shape.dim)
         self.bias_out = self.parameter(width**-0.5, heads, shape.dim)
+
+    def of_blocks(self, x: Tensor) -> Tensor:
+        weights = mlp_pool.Weights(self.positions, self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+        own = type(self)
+        untouched = own.forward is Pool.forward and own.pool is MLPPool.pool
+        return mlp_pool.pooled(x, weights) if untouched and mlp_pool.fits(x, weights) else super().of_blocks(x)
 
     def pool(self, blocks: Tensor) -> Tensor:
         hidden = nn.functional.gelu(_affine(blocks, self.weight_in, self.positions) + self.bias_in)
