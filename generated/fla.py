@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  5e436ae2c213
+content  762625040f75
 runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_5e436ae2c213"
+_SPACE = "nsagen_fla_762625040f75"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -194,9 +194,9 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 1, 2, 36864), Config(16, 32, 1, 2, 20480), Config(16, 32, 1, 3, 36864), Config(16, 64, 1, 3, 69632),
-            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
-            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480),
+            Config(16, 64, 1, 2, 36864, maps=True), Config(16, 32, 1, 2, 20480, maps=True), Config(16, 32, 1, 3, 36864, maps=True), Config(16, 64, 1, 3, 69632, maps=True),
+            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864, maps=True), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
+            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480, maps=True),
         ),
         ("sm_90", 32): (
             Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 40960), Config(16, 32, 2, 3, 73728), Config(16, 32, 1, 1, 40960),
@@ -216,9 +216,9 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 49152), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 49152),
         ),
         ("sm_90", 16): (
-            Config(16, 32, 1, 2, 24576), Config(16, 32, 1, 3, 40960), Config(16, 64, 2, 2, 40960), Config(16, 32, 2, 2, 24576),
+            Config(16, 32, 1, 2, 24576, maps=True), Config(16, 32, 1, 3, 40960, maps=True), Config(16, 64, 2, 2, 40960), Config(16, 32, 2, 2, 24576),
             Config(16, 16, 1, 3, 24576), Config(16, 16, 1, 2, 16384), Config(16, 32, 2, 3, 40960), Config(16, 64, 2, 3, 73728),
-            Config(16, 32, 1, 1, 24576), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 1, 24576), Config(16, 16, 1, 1, 16384),
+            Config(16, 32, 1, 1, 24576, maps=True), Config(16, 64, 2, 1, 40960), Config(16, 32, 2, 1, 24576), Config(16, 16, 1, 1, 16384),
         ),
         ("sm_90", 32): (
             Config(16, 32, 2, 1, 49152), Config(16, 32, 2, 2, 49152), Config(16, 32, 1, 1, 49152), Config(16, 32, 1, 2, 49152),
@@ -2790,7 +2790,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
     batch, length = q.shape[:2]
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, launch.mapped(cu_seqlens, k, v))
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
@@ -2810,7 +2810,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["selected_dq"], q)
+    c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_dq[(tiles * 4 * batch,)](
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3236,7 +3236,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
 
 def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, False)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  490b61feab03
+content  fc173b7a2dbd
 runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_490b61feab03"
+_SPACE = "nsagen_mha_16_fc173b7a2dbd"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -196,9 +196,9 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 1, 2, 36864), Config(16, 32, 1, 2, 20480), Config(16, 32, 1, 3, 36864), Config(16, 64, 1, 3, 69632),
-            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
-            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480),
+            Config(16, 64, 1, 2, 36864, maps=True), Config(16, 32, 1, 2, 20480, maps=True), Config(16, 32, 1, 3, 36864, maps=True), Config(16, 64, 1, 3, 69632, maps=True),
+            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864, maps=True), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
+            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480, maps=True),
         ),
         ("sm_90", 32): (
             Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 40960), Config(16, 32, 2, 3, 73728), Config(16, 32, 1, 1, 40960),
@@ -2924,7 +2924,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     batch, length = q.shape[:2]
     if length >= 2048:
         return _selected_by_blocks(q, k, v, blocks, cu_seqlens, scale)
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, launch.mapped(cu_seqlens, k, v))
     out = launch.empty(q, (batch, length, 16, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 16), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
@@ -3399,7 +3399,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
 
 def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     """out [B, m, 16, 128], lse of queries that continue the cached sequences."""
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, False)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 16, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 16), cu_seqlens, torch.float32, float("-inf"))

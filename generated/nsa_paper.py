@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  1c923ec6a724
+content  ac1e3c81e530
 runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_1c923ec6a724"
+_SPACE = "nsagen_nsa_paper_ac1e3c81e530"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -199,9 +199,9 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 53248), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 53248),
         ),
         ("sm_90", 16): (
-            Config(16, 32, 1, 2, 26624), Config(16, 32, 1, 3, 47104), Config(16, 64, 2, 2, 47104), Config(16, 32, 2, 2, 26624),
+            Config(16, 32, 1, 2, 26624, maps=True), Config(16, 32, 1, 3, 47104, maps=True), Config(16, 64, 2, 2, 47104), Config(16, 32, 2, 2, 26624),
             Config(16, 16, 1, 3, 26624), Config(16, 16, 1, 2, 16384), Config(16, 32, 2, 3, 47104), Config(16, 64, 2, 3, 88064),
-            Config(16, 32, 1, 1, 26624), Config(16, 64, 2, 1, 47104), Config(16, 32, 2, 1, 26624), Config(16, 16, 1, 1, 16384),
+            Config(16, 32, 1, 1, 26624, maps=True), Config(16, 64, 2, 1, 47104), Config(16, 32, 2, 1, 26624), Config(16, 16, 1, 1, 16384),
         ),
         ("sm_90", 32): (
             Config(16, 32, 2, 1, 53248), Config(16, 32, 2, 2, 53248), Config(16, 32, 1, 1, 53248), Config(16, 32, 1, 2, 53248),
@@ -221,8 +221,8 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 61440), Config(16, 16, 2, 1, 40960), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 61440),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 2, 2, 51200), Config(16, 32, 2, 2, 30720), Config(16, 32, 2, 3, 51200), Config(16, 64, 2, 3, 92160),
-            Config(16, 64, 2, 1, 51200), Config(16, 32, 2, 1, 30720), Config(16, 16, 2, 3, 30720), Config(16, 16, 2, 2, 20480),
+            Config(16, 64, 2, 2, 51200, maps=True), Config(16, 32, 2, 2, 30720), Config(16, 32, 2, 3, 51200), Config(16, 64, 2, 3, 92160, maps=True),
+            Config(16, 64, 2, 1, 51200, maps=True), Config(16, 32, 2, 1, 30720), Config(16, 16, 2, 3, 30720), Config(16, 16, 2, 2, 20480),
             Config(16, 16, 2, 1, 20480), Config(16, 64, 4, 2, 51200), Config(16, 64, 4, 3, 92160), Config(16, 32, 4, 3, 51200),
         ),
         ("sm_90", 32): (
@@ -2976,7 +2976,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
     batch, length = q.shape[:2]
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, launch.mapped(cu_seqlens, k, v))
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
@@ -2996,7 +2996,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["selected_dq"], q)
+    c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_dq[(tiles * 4 * batch,)](
         q, k, v, blocks, *launch.maps(k, (128, 64), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3422,7 +3422,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
 
 def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, False)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))

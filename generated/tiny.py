@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  4729fb5991bd
+content  0fd2650e7170
 runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_4729fb5991bd"
+_SPACE = "nsagen_tiny_0fd2650e7170"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2834,7 +2834,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
     batch, length = q.shape[:2]
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, launch.mapped(cu_seqlens, k, v))
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
@@ -2854,7 +2854,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["selected_dq"], q)
+    c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_dq[(tiles * 2 * batch,)](
         q, k, v, blocks, *launch.maps(k, (32,), c.bn, 16, cu_seqlens), *launch.maps(v, (16,), c.bn, 16, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3280,7 +3280,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
 
 def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     """out [B, m, 6, 16], lse of queries that continue the cached sequences."""
-    c = launch.pick(_CONFIGS["selected_fwd"], q)
+    c = launch.pick(_CONFIGS["selected_fwd"], q, False)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))

@@ -348,9 +348,11 @@ def bench(
         serving = Serving(tokens or 1, page_size, kv is not None)
         _bench_decode(spec, lengths, grid, dtype, device, against, rep, json, plot, serving)
         return
-    for name, given in (("--grid", grid), ("--tokens", tokens), ("--page-size", page_size), ("--kv", kv)):
+    if grid is not None:
+        raise _usage("--grid goes with --decode: without it, give --lengths")
+    for name, given in (("--tokens", tokens), ("--page-size", page_size), ("--kv", kv)):
         if given is not None:
-            raise _usage(f"{name} goes with --decode: without it, give --lengths")
+            raise _usage(f"{name} goes with --decode: add it, or leave {name} out")
     from nsagen.tools.bench import Request, run
 
     request = Request(

@@ -27,7 +27,9 @@ Body = Literal[
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 BY_LISTS = ("attend_fwd", "attend_dq")  # bodies whose query tiles may find their keys by block lists
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
-DEEP = 5  # stages of a decoding step over pages: half of them are between the table and the keys
+DEEP = (
+    5  # stages of a decoding step over pages, half of them between the table and the keys; runtime/split.py asks for it
+)
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]
 
@@ -150,6 +152,7 @@ class TileConfig:
     cost: float  # estimated, relative to the useful work at the peak rate
     dropped: str | None = None  # the reason, for a candidate that does not survive
     cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
+    maps: bool = False  # only by tensor maps: by pointers it would spill
 
     @property
     def label(self) -> str:
@@ -199,6 +202,11 @@ class Kernel:
     def follows_lists(self, source: int) -> bool:
         """Whether query tiles find the source's keys by block lists."""
         return self.body in BY_LISTS and any(w.listed for w in self.walks if w.source == source)
+
+    def mapped(self, source: int, bn: int = 1) -> bool:
+        """Whether the source's tiles of bn keys can come by tensor maps: boxes of listed blocks, in no pages."""
+        listed = [w.listed for w in self.walks if w.source == source]
+        return self.body in BY_LISTS and not self.cached and all(x and x.size % bn == 0 for x in listed)
 
 
 FACTS = {

@@ -7,9 +7,10 @@ from itertools import product
 
 from nsagen.ir.graph import Heads
 from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Kernel, Plan, TileConfig, TileTable
-from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, resources
+from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
 
 BITS = (16, 32)
+MOST_REGISTERS = 255  # a thread
 THIRD = 168  # registers a thread, of 64 Ki for three programs of 128 threads
 UNROLLED = 128  # float32 scores a warp: more, and a kernel spills and takes minutes to compile
 
@@ -112,18 +113,21 @@ def _shared_shapes(kernel: Kernel, heads: Heads, bits: int) -> list[tuple[int, i
     if many or len(columns) < 3:
         return shapes
     deep = (rows, 64 if merges else 32, 4, DEEP)
-    ringed = any(o.ring for o in kernel.operands)  # a ring has no table: all stages would be keys
+    ringed = any(o.ring for o in kernel.operands)  # a ring has no table: all five stages would be its keys
     return [*shapes, *([(rows, 64, 4, 3)] if merges else []), *([] if ringed else [deep])]
 
 
 def _judge(
     kernel: Kernel, heads: Heads, arch: Arch, bits: int, bm: int, bn: int, warps: int, stages: int
 ) -> TileConfig:
-    use = resources(kernel, arch, bits, bm, bn, warps, stages)
+    by_map, by_pointers = maps(kernel, arch, bits, bn), resources(kernel, bits, bm, bn, warps, stages)
+    use = resources(kernel, bits, bm, bn, warps, stages, by_map)
     waste, trips = loop_shape(kernel, heads, bm, bn)
     speed = arch.efficiency(kernel.body, bits, bm, bn, warps, stages, trips) * arch.filled(bits, use.smem, warps)
     cost = round(waste / speed, 3)
-    return TileConfig(bm, bn, warps, stages, use.smem, use.registers, cost, _dropped(use, arch, bits, bm * bn, warps))
+    dropped = _dropped(use, arch, bits, bm * bn, warps)
+    only_maps = by_map and by_pointers.registers > MOST_REGISTERS
+    return TileConfig(bm, bn, warps, stages, use.smem, use.registers, cost, dropped, maps=only_maps)
 
 
 def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | None:
@@ -131,4 +135,6 @@ def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | 
         return f"shared memory {use.smem} > {arch.smem}"
     if bits == 32 and scores > UNROLLED * max(warps, 4):
         return f"{scores} float32 scores on {warps} warps: without tensor cores each is unrolled"
-    return f"registers {use.registers} > 255" if use.registers > 255 and bits == 16 else None
+    if use.registers > MOST_REGISTERS and bits == 16:
+        return f"registers {use.registers} > {MOST_REGISTERS}"
+    return None

@@ -15,7 +15,8 @@ class Arch:
     name: str
     smem: int  # bytes a block can have
     sm: int  # bytes a multiprocessor has, of which every block takes 1 KiB more than it asks for
-    wgmma: bool  # tensor cores read both operands from shared memory, from 64 rows on; and there are tensor maps
+    wgmma: bool  # tensor cores read both operands from shared memory, from 64 rows on
+    maps: bool  # a copy engine takes boxes out of tensors (TMA)
 
     def efficiency(self, body: Body, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
         """Fraction of the peak rate that a tile reaches; constants fitted on an H200 (docs/performance.md).
@@ -62,9 +63,9 @@ class Arch:
 
 
 ARCHES = (
-    Arch("sm_80", 163 << 10, 164 << 10, False),
-    Arch("sm_90", 227 << 10, 228 << 10, True),
-    Arch("sm_100", 227 << 10, 228 << 10, True),
+    Arch("sm_80", 163 << 10, 164 << 10, False, False),
+    Arch("sm_90", 227 << 10, 228 << 10, True, True),
+    Arch("sm_100", 227 << 10, 228 << 10, True, True),
 )
 
 
@@ -74,7 +75,12 @@ class Use:
     registers: int
 
 
-def resources(kernel: Kernel, arch: Arch, bits: int, bm: int, bn: int, warps: int, stages: int) -> Use:
+def maps(kernel: Kernel, arch: Arch, bits: int, bn: int) -> bool:
+    """Whether all keys can come by tensor maps; the launch decides (runtime/launch.py)."""
+    return arch.maps and bits == 16 and bool(kernel.walks) and all(kernel.mapped(w.source, bn) for w in kernel.walks)
+
+
+def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: int, by_map: bool = False) -> Use:
     """Shared memory: the resident tile plus `stages` of the walked one. Registers: accumulators, scores, pointers."""
     listed = bool(kernel.walks) and all(kernel.follows_lists(w.source) for w in kernel.walks)
     if listed:
@@ -106,8 +112,8 @@ def resources(kernel: Kernel, arch: Arch, bits: int, bm: int, bn: int, warps: in
     if bits == 16 and by_query and bm < 64:  # mma.sync: operands in registers
         words += bm * (qk + (v if kernel.body == "attend_dq" else 0)) // 2 + bn * qk // 4
     pointers = 2 * walked * (qk + v) / (16 // size)  # one 64-bit address a 16-byte load
-    if listed and not kernel.cached and arch.wgmma and bits == 16:
-        pointers = 0  # tensor maps
+    if by_map:
+        pointers = 0
     if any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
         pointers /= 2  # one gather of rows: q and d_out lie alike, and a block's keys are held
     return Use(round(smem), round((words + pointers) / threads) + 40)

@@ -56,7 +56,7 @@ def _access(kernel: Kernel, operand: Operand, bound: dict[tuple[str, str], list[
 
 def _mapped(kernel: Kernel, operand: Operand) -> bool:
     """A cache's rows may lie in pages, and what a key tile walks is gathered: neither is a box."""
-    return operand.role in ("k", "v") and not kernel.cached and kernel.follows_lists(operand.source)
+    return operand.role in ("k", "v") and kernel.mapped(operand.source)
 
 
 def _guard(kernel: Kernel, operand: Operand) -> Literal["tile", "segment"]:

@@ -74,11 +74,17 @@ class BranchView:
     merge: str
     list_dq: bool  # dq comes in parts from the kernel of dk and dv
     column: int  # of its gate, where there are gates
-    maps: tuple[str, ...]  # the tensor maps of fwd and dq, as a launch makes them for its config c
+    mapped: tuple[str, ...]  # keys and values that fwd and dq can take by tensor maps
+    maps: tuple[str, ...]  # those, as a launch makes them for its config c
 
     @property
     def listed(self) -> bool:
         return any(s.listed for s in self.sources)
+
+    @property
+    def by_maps(self) -> str:
+        """What `launch.pick` is told, where it matters."""
+        return f", launch.mapped(cu_seqlens, {', '.join(self.mapped)})" if self.mapped else ""
 
     @property
     def keys(self) -> list[str]:
@@ -159,6 +165,7 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
     bodies = {k.name: k.body for k in plan.kernels}
     by_blocks = f"{node.branch}_list" if f"{node.branch}_list" in bodies else None
     guards = [g for op in plan.ops for x in op.launches if x.kernel == by_blocks for g in x.when]
+    maps = list(_maps(plan, f"{node.branch}_fwd", sources))
     return BranchView(
         branch=node.branch,
         fwd=f"{node.branch}_fwd",
@@ -170,17 +177,19 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         merge=f"{node.branch}_merge",
         list_dq=bodies[f"{node.branch}_dq"] == "sum_lists",
         column=column,
-        maps=tuple(_maps(plan, f"{node.branch}_fwd", sources)),
+        mapped=tuple(x for x, _ in maps),
+        maps=tuple(made for _, made in maps),
     )
 
 
-def _maps(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator[str]:
+def _maps(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator[tuple[str, str]]:
+    """(keys or values, their maps)."""
     kernel = plan.kernel(name)
     mapped = {a.operand for a in kernel.accesses if a.map}
     for s in sources:
         for operand, widths in ((s.k, kernel.qk_parts), (s.v, kernel.v_parts)):
             if operand in mapped and s.listed:
-                yield f"launch.maps({operand}, {widths}, c.bn, {s.listed.size}, cu_seqlens)"
+                yield operand, f"launch.maps({operand}, {widths}, c.bn, {s.listed.size}, cu_seqlens)"
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:

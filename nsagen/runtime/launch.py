@@ -24,6 +24,7 @@ class Config(NamedTuple):
     stages: int
     smem: int  # bytes it needs
     cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
+    maps: bool = False  # only by tensor maps: by pointers it would spill
 
     @property
     def options(self) -> dict[str, int]:
@@ -65,26 +66,27 @@ def use_kernels(x: torch.Tensor) -> bool:
     return triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def pick(tiles: Tiles, x: torch.Tensor) -> Config:
+def pick(tiles: Tiles, x: torch.Tensor, by_maps: bool = True) -> Config:
     """The configuration for x's device, dtype and length: the fastest measured, else the first that fits the device.
 
-    Under the interpreter the smallest, which is the fastest there. Compiles and measures nothing; again, a look-up.
+    by_maps: whether the launch brings tensor maps (`mapped`), where its kernel can take them. Under the interpreter the
+    smallest, which is the fastest there. Compiles and measures nothing; again, a look-up.
     """
     if tiles.forced is not None:
         return tiles.forced
-    at = (x.device, x.dtype, x.dtype == torch.float32 and precision(x), tuned.bucket(x.shape[1]))
+    at = (x.device, x.dtype, x.dtype == torch.float32 and precision(x), by_maps, tuned.bucket(x.shape[1]))
     config = tiles.picked.get(at)
     if config is None:
-        config = tiles.picked[at] = _look_up(tiles, x)
+        config = tiles.picked[at] = _look_up(tiles, x, by_maps)
     return config
 
 
-def _look_up(tiles: Tiles, x: torch.Tensor) -> Config:
+def _look_up(tiles: Tiles, x: torch.Tensor, by_maps: bool) -> Config:
     bits = 16 if x.dtype in (torch.bfloat16, torch.float16) else 32
     if not x.is_cuda:
         return min(tiles.configs["sm_80", bits], key=lambda c: c.bm * c.bn)
     here = chip(x.device.index or 0)
-    fitting = {c.label: c for c in candidates(tiles, here, bits)}
+    fitting = {c.label: c for c in candidates(tiles, here, bits) if by_maps or not c.maps}
     fastest = tuned.fastest(tiles.kernel, tiles.key, place(here, x.dtype, x.shape[1]), list(fitting))
     return fitting[fastest or next(iter(fitting))]
 
@@ -144,27 +146,36 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
+def mapped(cu_seqlens: torch.Tensor | None, *keys: torch.Tensor) -> bool:
+    """Whether a launch brings tensor maps of these keys and values [B, T, H, D].
+
+    Not on chips without a copy engine for them, not of addresses that 16 bytes do not divide, nor of float32 (whose
+    products take rows out of boxes at the price of spills), nor where a box may pass the end of a packed sequence.
+    """
+    return cu_seqlens is None and all(map(_can_map, keys))
+
+
 def maps(
     x: torch.Tensor, widths: tuple[int, ...], rows: int, block: int, cu_seqlens: torch.Tensor | None
 ) -> list[TensorDescriptor | None]:
-    """Tensor maps of keys or values [B, T, H, D] for boxes of `rows` rows of one head, one for each part of D.
+    """Tensor maps of x for boxes of `rows` rows of one head, one for each part of D.
 
-    None, and a kernel goes by pointers: on chips without a copy engine for them, of addresses that 16 bytes do not
-    divide, of float32 (whose products take rows out of boxes at the price of spills), and where a box may pass the end
-    of what is the program's own, a packed sequence or a block.
+    None, and the kernel goes by pointers, where there are no maps or rows do not divide a block.
     """
-    if cu_seqlens is not None or block % rows or not _can_map(x):
+    if block % rows or not mapped(cu_seqlens, x):
         return [None] * len(widths)
-    return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, width]) for width in widths]
+    some = x.shape[-1] * x.element_size()  # for the stride of a dim of one, which may be anything
+    strides = [stride if size > 1 else some for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return [TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, width]) for width in widths]
 
 
 def _can_map(x: torch.Tensor) -> bool:
-    steps = [s * x.element_size() for s in x.stride()[:-1]]
+    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
     if x.data_ptr() % 16 or any(s <= 0 or s % 16 for s in steps) or not x.numel():
         return False
     if not x.is_cuda:
         return True  # the interpreter has them, for every dtype
-    return x.element_size() == 2 and torch.version.hip is None and chip(x.device.index or 0).arch != ARCHES[0]
+    return x.element_size() == 2 and chip(x.device.index or 0).arch != ARCHES[0]
 
 
 def rest(q: torch.Tensor, shape: tuple[int, ...] | None = None, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:

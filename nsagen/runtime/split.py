@@ -47,8 +47,8 @@ def pick(tiles: Tiles, q: Tensor, paged: bool, heads: int) -> Config:
     config = tiles.picked.get(at)
     if config is None:
         fitting = launch.candidates(tiles, launch.chip(q.device.index or 0), 8 * q.element_size())
-        kind = [c for c in fitting if c.warps == 4 and (c.stages == DEEP) == paged]
-        config = tiles.picked[at] = next(iter(kind), first)
+        four = [c for c in fitting if c.warps == 4]
+        config = tiles.picked[at] = min(four, key=lambda c: (c.stages == DEEP) != paged, default=first)
     return config
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsagen.compiler import Compiled
+from nsagen.errors import NsagenError
 from nsagen.tools.bench import settle
 from nsagen.tools.console import track
 from nsagen.tools.decode_grid import PLAIN, Point, Serving, grid_of
@@ -51,12 +52,14 @@ def run(compiled: Compiled, request: Request) -> bool:
     """
     points = grid_of(request.grid, compiled.spec, request.device)
     settle(request.json, request.plot, request.device)
+    _check(compiled, points, request.serving)
     from nsagen.tools import bench_report, decode_report
     from nsagen.tools.decode_clock import Clock, copy_bandwidth
 
     cases = _cases(compiled, request)
     where = bench_report.environment(request.device)
-    default = bench_report.default_file(compiled.spec.name, request.dtype, where, "decode") if where["gpu"] else None
+    what = "_".join(["decode", *(w.strip("-").replace("-", "_") for w in request.serving.words)])
+    default = bench_report.default_file(compiled.spec.name, request.dtype, where, what) if where["gpu"] else None
     json = request.json or default
     bandwidth = copy_bandwidth(request.device, request.rep)
     clock = Clock(request.device, request.rep)
@@ -75,12 +78,27 @@ def run(compiled: Compiled, request: Request) -> bool:
     if request.plot:
         from nsagen.tools.decode_plot import plot
 
-        on = where["gpu"] or "CPU, torch path"
-        print(f"wrote {plot(clock.rows, f'{compiled.spec.name}: one step on {on}, {request.dtype}', request.plot)}")
+        on = ", ".join(filter(None, (where["gpu"] or "CPU, torch path", request.dtype, request.serving.label)))
+        print(f"wrote {plot(clock.rows, f'{compiled.spec.name}: one step on {on}', request.plot)}")
     if json:
         save()
         print(f"wrote {json}")
     return whole_run and any(r.kind == "ours" and r.ms is not None for r in clock.rows)
+
+
+def _check(compiled: Compiled, points: Sequence[Point], serving: Serving) -> None:
+    """Refuse what no point, or one of them, can be."""
+    from nsagen.api import module_of
+    from nsagen.runtime.cache_shape import whole_length
+
+    short = [p.label for p in points if p.context <= serving.tokens]
+    if short:
+        raise NsagenError(
+            f"--grid {','.join(short)}: a context holds more than the {serving.tokens} tokens of the step "
+            "(--tokens): raise the one or lower the other"
+        )
+    layout: Any = getattr(module_of(compiled), "_LAYOUT")  # noqa: B009
+    whole_length(layout, 1, 1, serving.page_size, None)
 
 
 def _cases(compiled: Compiled, request: Request) -> list[Case]:

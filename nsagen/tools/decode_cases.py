@@ -17,7 +17,7 @@ from nsagen.tools.decode_grid import PLAIN, Point, Serving
 from nsagen.tools.dense import FA3_MODULES, installed
 from nsagen.tools.random_lists import random_lists
 
-ROOM = 64  # tokens past the context at least, so that several steps follow each other before any is taken back
+ROOM = 64  # steps past the context at least, so that several follow each other before any is taken back
 WHOLE = 256  # max_len is a multiple: whole blocks of every spec's size
 CHUNK = 16 << 20  # numbers of K that are drawn and appended at once
 DENSE = ("fa3", "sdpa")
@@ -67,7 +67,7 @@ class _Served:
     def filled(self) -> Any:
         """Keys and values go straight to the cache: nothing attends to them before the step."""
         before, batch, heads = self.before, self.point.batch, self.setting.spec.heads
-        cache = self.empty(-(-(self.point.context + ROOM) // WHOLE) * WHOLE)
+        cache = self.empty(-(-(self.point.context + ROOM * self.serving.tokens) // WHOLE) * WHOLE)
         chunk = max(1, CHUNK // (batch * heads.kv * heads.qk_dim))
         for first in range(0, before, chunk):
             cache.append(*self.keys(min(chunk, before - first)), self.phi, None)
@@ -124,8 +124,6 @@ def ours(module: ModuleType, setting: Setting, serving: Serving = PLAIN) -> Case
     @torch.no_grad()
     def make(point: Point) -> Step:
         torch.manual_seed(0)  # φ's parameters
-        if point.context <= serving.tokens:
-            raise NsagenError(f"a context of {point.context} has no token before the step's {serving.tokens}")
         of = _Served(module, setting, point, serving)
         cache, (arguments, more) = of.filled(), of.arguments()
         at = torch.full_like(cache.lengths, of.before)

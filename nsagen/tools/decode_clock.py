@@ -20,7 +20,7 @@ from nsagen.tools.decode_grid import Point
 
 FLUSH = 256 << 20  # bytes, more than any L2
 COPY = 1 << 30
-RUN = 8  # eager steps in a row: what may be taken back of any cache
+RUN = 8  # eager steps in a row
 LEAST, MOST = 5, 2000  # steps or runs that are timed
 NO_GRAPH = "there are no CUDA graphs on the CPU"
 

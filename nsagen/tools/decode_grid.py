@@ -88,8 +88,8 @@ def dense_bytes(spec: Spec, point: Point) -> int:
 def nsa_bytes(compiled: Compiled, point: Point, serving: Serving = PLAIN) -> int:
     """K and V that the step's queries see, each branch by itself: the blocks that have ended, n·l' selected, w.
 
-    Each token of a step selects for itself; what is not selected is read once. Keys that do nothing but score blocks
-    (from: pooled) are read, too. e4m3 rows come with a scale.
+    What several tokens of a step see is read once; of their lists all, as if they chose different blocks, but no more
+    than there is. Keys that do nothing but score blocks (from: pooled) are read, too. e4m3 rows come with a scale.
     """
     per = compiled.spec.heads.kv * point.batch
     return per * sum(
@@ -105,23 +105,26 @@ def _reads(graph: Graph, tokens: int, new: int) -> Iterator[tuple[int, int, int]
         for source in node.sources:
             attended.add(source.k)
             queries = range(tokens - new, tokens)
-            seen = [
-                sum(keys_at(piece, source.axis, t, tokens, source.listed) for piece in source.pieces) for t in queries
-            ]
-            # A window slides on by a key a token; pooled keys that end are there for all.
-            slide = new - 1 if source.axis.is_tokens else 0
-            keys = sum(seen) if source.listed else min(seen[-1] + slide, tokens)
+            keys = sum(keys_of(piece, source.axis, queries, tokens, source.listed) for piece in source.pieces)
             yield h.qk_dim + h.v_dim, 2, keys
     for node in (n for n in graph.nodes if isinstance(n, LogSumExp)):
         if node.k not in attended:
             yield h.qk_dim, 1, evaluate(node.axis.length(), {TOKENS.name: tokens})
 
 
-def keys_at(piece: Piece, axis: KeyAxis, query: int, tokens: int, listed: BlockList | None = None) -> int:
-    """The keys that one query sees, of `tokens` tokens; of a list, all of its blocks where there are so many."""
+def keys_of(piece: Piece, axis: KeyAxis, queries: range, tokens: int, listed: BlockList | None = None) -> int:
+    """The keys that some of the queries see, of `tokens` tokens; of a list all of its blocks, if there are so many."""
+    seen = [_keys_at(piece, axis, t, tokens) for t in queries]
+    union = len(set[int]().union(*seen))
+    if listed is None:
+        return union
+    own = [(listed.count - 1) * listed.size + t % listed.size + 1 for t in queries]
+    return min(union, sum(min(len(s), most) for s, most in zip(seen, own, strict=True)))
+
+
+def _keys_at(piece: Piece, axis: KeyAxis, query: int, tokens: int) -> range | set[int]:
     env = {QUERY.name: query, TOKENS.name: tokens, N.name: evaluate(axis.length(), {TOKENS.name: tokens})}
     at = keys_of_query(piece, axis)
     inside = range(evaluate(at.lo, env), evaluate(at.hi, env))
     thinned = [c for c in piece.where if isinstance(c, Multiple)]
-    seen = sum(all(c.holds({**env, KEY.name: s}) for c in thinned) for s in inside) if thinned else len(inside)
-    return min(seen, (listed.count - 1) * listed.size + query % listed.size + 1) if listed else seen
+    return {s for s in inside if all(c.holds({**env, KEY.name: s}) for c in thinned)} if thinned else inside

@@ -107,7 +107,9 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
 
 
 def _map(stem: str, part: int, job: Job) -> str:
-    if job.arch not in MAPS or DTYPES[job.dtype][1] != 16:
+    operand = _operand(stem, job.kernel)
+    known = job.arch in MAPS and DTYPES[job.dtype][1] == 16
+    if not known or operand is None or not job.kernel.mapped(operand.source, job.tile.bn):
         return "constexpr"  # None
     width = (job.kernel.v_parts if stem.startswith("v") else job.kernel.qk_parts)[part]
     return f"tensordesc<{DTYPES[job.dtype][0]}[1, {job.tile.bn}, 1, {width}]>"

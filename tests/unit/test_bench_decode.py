@@ -101,13 +101,20 @@ def test_the_bytes_of_other_steps():
         ended + 4 * 1024 - (3 + 2 + 1) + 512 + 3
     )  # own blocks are not whole
     assert nsa_bytes(compiled, point, Serving(fp8=True)) * 512 == nsa_bytes(compiled, point) * (256 + 8)
+    short = compiled_of(read("selected_only"))
+    assert nsa_bytes(short, Point(1024, 1), Serving(8)) <= dense_bytes(short.spec, Point(1024, 1))
     assert Serving(4, 64, True).words == ["--tokens", "4", "--page-size", "64", "--kv", "fp8"]
     assert Serving(4, 64, True).label == "4 tokens a sequence, pages of 64, in no order, e4m3 keys and values"
 
 
-def test_a_step_needs_something_before_it():
-    with pytest.raises(NsagenError, match="a context of 4 has no token before the step's 4"):
-        ours(module_of(compiled_of(read("tiny"))), setting_of("tiny"), Serving(4)).make(Point(4, 1))
+def test_what_no_point_can_be_is_refused_before_anything_is_measured(tmp_path):
+    for options, text in (
+        (["--tokens", "4", "--grid", "40x1,4x2"], "--grid 4x2: a context holds more than the 4 tokens of the step"),
+        (["--page-size", "7"], "page_size must be a multiple of"),
+    ):
+        done = shell(tmp_path, "tiny", "--decode", "--device", "cpu", *options)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert text in done.stderr
 
 
 def test_the_filled_cache_is_what_prefill_makes(monkeypatch):
