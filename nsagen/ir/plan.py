@@ -205,8 +205,8 @@ class Kernel:
 
     def mapped(self, source: int, bn: int = 1) -> bool:
         """Whether the source's tiles of bn keys can come by tensor maps: boxes of listed blocks, in no pages."""
-        listed = [w.listed for w in self.walks if w.source == source]
-        return self.body in BY_LISTS and not self.cached and all(x and x.size % bn == 0 for x in listed)
+        sizes = [w.listed.size for w in self.walks if w.source == source and w.listed]
+        return self.follows_lists(source) and not self.cached and all(size % bn == 0 for size in sizes)
 
 
 FACTS = {

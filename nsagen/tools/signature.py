@@ -13,13 +13,14 @@ from typing import Any
 from nsagen.errors import CompileError
 from nsagen.ir.graph import Select
 from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
+from nsagen.passes.machine import ARCHES
 
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
 INDICES = ("list", "first", "items", "past", "lengths", "arrivals")  # int32: of block lists, or of a cache
 EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap
-MAPS = ("sm_90", "sm_100")  # where tensor maps are
+MAPS = tuple(a.name for a in ARCHES if a.maps)
 LENGTH = 65536  # tokens, where a compile-time size depends on them
 
 

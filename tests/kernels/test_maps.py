@@ -56,16 +56,3 @@ def test_the_same_as_by_pointers(layout: str, device: str, monkeypatch: pytest.M
     for a, b in zip(by_maps, by_pointers, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
     assert by_maps[0].isfinite().all() and by_maps[0].abs().sum() > 0
-
-
-def test_pointers_take_no_tile_that_would_spill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "chip", lambda index: launch.Chip("sm_90", 227 << 10, "some GPU"))
-    narrow, wide = launch.Config(16, 16, 1, 3, 0), launch.Config(16, 32, 1, 3, 0, maps=True)
-    tiles = launch.Tiles("a", "b", {("sm_90", 16): (wide, narrow)})
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True  # type: ignore[assignment]
-
-    q = torch.empty((1, 64, 16, 128), dtype=torch.bfloat16).as_subclass(OnGpu)
-    assert launch.pick(tiles, q) == wide
-    assert launch.pick(tiles, q, False) == narrow

@@ -8,6 +8,12 @@ import torch
 from nsagen.runtime import launch
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it is there."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("programs", "length", "step", "expected"),
     [
@@ -56,3 +62,13 @@ def test_no_box_passes_the_end_of_what_is_the_program_s() -> None:
     assert launch.maps(x, (64,), 32, 48, None) == [None]  # blocks of 48
     assert launch.maps(x, (64,), 16, 48, torch.tensor([0, 96])) == [None]  # packed
     assert launch.maps(x, (64,), 16, 48, None) != [None]
+
+
+def test_pointers_take_no_tile_that_would_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "chip", lambda index: launch.Chip("sm_90", 227 << 10, "some GPU"))
+    narrow, wide = launch.Config(16, 16, 1, 3, 0), launch.Config(16, 32, 1, 3, 0, maps=True)
+    tiles = launch.Tiles("a", "b", {("sm_90", 16): (wide, narrow)})
+
+    q = torch.empty((1, 64, 16, 128), dtype=torch.bfloat16).as_subclass(OnGpu)
+    assert launch.pick(tiles, q) == wide
+    assert launch.pick(tiles, q, False) == narrow

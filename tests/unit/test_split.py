@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_launch import OnGpu
 
 from nsagen.ir import plan
 from nsagen.runtime import launch, split
@@ -43,12 +44,6 @@ def test_the_longest_walk_counts_from_its_first_step() -> None:
 )  # fmt: skip
 def test_rows_hold_a_group_at_least(queries: int, group: int, dtype: torch.dtype, rows: int) -> None:
     assert split.rows(torch.empty((1, queries, group, 16), dtype=dtype), group) == rows
-
-
-class OnGpu(torch.Tensor):
-    """A tensor that says it is there."""
-
-    is_cuda = True  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
