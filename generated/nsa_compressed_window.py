@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  e2725731f8e7
+content  6673165adb58
 runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_e2725731f8e7"
+_SPACE = "nsagen_nsa_compressed_window_6673165adb58"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1559,8 +1559,8 @@ def cache_append(
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
-                    tl.store(rows_ptr + slot, tl.where(ended & (out_row >= 0), out_row, spare).to(tl.int32))
-                    tl.store(starts_ptr + slot, start)
+                    tl.store(rows_ptr + slot, tl.where(ended & (out_row >= 0), out_row, spare).to(tl.int64))
+                    tl.store(starts_ptr + slot, start.to(tl.int64))
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh

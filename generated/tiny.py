@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  0fd2650e7170
+content  6b144a256db9
 runtime  9
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_0fd2650e7170"
+_SPACE = "nsagen_tiny_6b144a256db9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2695,8 +2695,8 @@ def cache_append(
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 4)
-                    tl.store(rows_ptr + slot, tl.where(ended & (out_row >= 0), out_row, spare).to(tl.int32))
-                    tl.store(starts_ptr + slot, start)
+                    tl.store(rows_ptr + slot, tl.where(ended & (out_row >= 0), out_row, spare).to(tl.int64))
+                    tl.store(starts_ptr + slot, start.to(tl.int64))
             else:
                 if ended & (out_row >= 0):
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh

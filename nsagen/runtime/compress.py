@@ -93,8 +93,18 @@ class Compressor(nn.Module):
     def of_blocks(self, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """k [N, l, Hkv, Dqk], v [N, l, Hkv, Dv]: a block a row, from token starts (int64 [N]) on -> two [N, Hkv, D]."""
         self._check(k, v, None)
-        k_cmp, v_cmp = (pool.of_blocks(x).to(x.dtype) for pool, x in ((self.k, k), (self.v, v)))
+        k_cmp, v_cmp = self._of_blocks(k, v)
         return k_cmp if self.rope is None else self.rope(k_cmp.unsqueeze(0), starts)[0].to(k.dtype), v_cmp
+
+    def write_blocks(
+        self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor
+    ) -> None:
+        """What of_blocks gives, to rows (int64 [N]) of k_cmp and v_cmp [R, Hkv, D]."""
+        for into, x in zip((k_cmp, v_cmp), self.of_blocks(k, v, starts), strict=True):
+            into.index_copy_(0, rows, x.to(into.dtype))
+
+    def _of_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k.of_blocks(k).to(k.dtype), self.v.of_blocks(v).to(v.dtype)
 
     @property
     def plain_mean(self) -> bool:
@@ -249,11 +259,15 @@ class MLPPool(Pool):
         self.weight_out = self.parameter(width**-0.5, heads, width, shape.dim)
         self.bias_out = self.parameter(width**-0.5, heads, shape.dim)
 
-    def of_blocks(self, x: Tensor) -> Tensor:
-        weights = mlp_pool.Weights(self.positions, self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+    @property
+    def weights(self) -> mlp_pool.Weights:
+        return mlp_pool.Weights(self.positions, self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing of it is a subclass's, so that kernels may take its place."""
         own = type(self)
-        untouched = own.forward is Pool.forward and own.pool is MLPPool.pool
-        return mlp_pool.pooled(x, weights) if untouched and mlp_pool.fits(x, weights) else super().of_blocks(x)
+        return own.forward is Pool.forward and own.of_blocks is Pool.of_blocks and own.pool is MLPPool.pool
 
     def pool(self, blocks: Tensor) -> Tensor:
         hidden = nn.functional.gelu(_affine(blocks, self.weight_in, self.positions) + self.bias_in)
@@ -287,7 +301,31 @@ class LinearCompressor(Compressor):
 
 
 class MLPCompressor(Compressor):
+    """φ = MLP; the few blocks of a decoding step go through kernels of their own."""
+
     pool = MLPPool
+
+    def write_blocks(
+        self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor
+    ) -> None:
+        plain = type(self).of_blocks is Compressor.of_blocks and self.rope is None
+        if not (plain and self._pool_by_kernels(k, v, rows, k_cmp, v_cmp)):
+            super().write_blocks(k, v, starts, rows, k_cmp, v_cmp)
+
+    def _of_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k_cmp, v_cmp = (x.new_empty((len(x), *x.shape[2:])) for x in (k, v))
+        return (k_cmp, v_cmp) if self._pool_by_kernels(k, v, None, k_cmp, v_cmp) else super()._of_blocks(k, v)
+
+    def _pool_by_kernels(self, k: Tensor, v: Tensor, rows: Tensor | None, k_cmp: Tensor, v_cmp: Tensor) -> bool:
+        """Whether they did; else nothing happened."""
+        of_k, of_v = self.k, self.v
+        if not (isinstance(of_k, MLPPool) and isinstance(of_v, MLPPool) and of_k.plain and of_v.plain):
+            return False
+        sides = mlp_pool.Side(k, of_k.weights, k_cmp), mlp_pool.Side(v, of_v.weights, v_cmp)
+        if not mlp_pool.fits(*sides):
+            return False
+        mlp_pool.pool(*sides, rows)
+        return True
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ class Staged(NamedTuple):
 
     k: Tensor | None  # [N, l, Hkv, Dqk]
     v: Tensor | None
-    rows: Tensor | None  # int32 [N]: the block's row in the flat storage, the spare one if it has not ended
-    starts: Tensor | None  # int32 [N]: its first token
+    rows: Tensor | None  # int64 [N]: the block's row in the flat storage, the spare one if it has not ended
+    starts: Tensor | None  # int64 [N]: its first token
     spare: int = 0
 
 
@@ -154,16 +154,19 @@ class KVCache:
             return torch.empty((count, *shape), dtype=dtype, device=self.device)
 
         k, v = (new(block, self.layout.kv_heads, d, dtype=self.dtype) for d in (self.layout.qk_dim, self.layout.v_dim))
-        return Staged(k, v, new(dtype=torch.int32), new(dtype=torch.int32), self._stores["k_cmp"].spare)
+        return Staged(k, v, new(dtype=torch.int64), new(dtype=torch.int64), self._stores["k_cmp"].spare)
 
     def close(self, phi: Any, staged: Staged) -> None:
         """Pool the staged blocks; those that have not ended go to the spare row."""
         if staged.k is None:
             return
-        assert staged.rows is not None and staged.starts is not None
-        rows = staged.rows.long()
-        for name, x in zip(("k_cmp", "v_cmp"), phi.of_blocks(staged.k, staged.v, staged.starts.long()), strict=True):
-            self._stores[name].flat.write(rows, x)
+        k, v, rows, starts, _ = staged
+        k_cmp, v_cmp = (self._stores[name].flat for name in ("k_cmp", "v_cmp"))
+        if k_cmp.quantised:
+            for flat, x in zip((k_cmp, v_cmp), phi.of_blocks(k, v, starts), strict=True):
+                flat.write(rows, x)
+        else:
+            phi.write_blocks(k, v, starts, rows, k_cmp.all.data, v_cmp.all.data)
 
     def _add(self, store: Store, past: Past, new: New, x: Tensor) -> Store | Recent:
         """Write new tokens [T, Hkv, D]; returns where their queries see them, and the old ones."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from nsagen.runtime import launch
 
-PROGRAMS = 128  # of the first kernel: about one a multiprocessor
+PROGRAMS = 512  # of the first kernel: for the many blocks of a large batch some wait, for one block a run is a token
 COLUMNS = 64  # of a product that a program makes
-SPLITS = 8  # more parts of a hidden row would not be loaded at once
+SPLITS = 8  # parts of a hidden row, all loaded at once
 ROWS = 16  # that a program of the second kernel makes
+HIDDEN = 256  # of a hidden row that it holds at once
 WARPS = 4
 
 
@@ -32,50 +33,73 @@ class Weights(NamedTuple):
     bias_out: Tensor  # [Hkv, D]
 
 
-def fits(x: Tensor, weights: Weights) -> bool:
+class Side(NamedTuple):
+    """Blocks' keys or values, and where their rows go."""
+
+    x: Tensor  # [N, l, Hkv, D], a block a row
+    weights: Weights
+    into: Tensor  # [R, Hkv, D]
+
+    @property
+    def columns(self) -> int:
+        """Programs that share a hidden row."""
+        return -(-self.weights.bias_in.shape[1] // COLUMNS)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Of a token's numbers, the power of two that holds them, and a hidden row."""
+        dim = self.x.shape[3]
+        return dim, launch.power_of_two(dim), self.weights.bias_in.shape[1]
+
+
+def fits(*sides: Side) -> bool:
     """Whether the kernels take these: of one dtype, contiguous, no gradient wanted."""
-    given = [w for w in weights if w is not None]
-    wanted = torch.is_grad_enabled() and any(w.requires_grad for w in (x, *given))
-    return launch.use_kernels(x) and not wanted and all(w.dtype == x.dtype and w.is_contiguous() for w in (x, *given))
+    return all(_fits(s) for s in sides)
 
 
-def pooled(x: Tensor, weights: Weights) -> Tensor:
-    """x [N, l, Hkv, D], a block a row -> [N, Hkv, D] in x's dtype; sums and the GELU in float32."""
-    count, block, heads, dim = x.shape
-    hidden = weights.bias_in.shape[1]
-    out = launch.empty(x, (count, heads, dim), None)
+def _fits(side: Side) -> bool:
+    given = [w for w in side.weights if w is not None]
+    wanted = torch.is_grad_enabled() and any(w.requires_grad for w in (side.x, *given))
+    same = all(w.dtype == side.x.dtype and w.is_contiguous() for w in (side.x, side.into, *given))
+    return launch.use_kernels(side.x) and not wanted and same
+
+
+def pool(k: Side, v: Side, rows: Tensor | None) -> None:
+    """Every block's key and value to row rows[n] (int64 [N]; n without rows) of `into`; sums and the GELU in float32."""
+    count, block, heads, _ = k.x.shape
     if not count:
-        return out
+        return
     bm = min(64, launch.power_of_two(count + 1))
-    tiles, parts_of = -(-(count + 1) // bm), -(-hidden // COLUMNS)
-    splits = max(1, min(block, SPLITS, PROGRAMS // (tiles * heads * parts_of)))
+    tiles = -(-(count + 1) // bm)
+    splits = max(1, min(block, SPLITS, PROGRAMS // (tiles * heads * (k.columns + v.columns))))
     run = -(-block // splits)
     splits = -(-block // run)
-    parts = launch.empty(x, (splits, heads, count + 1, hidden), None, torch.float32)
-    first: Any = hidden_parts[(tiles * heads * parts_of * splits,)]
+    parts = [launch.empty(s.x, (splits, heads, count + 1, s.sizes[2]), None, torch.float32) for s in (k, v)]
+    of_k, of_v = (tiles * heads * s.columns * splits for s in (k, v))
+    first: Any = hidden_parts[(of_k + of_v,)]
     first(
-        x, weights.positions, weights.weight_in, parts, count, run, splits, heads, block, dim, hidden,
-        bm, launch.power_of_two(dim), COLUMNS, launch.precision(x), num_warps=WARPS,
+        k.x, k.weights.positions, k.weights.weight_in, parts[0], v.x, v.weights.positions, v.weights.weight_in, parts[1],
+        count, run, splits, of_k, heads, block, *k.sizes, *v.sizes, bm, COLUMNS,
+        launch.precision(k.x), num_warps=WARPS,
     )  # fmt: skip
-    second: Any = hidden_to_rows[(-(-count // ROWS) * heads * -(-dim // COLUMNS),)]
+    of_k, of_v = (-(-count // ROWS) * heads * -(-s.sizes[0] // COLUMNS) for s in (k, v))
+    second: Any = hidden_to_rows[(of_k + of_v,)]
+    at_once = min(HIDDEN, launch.power_of_two(max(k.sizes[2], v.sizes[2])))
     second(
-        parts, weights.bias_in, weights.weight_out, weights.bias_out, out, count, splits, heads, dim, hidden,
-        ROWS, COLUMNS, SPLITS, launch.precision(x), num_warps=WARPS,
+        parts[0], *k.weights[2:], k.into, parts[1], *v.weights[2:], v.into, rows, count, splits, of_k, heads,
+        *k.sizes, *v.sizes, ROWS, COLUMNS, SPLITS, at_once, launch.precision(k.x), num_warps=WARPS,
     )  # fmt: skip
-    return out
 
 
-@triton.jit(do_not_specialize=["count", "run", "splits"])
-def hidden_parts(
-    x_ptr, positions_ptr, weight_ptr, parts_ptr, count, run, splits, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, BE: tl.constexpr,
-    PRECISION: tl.constexpr,
+@triton.jit
+def hidden_parts_of(
+    pid, x_ptr, positions_ptr, weight_ptr, parts_ptr, count, run, splits, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A run of a block's tokens times their rows of the weights: parts [splits, HEADS, count + 1, HIDDEN] float32.
 
     One program: BM blocks of a head by BE columns. Row `count` is the positions', the same for every block.
     """
-    pid = tl.program_id(0)
     split = pid % splits
     e = pid // splits % ((HIDDEN + BE - 1) // BE) * BE + tl.arange(0, BE)
     h = pid // splits // ((HIDDEN + BE - 1) // BE) % HEADS
@@ -97,34 +121,80 @@ def hidden_parts(
     tl.store(to, total, mask=(n <= count)[:, None] & (e < HIDDEN)[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "splits"])
-def hidden_to_rows(
-    parts_ptr, bias_ptr, weight_ptr, out_bias_ptr, out_ptr, count, splits, HEADS: tl.constexpr, DIM: tl.constexpr,
-    HIDDEN: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["count", "run", "splits", "of_k"])
+def hidden_parts(
+    k_ptr, k_positions_ptr, k_weight_ptr, k_parts_ptr, v_ptr, v_positions_ptr, v_weight_ptr, v_parts_ptr,
+    count, run, splits, of_k, HEADS: tl.constexpr, BLOCK: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr,
+    K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr, BM: tl.constexpr,
+    BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The parts added in their order, GELU, and the second product: out [count, HEADS, DIM].
-
-    One program: BM blocks of a head by BE columns.
-    """
+    """hidden_parts_of the keys, by the first of_k programs, and of the values."""
     pid = tl.program_id(0)
+    if pid < of_k:
+        hidden_parts_of(
+            pid, k_ptr, k_positions_ptr, k_weight_ptr, k_parts_ptr, count, run, splits, HEADS, BLOCK, K_DIM, K_WIDTH,
+            K_HIDDEN, BM, BE, PRECISION,
+        )  # fmt: skip
+    else:
+        hidden_parts_of(
+            pid - of_k, v_ptr, v_positions_ptr, v_weight_ptr, v_parts_ptr, count, run, splits, HEADS, BLOCK, V_DIM,
+            V_WIDTH, V_HIDDEN, BM, BE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def hidden_to_rows_of(
+    pid, parts_ptr, bias_ptr, weight_ptr, out_bias_ptr, out_ptr, rows_ptr, count, splits, HEADS: tl.constexpr,
+    DIM: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, SPLITS: tl.constexpr,
+    BH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The parts added in their order, GELU, and the second product: rows of out [., HEADS, DIM].
+
+    One program: BM blocks of a head by BE columns, BH of a hidden row at once.
+    """
     d = pid % ((DIM + BE - 1) // BE) * BE + tl.arange(0, BE)
     h = pid // ((DIM + BE - 1) // BE) % HEADS
     n = pid // ((DIM + BE - 1) // BE) // HEADS * BM + tl.arange(0, BM)
     total = tl.zeros([BM, BE], dtype=tl.float32)
-    split = tl.arange(0, SPLITS)
-    for e0 in tl.static_range(0, HIDDEN, BE):  # unrolled: its loads are under way together
-        e = e0 + tl.arange(0, BE)
-        there = (split < splits)[:, None] & (e < HIDDEN)[None, :]
-        part = parts_ptr + (split * HEADS + h).to(tl.int64)[:, None] * (count + 1) * HIDDEN + e[None, :]
-        own = tl.sum(tl.load(part + count * HIDDEN, mask=there, other=0.0), 0)  # the positions'
-        own += tl.load(bias_ptr + h * HIDDEN + e, mask=e < HIDDEN, other=0.0).to(tl.float32)
-        at = part[:, None, :] + n[None, :, None] * HIDDEN
-        x = tl.sum(tl.load(at, mask=there[:, None, :] & (n < count)[None, :, None], other=0.0), 0)  # [BM, BE]
+    for e0 in tl.static_range(0, HIDDEN, BH):
+        e = e0 + tl.arange(0, BH)
+        at = weight_ptr + (h * HIDDEN + e)[:, None] * DIM + d[None, :]
+        w = tl.load(at, mask=(e < HIDDEN)[:, None] & (d < DIM)[None, :], other=0.0)  # [BH, BE], under way meanwhile
+        own = tl.load(bias_ptr + h * HIDDEN + e, mask=e < HIDDEN, other=0.0).to(tl.float32)
+        x = tl.zeros([BM, BH], dtype=tl.float32)
+        for split in tl.static_range(0, SPLITS):  # all parts' loads are under way together
+            part = parts_ptr + (split * HEADS + h).to(tl.int64) * (count + 1) * HIDDEN + e
+            there = (e < HIDDEN) & (split < splits)
+            own += tl.load(part + count * HIDDEN, mask=there, other=0.0)  # the positions'
+            x += tl.load(part[None, :] + n[:, None] * HIDDEN, mask=there[None, :] & (n < count)[:, None], other=0.0)
         x += own[None, :]
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-        at = weight_ptr + (h * HIDDEN + e)[:, None] * DIM + d[None, :]
-        w = tl.load(at, mask=(e < HIDDEN)[:, None] & (d < DIM)[None, :], other=0.0)
         total = tl.dot(x.to(w.dtype), w, total, input_precision=PRECISION)
     total += tl.load(out_bias_ptr + h * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-    to = out_ptr + (n.to(tl.int64)[:, None] * HEADS + h) * DIM + d[None, :]
+    if rows_ptr is None:
+        row = n.to(tl.int64)
+    else:
+        row = tl.load(rows_ptr + n, mask=n < count, other=0)
+    to = out_ptr + (row[:, None] * HEADS + h) * DIM + d[None, :]
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=(n < count)[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["count", "splits", "of_k"])
+def hidden_to_rows(
+    k_parts_ptr, k_bias_ptr, k_weight_ptr, k_out_bias_ptr, k_out_ptr, v_parts_ptr, v_bias_ptr, v_weight_ptr,
+    v_out_bias_ptr, v_out_ptr, rows_ptr, count, splits, of_k, HEADS: tl.constexpr, K_DIM: tl.constexpr,
+    K_WIDTH: tl.constexpr, K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, SPLITS: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """hidden_to_rows_of the keys, by the first of_k programs, and of the values."""
+    pid = tl.program_id(0)
+    if pid < of_k:
+        hidden_to_rows_of(
+            pid, k_parts_ptr, k_bias_ptr, k_weight_ptr, k_out_bias_ptr, k_out_ptr, rows_ptr, count, splits, HEADS,
+            K_DIM, K_HIDDEN, BM, BE, SPLITS, BH, PRECISION,
+        )  # fmt: skip
+    else:
+        hidden_to_rows_of(
+            pid - of_k, v_parts_ptr, v_bias_ptr, v_weight_ptr, v_out_bias_ptr, v_out_ptr, rows_ptr, count, splits,
+            HEADS, V_DIM, V_HIDDEN, BM, BE, SPLITS, BH, PRECISION,
+        )  # fmt: skip

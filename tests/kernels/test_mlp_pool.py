@@ -49,24 +49,55 @@ def test_in_sixteen_bits(device: str) -> None:
         assert (got.double() - want).norm() < 1e-2 * want.norm()
 
 
-def test_it_is_the_kernels_that_ran(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of the kernels' calls, how many blocks each had."""
     calls: list[int] = []
-    real = mlp_pool.pooled
+    real = mlp_pool.pool
 
-    def spy(x: Tensor, weights: mlp_pool.Weights) -> Tensor:
-        calls.append(len(x))
-        return real(x, weights)
+    def spy(k: mlp_pool.Side, v: mlp_pool.Side, rows: Tensor | None) -> None:
+        calls.append(len(k.x))
+        real(k, v, rows)
 
-    monkeypatch.setattr(mlp_pool, "pooled", spy)
+    monkeypatch.setattr(mlp_pool, "pool", spy)
+    return calls
+
+
+def test_it_is_the_kernels_that_ran(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
     phi = phi_of(4, 4, 16, 16, True, device)
     k = torch.randn(3, 4, HEADS, 16, device=device)
     starts = torch.zeros(3, dtype=torch.int64, device=device)
     with torch.no_grad():
         phi.of_blocks(k, k, starts)
-    assert calls == [3, 3]
+    assert calls == [3]
     phi.of_blocks(k, k, starts)[0].sum().backward()  # a gradient: torch
-    assert calls == [3, 3]
+    assert calls == [3]
     with torch.no_grad():
         phi.to(torch.float64).of_blocks(k, k, starts)  # weights of another dtype: torch
-        assert calls == [3, 3]
+        assert calls == [3]
         assert phi.float().of_blocks(k[:0], k[:0], starts[:0])[0].shape == (0, HEADS, 16)
+
+
+class Twice(MLPCompressor):
+    """One that a user made."""
+
+    def of_blocks(self, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        k_cmp, v_cmp = super().of_blocks(k, v, starts)
+        return 2 * k_cmp, v_cmp
+
+
+def test_straight_to_their_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in any order, others untouched; what a user's φ does to them stays."""
+    calls = counted(monkeypatch)
+    k, v = (torch.randn(5, 6, HEADS, dim, device=device) for dim in (16, 24))
+    starts, rows = torch.arange(5, device=device), torch.tensor([7, 0, 3, 8, 5], device=device)
+    for kind in (MLPCompressor, Twice):
+        phi = kind(block=6, stride=3, kv_heads=HEADS, k_dim=16, v_dim=24, device=device)
+        into = [torch.full((9, HEADS, dim), -1.0, device=device) for dim in (16, 24)]
+        with torch.no_grad():
+            phi.write_blocks(k, v, starts, rows, into[0], into[1])
+            want = phi.double().of_blocks(k.double(), v.double(), starts)
+        for got, rest in zip(into, want, strict=True):
+            torch.testing.assert_close(got[rows].double(), rest, rtol=1e-5, atol=1e-5)
+            assert bool((got[[1, 2, 4, 6]] == -1).all())
+    assert calls == [5, 5]
