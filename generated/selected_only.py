@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  fa86fd21415d
-runtime  9
+content  85005fdc3967
+runtime  10
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -26,7 +26,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(9, "selected_only")
+version.require(10, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_fa86fd21415d"
+_SPACE = "nsagen_selected_only_85005fdc3967"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "1169f0534fe3", {
+    "decode_attend": Tiles("decode_attend", "3188b95ad9e8", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -145,8 +145,8 @@ _DECODE_CONFIGS = {
         ),
         ("sm_90", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 4, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248),
-            Config(16, 64, 4, 5, 167936), Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864),
-            Config(16, 16, 4, 2, 20480), Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
+            Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
+            Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
 }
@@ -664,13 +664,13 @@ def decode_merge(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -738,13 +738,21 @@ def decode_attend_source(
     named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
     blocks = tl.sum((named >= 0).to(tl.int32))
     per: tl.constexpr = (64 + BN - 1) // BN  # tiles of a block
-    for step in range(split * run * per, tl.minimum(blocks, (split + 1) * run) * per):  # edge: s <= t, s < T
-        block = tl.load(blocks_ptr + listed + step // per)
-        s0 = block * 64 + step % per * BN
+    lo = split * run * per
+    hi = tl.minimum(blocks, (split + 1) * run) * per
+    list_ptr = blocks_ptr + listed
+    s0 = device.listed_tile(list_ptr, lo, hi, per, 64, BN)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0)
+    for step in range(lo, hi):  # edge: s <= t, s < T
+        s1 = device.listed_tile(list_ptr, step + 1, hi, per, 64, BN)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0)
+        block = s0 // 64
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, C0=True,
         )
+        page0, page1, page2, page3 = next0, next1, next2, next3
+        s0 = s1
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
     tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
@@ -1066,7 +1074,7 @@ def _append(k, v, phi, cache):
 
 def _decode_attend(q, k, v, blocks, past, cache, scale):
     """selected and what was attended to before, in runs of keys that the last program merges -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, past.table is not None, 4)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0

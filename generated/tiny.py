@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  6b144a256db9
-runtime  9
+content  e349a949df7b
+runtime  10
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(9, "tiny")
+version.require(10, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_6b144a256db9"
+_SPACE = "nsagen_tiny_e349a949df7b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -292,7 +292,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "06d7623765e0", {
+    "decode_scores": Tiles("decode_scores", "0b55c52496b7", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 5, 16384),
             Config(16, 32, 4, 2, 7168), Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096),
@@ -302,7 +302,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "848480eac641", {
+    "decode_attend": Tiles("decode_attend", "fb3c799b4286", {
         ("sm_80", 16): (
             Config(16, 16, 4, 3, 5632), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 1, 2560),
         ),
@@ -2190,13 +2190,13 @@ def decode_select(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2279,11 +2279,14 @@ def decode_scores_source(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 4, 0)
     for s0 in range(lo, hi, BN):  # edge: 4 * s <= t - 7, s < N
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 4, 0)
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 4, C0=True,
         )
+        page0, page1, page2, page3 = next0, next1, next2, next3
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
     tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
@@ -2390,13 +2393,13 @@ def decode_merge(
 
 @triton.jit
 def decode_attend_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s <= 2; C2: s <= t - 12; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, SINKS, RING)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, SINKS, RING)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2470,13 +2473,21 @@ def decode_attend_source0(
     named = tl.load(blocks0_ptr + listed + entry, mask=entry < 4, other=-1)
     blocks = tl.sum((named >= 0).to(tl.int32))
     per: tl.constexpr = (16 + BN - 1) // BN  # tiles of a block
-    for step in range(split * run * per, tl.minimum(blocks, (split + 1) * run) * per):  # edge: s <= t, s < T
-        block = tl.load(blocks0_ptr + listed + step // per)
-        s0 = block * 16 + step % per * BN
+    lo = split * run * per
+    hi = tl.minimum(blocks, (split + 1) * run) * per
+    list_ptr = blocks0_ptr + listed
+    s0 = device.listed_tile(list_ptr, lo, hi, per, 16, BN)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0)
+    for step in range(lo, hi):  # edge: s <= t, s < T
+        s1 = device.listed_tile(list_ptr, step + 1, hi, per, 16, BN)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0)
+        block = s0 // 16
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 0, 0, C0=True, C1=False, C2=False, C3=False,
         )
+        page0, page1, page2, page3 = next0, next1, next2, next3
+        s0 = s1
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
     tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
@@ -2525,11 +2536,14 @@ def decode_attend_source1(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 19)
     for s0 in range(lo, hi, BN):  # edge: s <= 2, s <= t - 12, s < T
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 19)
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 3, 19, C0=False, C1=True, C2=True, C3=False,
         )
+        page0, page1, page2, page3 = next0, next1, next2, next3
     # window: s <= t, s > t - 12
     some_lo = max(0, t0 - 11)
     some_hi = min(BT + t0, T)
@@ -2537,11 +2551,14 @@ def decode_attend_source1(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 19)
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 12, s < T
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 19)
         m, z, acc0 = decode_attend_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, k_scales_ptr, v_scales_ptr,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 3, 19, C0=True, C1=False, C2=False, C3=True,
         )
+        page0, page1, page2, page3 = next0, next1, next2, next3
     some = z > 0  # else this run holds nothing for the row
     z = tl.where(some, z, 1.0)
     tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
@@ -3421,7 +3438,7 @@ def _append(k, v, phi, cache):
 
 def _decode_scores(q, k, v, past, scale):
     """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
-    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, past.table is not None, 2)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 4), 2)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0
@@ -3445,7 +3462,7 @@ def _decode_scores(q, k, v, past, scale):
 
 def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
     """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, past.table is not None, 2)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 2)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0

@@ -27,9 +27,7 @@ Body = Literal[
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 BY_LISTS = ("attend_fwd", "attend_dq")  # bodies whose query tiles may find their keys by block lists
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
-DEEP = (
-    5  # stages of a decoding step over pages, half of them between the table and the keys; runtime/split.py asks for it
-)
+DEEP = 5  # stages of a decoding step over small pages, half of them before the keys; runtime/split.py asks for it
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]
 

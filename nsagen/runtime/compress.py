@@ -96,9 +96,7 @@ class Compressor(nn.Module):
         k_cmp, v_cmp = self._of_blocks(k, v)
         return k_cmp if self.rope is None else self.rope(k_cmp.unsqueeze(0), starts)[0].to(k.dtype), v_cmp
 
-    def write_blocks(
-        self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor
-    ) -> None:
+    def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
         """What of_blocks gives, to rows (int64 [N]) of k_cmp and v_cmp [R, Hkv, D]."""
         for into, x in zip((k_cmp, v_cmp), self.of_blocks(k, v, starts), strict=True):
             into.index_copy_(0, rows, x.to(into.dtype))
@@ -305,9 +303,7 @@ class MLPCompressor(Compressor):
 
     pool = MLPPool
 
-    def write_blocks(
-        self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor
-    ) -> None:
+    def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
         plain = type(self).of_blocks is Compressor.of_blocks and self.rope is None
         if not (plain and self._pool_by_kernels(k, v, rows, k_cmp, v_cmp)):
             super().write_blocks(k, v, starts, rows, k_cmp, v_cmp)

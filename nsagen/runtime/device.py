@@ -42,9 +42,11 @@ def first_tile(start, sequence, STRIDE: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def row_in_page(page, pages, s, PAGE: tl.constexpr):
-    """Rows, 64-bit, of the keys s that lie in `page`; −1 where there is no such page."""
-    row = page.to(tl.int64) * PAGE + s % PAGE
-    return tl.where((page >= 0) & (page < pages), row, -1)
+    """Rows, 64-bit, of the keys s that lie in `page`; −1 where there is no such page.
+
+    A storage has less than 2³¹ rows: a 32-bit number, widened last, makes its product with a stride one instruction.
+    """
+    return tl.where((page >= 0) & (page < pages), page * PAGE + s % PAGE, -1).to(tl.int64)
 
 
 @triton.jit
@@ -79,6 +81,39 @@ def tile_rows(
 
     One look-up where they lie in a page: s0 is whole tiles. For a key that a ring has lost, the row of a later one.
     """
+    a, b, c, d = tile_pages(table_ptr, s0, n, BN, PAGE, RING)
+    return known_tile_rows(table_ptr, pages, a, b, c, d, s0, s, n, BN, PAGE, SINKS, RING)
+
+
+@triton.jit
+def tile_pages(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr):
+    """The pages, four at most, of the keys s0 … s0 + BN − 1 below n, for known_tile_rows; −1 for what it does not ask.
+
+    Scalars: a loop can look them up a turn ahead, so that its pipeline's stages are all between the keys and their use.
+    """
+    none = tl.full([], -1, dtype=tl.int32)
+    if table_ptr is None or RING > 0 or (PAGE % BN != 0 and (BN % PAGE != 0 or BN > 4 * PAGE)):
+        return none, none, none, none
+    else:
+        first = table_ptr + s0 // PAGE
+        a = tl.load(first, mask=s0 < n, other=-1)
+        if PAGE % BN == 0:
+            return a, none, none, none
+        else:
+            b = tl.load(first + 1, mask=s0 + PAGE < n, other=-1)
+            if BN == 2 * PAGE:
+                return a, b, none, none
+            else:
+                c = tl.load(first + 2, mask=s0 + 2 * PAGE < n, other=-1)
+                return a, b, c, tl.load(first + 3, mask=s0 + 3 * PAGE < n, other=-1)
+
+
+@triton.jit
+def known_tile_rows(
+    table_ptr, pages, a, b, c, d, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr,
+):  # fmt: skip
+    """tile_rows, given tile_pages."""
     if RING >= BN and SINKS == 0:
         row = s0 % RING + (s - s0)  # one division a tile
         return tl.where(row < RING, row, row - RING).to(tl.int64)
@@ -87,9 +122,21 @@ def tile_rows(
     elif table_ptr is None:
         return s.to(tl.int64)
     elif PAGE % BN == 0:
-        return row_in_page(tl.load(table_ptr + s0 // PAGE, mask=s0 < n, other=-1), pages, s, PAGE)
+        return row_in_page(a, pages, s, PAGE)
+    elif BN % PAGE == 0 and BN <= 4 * PAGE:
+        at = (s - s0) // PAGE
+        page = tl.where(at == 0, a, tl.where(at == 1, b, tl.where(at == 2, c, d)))
+        return row_in_page(page, pages, s, PAGE)
     else:
         return cached_row(table_ptr, pages, s, s < n, PAGE)
+
+
+@triton.jit
+def listed_tile(blocks_ptr, step, end, TILES: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr):
+    """The first key of tile `step` of a list's blocks, TILES each of BN keys; of the last one from `end` on."""
+    step = tl.minimum(step, end - 1)
+    block = tl.load(blocks_ptr + step // TILES, mask=step >= 0, other=0)
+    return block * SIZE + step % TILES * BN
 
 
 @triton.jit

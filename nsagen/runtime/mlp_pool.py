@@ -1,7 +1,7 @@
-"""φ = MLP of the few blocks that a decoding step ends: two small kernels in place of eight passes of torch.
+"""φ = MLP of the few blocks that a decoding step ends: two small kernels in place of sixteen passes of torch.
 
-Such a step is as long as its launches and the weights' bytes. So the first product is shared out over columns and
-tokens of a block, until every multiprocessor reads some of the weights; the second adds its parts up.
+Such a step is as long as its launches and the weights' bytes: keys and values share the launches, and few blocks' first
+product is shared out by narrow columns, until every multiprocessor reads some of the weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nsagen.runtime import launch
 
-PROGRAMS = 512  # of the first kernel: for the many blocks of a large batch some wait, for one block a run is a token
-COLUMNS = 64  # of a product that a program makes
-SPLITS = 8  # parts of a hidden row, all loaded at once
-ROWS = 16  # that a program of the second kernel makes
-HIDDEN = 256  # of a hidden row that it holds at once
+ROWS = (64, 16)  # of a program of the two kernels, one of the first's the positions'
+COLUMNS = (16, 64)  # of a program of the first one, if one tile of rows is all and if not
+WIDE = 64  # columns of one of the second
+DEPTH = 256  # numbers of a hidden row that it holds at once
 WARPS = 4
+DEEPEST = 7  # stages of the first one's pipeline: few blocks wait for nothing but the weights
 
 
 class Weights(NamedTuple):
@@ -39,11 +39,6 @@ class Side(NamedTuple):
     x: Tensor  # [N, l, Hkv, D], a block a row
     weights: Weights
     into: Tensor  # [R, Hkv, D]
-
-    @property
-    def columns(self) -> int:
-        """Programs that share a hidden row."""
-        return -(-self.weights.bias_in.shape[1] // COLUMNS)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -65,136 +60,150 @@ def _fits(side: Side) -> bool:
 
 
 def pool(k: Side, v: Side, rows: Tensor | None) -> None:
-    """Every block's key and value to row rows[n] (int64 [N]; n without rows) of `into`; sums and the GELU in float32."""
+    """Block n's key and value to row rows[n] (int64 [N]; n without rows) of `into`; sums and the GELU in float32."""
     count, block, heads, _ = k.x.shape
     if not count:
         return
-    bm = min(64, launch.power_of_two(count + 1))
-    tiles = -(-(count + 1) // bm)
-    splits = max(1, min(block, SPLITS, PROGRAMS // (tiles * heads * (k.columns + v.columns))))
-    run = -(-block // splits)
-    splits = -(-block // run)
-    parts = [launch.empty(s.x, (splits, heads, count + 1, s.sizes[2]), None, torch.float32) for s in (k, v)]
-    of_k, of_v = (tiles * heads * s.columns * splits for s in (k, v))
-    first: Any = hidden_parts[(of_k + of_v,)]
+    bm = min(ROWS[0], max(16, launch.power_of_two(count + 1)))
+    tiles = -(-count // (bm - 1))
+    be = COLUMNS[tiles > 1]
+    hidden = [launch.empty(s.x, (count, heads, s.sizes[2]), None) for s in (k, v)]
+    of_k, of_v = (tiles * heads * -(-s.sizes[2] // be) for s in (k, v))
+    first: Any = hidden_rows[(of_k + of_v,)]
     first(
-        k.x, k.weights.positions, k.weights.weight_in, parts[0], v.x, v.weights.positions, v.weights.weight_in, parts[1],
-        count, run, splits, of_k, heads, block, *k.sizes, *v.sizes, bm, COLUMNS,
-        launch.precision(k.x), num_warps=WARPS,
+        k.x, *k.weights[:3], hidden[0], v.x, *v.weights[:3], hidden[1], count, of_k, heads, block, *k.sizes, *v.sizes,
+        bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=_stages(k, v, bm, be, tiles),
     )  # fmt: skip
-    of_k, of_v = (-(-count // ROWS) * heads * -(-s.sizes[0] // COLUMNS) for s in (k, v))
-    second: Any = hidden_to_rows[(of_k + of_v,)]
-    at_once = min(HIDDEN, launch.power_of_two(max(k.sizes[2], v.sizes[2])))
+    depth = min(DEPTH, launch.power_of_two(max(s.sizes[2] for s in (k, v))))
+    of_k, of_v = (-(-count // ROWS[1]) * heads * -(-s.sizes[0] // WIDE) for s in (k, v))
+    second: Any = rows_of_hidden[(of_k + of_v,)]
     second(
-        parts[0], *k.weights[2:], k.into, parts[1], *v.weights[2:], v.into, rows, count, splits, of_k, heads,
-        *k.sizes, *v.sizes, ROWS, COLUMNS, SPLITS, at_once, launch.precision(k.x), num_warps=WARPS,
+        hidden[0], *k.weights[3:], k.into, hidden[1], *v.weights[3:], v.into, rows, count, of_k, heads,
+        *k.sizes, *v.sizes, ROWS[1], WIDE, depth, launch.precision(k.x), num_warps=WARPS,
     )  # fmt: skip
+
+
+def _stages(k: Side, v: Side, bm: int, be: int, tiles: int) -> int:
+    """Of the first kernel's pipeline: as deep as fits beside one other program, or alone for one tile of rows."""
+    if not k.x.is_cuda:
+        return 2
+    widths = [s.sizes[1] for s in (k, v)]
+    wide = widths[0] if k.sizes == v.sizes else sum(widths)  # else each side has its own
+    room = launch.chip(k.x.device.index or 0).smem * 7 // 8 // min(tiles, 2)
+    return max(2, min(DEEPEST, room // ((bm + be) * k.x.element_size() * wide)))
 
 
 @triton.jit
-def hidden_parts_of(
-    pid, x_ptr, positions_ptr, weight_ptr, parts_ptr, count, run, splits, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+def hidden_tile(
+    pid, x_ptr, positions_ptr, weight_ptr, bias_ptr, hidden_ptr, count, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A run of a block's tokens times their rows of the weights: parts [splits, HEADS, count + 1, HIDDEN] float32.
+    """GELU of the first product: hidden [count, HEADS, HIDDEN] in x's dtype.
 
-    One program: BM blocks of a head by BE columns. Row `count` is the positions', the same for every block.
+    One program: BM − 1 blocks of a head by BE columns. The last row is the positions', which every block adds.
     """
-    split = pid % splits
-    e = pid // splits % ((HIDDEN + BE - 1) // BE) * BE + tl.arange(0, BE)
-    h = pid // splits // ((HIDDEN + BE - 1) // BE) % HEADS
-    n = pid // splits // ((HIDDEN + BE - 1) // BE) // HEADS * BM + tl.arange(0, BM)
+    e = pid % ((HIDDEN + BE - 1) // BE) * BE + tl.arange(0, BE)
+    h = pid // ((HIDDEN + BE - 1) // BE) % HEADS
+    row = tl.arange(0, BM)
+    n = pid // ((HIDDEN + BE - 1) // BE) // HEADS * (BM - 1) + row
+    live = (row < BM - 1) & (n < count)
     d = tl.arange(0, WIDTH)
     total = tl.zeros([BM, BE], dtype=tl.float32)
-    for i in range(split * run, tl.minimum(BLOCK, (split + 1) * run)):
+    for i in range(BLOCK):
         at = x_ptr + ((n.to(tl.int64)[:, None] * BLOCK + i) * HEADS + h) * DIM + d[None, :]
-        x = tl.load(at, mask=(n < count)[:, None] & (d < DIM)[None, :], other=0.0)  # [BM, WIDTH]
+        there = live
         if positions_ptr is not None:
-            p = tl.load(positions_ptr + (h * BLOCK + i) * DIM + d, mask=d < DIM, other=0.0)
-            x = tl.where((n == count)[:, None], p[None, :], x)
-        row = ((h * BLOCK + i) * DIM + d).to(tl.int64)
+            at = tl.where((row == BM - 1)[:, None], positions_ptr + (h * BLOCK + i) * DIM + d[None, :], at)
+            there = live | (row == BM - 1)
+        x = tl.load(at, mask=there[:, None] & (d < DIM)[None, :], other=0.0)  # [BM, WIDTH]
+        k = ((h * BLOCK + i) * DIM + d).to(tl.int64)
         w = tl.load(
-            weight_ptr + row[:, None] * HIDDEN + e[None, :], mask=(d < DIM)[:, None] & (e < HIDDEN)[None, :], other=0.0
+            weight_ptr + k[:, None] * HIDDEN + e[None, :], mask=(d < DIM)[:, None] & (e < HIDDEN)[None, :], other=0.0
         )
         total = tl.dot(x, w, total, input_precision=PRECISION)
-    to = parts_ptr + ((split * HEADS + h).to(tl.int64) * (count + 1) + n)[:, None] * HIDDEN + e[None, :]
-    tl.store(to, total, mask=(n <= count)[:, None] & (e < HIDDEN)[None, :])
+    shared = tl.sum(tl.where((row == BM - 1)[:, None], total, 0.0), 0)
+    shared += tl.load(bias_ptr + h * HIDDEN + e, mask=e < HIDDEN, other=0.0).to(tl.float32)
+    total += shared[None, :]
+    total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+    to = hidden_ptr + (n.to(tl.int64)[:, None] * HEADS + h) * HIDDEN + e[None, :]
+    tl.store(to, total.to(hidden_ptr.dtype.element_ty), mask=live[:, None] & (e < HIDDEN)[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "run", "splits", "of_k"])
-def hidden_parts(
-    k_ptr, k_positions_ptr, k_weight_ptr, k_parts_ptr, v_ptr, v_positions_ptr, v_weight_ptr, v_parts_ptr,
-    count, run, splits, of_k, HEADS: tl.constexpr, BLOCK: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr,
+@triton.jit(do_not_specialize=["count", "of_k"])
+def hidden_rows(
+    k_ptr, k_positions_ptr, k_weight_ptr, k_bias_ptr, k_hidden_ptr, v_ptr, v_positions_ptr, v_weight_ptr, v_bias_ptr,
+    v_hidden_ptr, count, of_k, HEADS: tl.constexpr, BLOCK: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr,
     K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr, BM: tl.constexpr,
     BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden_parts_of the keys, by the first of_k programs, and of the values."""
+    """hidden_tile of the keys, by the first of_k programs, and of the values."""
     pid = tl.program_id(0)
-    if pid < of_k:
-        hidden_parts_of(
-            pid, k_ptr, k_positions_ptr, k_weight_ptr, k_parts_ptr, count, run, splits, HEADS, BLOCK, K_DIM, K_WIDTH,
+    if K_DIM == V_DIM and K_HIDDEN == V_HIDDEN:  # one body, so that one pipeline has all of the shared memory
+        of_v = pid >= of_k
+        if k_positions_ptr is None:
+            positions_ptr = None
+        else:
+            positions_ptr = tl.where(of_v, v_positions_ptr, k_positions_ptr)
+        hidden_tile(
+            tl.where(of_v, pid - of_k, pid), tl.where(of_v, v_ptr, k_ptr), positions_ptr,
+            tl.where(of_v, v_weight_ptr, k_weight_ptr), tl.where(of_v, v_bias_ptr, k_bias_ptr),
+            tl.where(of_v, v_hidden_ptr, k_hidden_ptr), count, HEADS, BLOCK, K_DIM, K_WIDTH, K_HIDDEN, BM, BE,
+            PRECISION,
+        )  # fmt: skip
+    elif pid < of_k:
+        hidden_tile(
+            pid, k_ptr, k_positions_ptr, k_weight_ptr, k_bias_ptr, k_hidden_ptr, count, HEADS, BLOCK, K_DIM, K_WIDTH,
             K_HIDDEN, BM, BE, PRECISION,
         )  # fmt: skip
     else:
-        hidden_parts_of(
-            pid - of_k, v_ptr, v_positions_ptr, v_weight_ptr, v_parts_ptr, count, run, splits, HEADS, BLOCK, V_DIM,
+        hidden_tile(
+            pid - of_k, v_ptr, v_positions_ptr, v_weight_ptr, v_bias_ptr, v_hidden_ptr, count, HEADS, BLOCK, V_DIM,
             V_WIDTH, V_HIDDEN, BM, BE, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
-def hidden_to_rows_of(
-    pid, parts_ptr, bias_ptr, weight_ptr, out_bias_ptr, out_ptr, rows_ptr, count, splits, HEADS: tl.constexpr,
-    DIM: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, SPLITS: tl.constexpr,
-    BH: tl.constexpr, PRECISION: tl.constexpr,
+def row_tile(
+    pid, hidden_ptr, weight_ptr, bias_ptr, out_ptr, rows_ptr, count, HEADS: tl.constexpr, DIM: tl.constexpr,
+    HIDDEN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The parts added in their order, GELU, and the second product: rows of out [., HEADS, DIM].
-
-    One program: BM blocks of a head by BE columns, BH of a hidden row at once.
-    """
-    d = pid % ((DIM + BE - 1) // BE) * BE + tl.arange(0, BE)
-    h = pid // ((DIM + BE - 1) // BE) % HEADS
-    n = pid // ((DIM + BE - 1) // BE) // HEADS * BM + tl.arange(0, BM)
-    total = tl.zeros([BM, BE], dtype=tl.float32)
-    for e0 in tl.static_range(0, HIDDEN, BH):
-        e = e0 + tl.arange(0, BH)
-        at = weight_ptr + (h * HIDDEN + e)[:, None] * DIM + d[None, :]
-        w = tl.load(at, mask=(e < HIDDEN)[:, None] & (d < DIM)[None, :], other=0.0)  # [BH, BE], under way meanwhile
-        own = tl.load(bias_ptr + h * HIDDEN + e, mask=e < HIDDEN, other=0.0).to(tl.float32)
-        x = tl.zeros([BM, BH], dtype=tl.float32)
-        for split in tl.static_range(0, SPLITS):  # all parts' loads are under way together
-            part = parts_ptr + (split * HEADS + h).to(tl.int64) * (count + 1) * HIDDEN + e
-            there = (e < HIDDEN) & (split < splits)
-            own += tl.load(part + count * HIDDEN, mask=there, other=0.0)  # the positions'
-            x += tl.load(part[None, :] + n[:, None] * HIDDEN, mask=there[None, :] & (n < count)[:, None], other=0.0)
-        x += own[None, :]
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-        total = tl.dot(x.to(w.dtype), w, total, input_precision=PRECISION)
-    total += tl.load(out_bias_ptr + h * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-    if rows_ptr is None:
-        row = n.to(tl.int64)
-    else:
+    """The second product, to rows of out [., HEADS, DIM]. One program: BM blocks of a head by BD columns."""
+    d = pid % ((DIM + BD - 1) // BD) * BD + tl.arange(0, BD)
+    h = pid // ((DIM + BD - 1) // BD) % HEADS
+    n = pid // ((DIM + BD - 1) // BD) // HEADS * BM + tl.arange(0, BM)
+    total = tl.zeros([BM, BD], dtype=tl.float32)
+    for e0 in tl.static_range(0, HIDDEN, BE):
+        e = e0 + tl.arange(0, BE)
+        there = (e < HIDDEN)[None, :] & (n < count)[:, None]
+        x = tl.load(hidden_ptr + (n[:, None] * HEADS + h) * HIDDEN + e[None, :], mask=there, other=0.0)
+        there = (e < HIDDEN)[:, None] & (d < DIM)[None, :]
+        w = tl.load(weight_ptr + (h * HIDDEN + e)[:, None] * DIM + d[None, :], mask=there, other=0.0)
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+    total += tl.load(bias_ptr + h * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+    row = n.to(tl.int64)
+    if rows_ptr is not None:
         row = tl.load(rows_ptr + n, mask=n < count, other=0)
     to = out_ptr + (row[:, None] * HEADS + h) * DIM + d[None, :]
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=(n < count)[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "splits", "of_k"])
-def hidden_to_rows(
-    k_parts_ptr, k_bias_ptr, k_weight_ptr, k_out_bias_ptr, k_out_ptr, v_parts_ptr, v_bias_ptr, v_weight_ptr,
-    v_out_bias_ptr, v_out_ptr, rows_ptr, count, splits, of_k, HEADS: tl.constexpr, K_DIM: tl.constexpr,
-    K_WIDTH: tl.constexpr, K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr,
-    BM: tl.constexpr, BE: tl.constexpr, SPLITS: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["count", "of_k"])
+def rows_of_hidden(
+    k_hidden_ptr, k_weight_ptr, k_bias_ptr, k_out_ptr, v_hidden_ptr, v_weight_ptr, v_bias_ptr, v_out_ptr, rows_ptr,
+    count, of_k, HEADS: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr, K_HIDDEN: tl.constexpr,
+    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden_to_rows_of the keys, by the first of_k programs, and of the values."""
+    """row_tile of the keys, by the first of_k programs, and of the values."""
     pid = tl.program_id(0)
     if pid < of_k:
-        hidden_to_rows_of(
-            pid, k_parts_ptr, k_bias_ptr, k_weight_ptr, k_out_bias_ptr, k_out_ptr, rows_ptr, count, splits, HEADS,
-            K_DIM, K_HIDDEN, BM, BE, SPLITS, BH, PRECISION,
+        row_tile(
+            pid, k_hidden_ptr, k_weight_ptr, k_bias_ptr, k_out_ptr, rows_ptr, count, HEADS, K_DIM, K_HIDDEN,
+            BM, BD, BE, PRECISION,
         )  # fmt: skip
     else:
-        hidden_to_rows_of(
-            pid - of_k, v_parts_ptr, v_bias_ptr, v_weight_ptr, v_out_bias_ptr, v_out_ptr, rows_ptr, count, splits,
-            HEADS, V_DIM, V_HIDDEN, BM, BE, SPLITS, BH, PRECISION,
+        row_tile(
+            pid - of_k, v_hidden_ptr, v_weight_ptr, v_bias_ptr, v_out_ptr, rows_ptr, count, HEADS, V_DIM, V_HIDDEN,
+            BM, BD, BE, PRECISION,
         )  # fmt: skip

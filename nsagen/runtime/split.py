@@ -10,14 +10,16 @@ from torch import Tensor
 
 from nsagen.runtime import launch
 from nsagen.runtime.launch import Config, Tiles, power_of_two
+from nsagen.runtime.stores import Past
 
 PROGRAMS = 256  # of a launch: about two a multiprocessor stream as fast as eight, with fewer parts to merge (H100)
 MOST_RUNS = 32  # more parts of a row would cost as much as its keys
 APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
-FEW = 64  # sequences × KV heads, of one token each: below, what rides behind a launch takes longer than the launch
-DEEP = 5  # stages of a pipeline that reads a page table first
+FEW = 64  # queries × KV heads: below, what rides behind a launch takes longer than the launch
+SMALL = 16  # rows: of smaller pages a tile takes more than the four that are looked up one by one
+DEEP = 5  # stages of a pipeline that reads the table as it does the keys, of such pages
 
 # Whether a step's launches overlap (sm_90 on): on an H100 1 to 2 µs less at one sequence, 8 % more at 64k × 32.
 EARLY = False
@@ -35,21 +37,27 @@ class Runs(NamedTuple):
         return 1 << (self.count - 1).bit_length()
 
 
-def pick(tiles: Tiles, q: Tensor, paged: bool, heads: int) -> Config:
-    """The first candidate; with many programs of one query one of four warps, and of a deep pipeline if `paged`.
+def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
+    """The first candidate for few queries; for more one of four warps, and of a deep pipeline if `scattered`.
 
-    Their merge is slower, but hides behind others: on an H200 a step takes 4 % less, over pages up to 15.
+    Four merge slower, but that hides behind other programs: on an H200 a step of many sequences takes 4 % less, and one
+    of four tokens 9.
     """
     first = launch.pick(tiles, q)
-    if tiles.forced is not None or not q.is_cuda or q.shape[1] > 1 or q.shape[0] * heads < FEW:
+    if tiles.forced is not None or not q.is_cuda or q.shape[0] * q.shape[1] * heads < FEW:
         return first
-    at = (q.device, q.dtype, paged, "many")
+    at = (q.device, q.dtype, scattered, "many")
     config = tiles.picked.get(at)
     if config is None:
         fitting = launch.candidates(tiles, launch.chip(q.device.index or 0), 8 * q.element_size())
         four = [c for c in fitting if c.warps == 4]
-        config = tiles.picked[at] = min(four, key=lambda c: (c.stages == DEEP) != paged, default=first)
+        config = tiles.picked[at] = min(four, key=lambda c: (c.stages == DEEP) != scattered, default=first)
     return config
+
+
+def scattered(past: Past, stride: int) -> bool:
+    """Whether keys, one every `stride` tokens, lie in pages of few."""
+    return past.table is not None and past.page // stride < SMALL
 
 
 def runs(programs: int, longest: int, step: int) -> Runs:

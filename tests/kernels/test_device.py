@@ -46,6 +46,29 @@ def sum_by_the_last(x_ptr, parts_ptr, out_ptr, counter_ptr, PROGRAMS: tl.constex
         tl.store(out_ptr, tl.sum(tl.load(parts_ptr + tl.arange(0, PROGRAMS))))
 
 
+@triton.jit
+def rows_of_tiles(table_ptr, out_ptr, pages, n, BN: tl.constexpr, PAGE: tl.constexpr):
+    s0 = tl.program_id(0) * BN
+    s = s0 + tl.arange(0, BN)
+    tl.store(out_ptr + s, d.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0), mask=s < n)
+
+
+@pytest.mark.parametrize(
+    "page", [2, 4, 8, 16, 48, 64]
+)  # eight pages a tile, four, two, one, one of three tiles or four
+def test_rows_of_a_tile_through_the_table(page: int, device: str) -> None:
+    """As one look-up a key gives them; −1 where the table names no page that there is."""
+    n, pages = 187, 200
+    table = torch.randperm(pages, generator=torch.Generator().manual_seed(page)).to(torch.int32)[: -(-n // page)]
+    table[1], table[-1] = -1, pages
+    s = torch.arange(n)
+    named = table[s // page].long()
+    want = torch.where((named >= 0) & (named < pages), named * page + s % page, -1)
+    out = torch.full((n + 1,), 7, dtype=torch.int64, device=device)
+    rows_of_tiles[(-(-n // 16),)](table.to(device), out, pages, n, 16, page)
+    assert out.tolist() == [*want.tolist(), 7]
+
+
 @pytest.mark.parametrize("values", [1, 3, 50, 1 << 30])  # of few, many are equal to the last one chosen
 @pytest.mark.parametrize("there", [0, 4, 5, 64])
 def test_the_best_are_those_of_a_stable_sort(values: int, there: int, device: str) -> None:

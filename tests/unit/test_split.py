@@ -7,7 +7,7 @@ import torch
 from test_launch import OnGpu
 
 from nsagen.ir import plan
-from nsagen.runtime import launch, split
+from nsagen.runtime import launch, split, stores
 
 
 @pytest.mark.parametrize("programs", [1, 4, 128, 1024, 5000])
@@ -47,21 +47,29 @@ def test_rows_hold_a_group_at_least(queries: int, group: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(
-    ("batch", "queries", "paged", "label"),
+    ("batch", "queries", "scattered", "label"),
     [
-        (1, 1, False, "16x64w8s3"), (1, 1, True, "16x64w8s3"), (16, 1, False, "16x64w4s3"), (16, 1, True, "16x64w4s5"),
-        (256, 4, False, "16x64w8s3"),
+        (1, 1, False, "16x64w8s3"), (1, 1, True, "16x64w8s3"), (16, 1, False, "16x64w4s3"), (16, 1, True, "16x32w4s5"),
+        (1, 8, False, "16x64w8s3"), (2, 8, False, "16x64w4s3"), (256, 4, False, "16x64w4s3"),
     ],
 )  # fmt: skip
 def test_many_programs_take_four_warps(
-    monkeypatch: pytest.MonkeyPatch, batch: int, queries: int, paged: bool, label: str
+    monkeypatch: pytest.MonkeyPatch, batch: int, queries: int, scattered: bool, label: str
 ) -> None:
     monkeypatch.setattr(launch, "chip", lambda index: launch.Chip("sm_90", 227 << 10, "some GPU"))
-    shapes = ((64, 8, 3), (64, 4, 3), (32, 4, 3), (64, 4, split.DEEP))
+    shapes = ((64, 8, 3), (64, 4, 3), (32, 4, 3), (32, 4, split.DEEP))
     tiles = launch.Tiles("a", "b", {("sm_90", 16): tuple(launch.Config(16, *shape, 0) for shape in shapes)})
     q = torch.empty((batch, queries, 64, 16), dtype=torch.bfloat16).as_subclass(OnGpu)
     for _ in range(2):
-        assert split.pick(tiles, q, paged, 4).label == label
+        assert split.pick(tiles, q, scattered, 4).label == label
+
+
+@pytest.mark.parametrize(("page", "stride", "scattered"), [(64, 1, False), (64, 16, True), (256, 16, False)])
+def test_scattered_rows(page: int, stride: int, scattered: bool) -> None:
+    lengths = torch.zeros(2, dtype=torch.int32)
+    past = stores.Past(lengths, torch.zeros((2, 3), dtype=torch.int32), page, 6, 3 * page, lengths)
+    assert split.scattered(past, stride) == scattered
+    assert not split.scattered(past._replace(table=None, page=1), stride)
 
 
 def test_a_deep_pipeline_is_what_the_tables_say() -> None:
