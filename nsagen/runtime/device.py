@@ -81,7 +81,7 @@ def tile_rows(
 
     One look-up where they lie in a page: s0 is whole tiles. For a key that a ring has lost, the row of a later one.
     """
-    a, b, c, d = tile_pages(table_ptr, s0, n, BN, PAGE, RING)
+    a, b, c, d = tile_pages(table_ptr, s0, n, BN, PAGE, RING)  # pyright: ignore[reportGeneralTypeIssues]
     return known_tile_rows(table_ptr, pages, a, b, c, d, s0, s, n, BN, PAGE, SINKS, RING)
 
 

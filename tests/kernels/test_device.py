@@ -53,9 +53,7 @@ def rows_of_tiles(table_ptr, out_ptr, pages, n, BN: tl.constexpr, PAGE: tl.const
     tl.store(out_ptr + s, d.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0), mask=s < n)
 
 
-@pytest.mark.parametrize(
-    "page", [2, 4, 8, 16, 48, 64]
-)  # eight pages a tile, four, two, one, one of three tiles or four
+@pytest.mark.parametrize("page", [2, 4, 8, 16, 48, 64])  # eight pages a tile, four, two, one of one to four
 def test_rows_of_a_tile_through_the_table(page: int, device: str) -> None:
     """As one look-up a key gives them; −1 where the table names no page that there is."""
     n, pages = 187, 200
