@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  722298251346
+content  45396f9af046
 runtime  10
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_722298251346"
+_SPACE = "nsagen_nsa_128_45396f9af046"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -390,7 +390,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "2381ba1bc7ce", {
+    "decode_scores": Tiles("decode_scores", "b580c5098a57", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -405,7 +405,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "2dedf212d6cb", {
+    "decode_attend": Tiles("decode_attend", "56494577ae49", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -1670,7 +1670,7 @@ def compressed_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1786,7 +1786,7 @@ def select_scores_cached_sum(
 ):
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     scale = device.scaled(scale, k_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[:, None]
@@ -1944,7 +1944,7 @@ def selected_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 64)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -2060,7 +2060,7 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -2237,7 +2237,7 @@ def decode_scores_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0, 0)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2320,9 +2320,9 @@ def decode_scores_source(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 16, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 16, 0, 0)
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0, 0)
         m, z, acc0 = decode_scores_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 16, C0=True,
@@ -2440,7 +2440,7 @@ def decode_attend_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0, 64)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2514,10 +2514,10 @@ def decode_attend_source0(
     hi = tl.minimum(blocks, (split + 1) * run) * per
     list_ptr = blocks0_ptr + listed
     s0 = device.listed_tile(list_ptr, lo, hi, per, 64, BN)
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0, 64)
     for step in range(lo, hi):  # edge: s <= t, s < T
         s1 = device.listed_tile(list_ptr, step + 1, hi, per, 64, BN)
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0, 64)
         block = s0 // 64
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
@@ -2578,9 +2578,9 @@ def decode_attend_source1(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 0, 64)
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 0, 64)
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, C0=True, C1=True,
@@ -3403,7 +3403,7 @@ def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None
     q [B, m, 64, 128], the rest as in `prefill`. Nothing waits for the device.
     """
     checks.few(_LAYOUT, q, 8)
-    if not launch.use_kernels(q) or not hasattr(phi, "of_blocks"):
+    if not launch.use_kernels(q) or not hasattr(phi, "write_blocks"):
         return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)
     q, k, v, gates, _, scale, _ = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, None)
     checks.cache(_LAYOUT, cache, KVCache)

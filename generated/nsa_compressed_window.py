@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  d28cd5ebcb8e
+content  631e407746e4
 runtime  10
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_d28cd5ebcb8e"
+_SPACE = "nsagen_nsa_compressed_window_631e407746e4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -263,7 +263,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "82f117a29432", {
+    "decode_attend": Tiles("decode_attend", "b03e3b8592f6", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -1021,7 +1021,7 @@ def compressed_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1139,7 +1139,7 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1314,7 +1314,7 @@ def decode_attend_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31; C1: s <= t; C2: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, SINKS, RING)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, SINKS, RING, 0)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -1386,9 +1386,9 @@ def decode_attend_source0(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 16, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 16, 0, 0)
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0, 0)
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 16, 0, 0, C0=True, C1=False, C2=False,
@@ -1442,9 +1442,9 @@ def decode_attend_source1(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 519)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 519, 0)
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 519)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 519, 0)
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 0, 519, C0=False, C1=True, C2=True,
@@ -2043,7 +2043,7 @@ def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None
     q [B, m, 64, 128], the rest as in `prefill`. Nothing waits for the device.
     """
     checks.few(_LAYOUT, q, 8)
-    if not launch.use_kernels(q) or not hasattr(phi, "of_blocks"):
+    if not launch.use_kernels(q) or not hasattr(phi, "write_blocks"):
         return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)
     q, k, v, gates, _, scale, _ = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, None)
     checks.cache(_LAYOUT, cache, KVCache)

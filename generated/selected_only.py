@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  85005fdc3967
+content  83d9804901e2
 runtime  10
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_85005fdc3967"
+_SPACE = "nsagen_selected_only_83d9804901e2"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "3188b95ad9e8", {
+    "decode_attend": Tiles("decode_attend", "502d04b500f5", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -512,7 +512,7 @@ def selected_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 64)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -670,7 +670,7 @@ def decode_attend_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0, 64)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -742,10 +742,10 @@ def decode_attend_source(
     hi = tl.minimum(blocks, (split + 1) * run) * per
     list_ptr = blocks_ptr + listed
     s0 = device.listed_tile(list_ptr, lo, hi, per, 64, BN)
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0, 64)
     for step in range(lo, hi):  # edge: s <= t, s < T
         s1 = device.listed_tile(list_ptr, step + 1, hi, per, 64, BN)
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0, 64)
         block = s0 // 64
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 64 + 64), scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,

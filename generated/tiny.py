@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  e349a949df7b
+content  d4a8a24c13cc
 runtime  10
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_e349a949df7b"
+_SPACE = "nsagen_tiny_d4a8a24c13cc"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -292,7 +292,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "0b55c52496b7", {
+    "decode_scores": Tiles("decode_scores", "87f0b040c832", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 5, 16384),
             Config(16, 32, 4, 2, 7168), Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096),
@@ -302,7 +302,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "fb3c799b4286", {
+    "decode_attend": Tiles("decode_attend", "9ac8ff36a736", {
         ("sm_80", 16): (
             Config(16, 16, 4, 3, 5632), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 1, 2560),
         ),
@@ -1613,7 +1613,7 @@ def compressed_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -1729,7 +1729,7 @@ def select_scores_cached_sum(
 ):
     """exp(scale·q·k − lse) [BM, BN], summed over the heads of the group in their order; anything, inf too, where no key has ended."""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     scale = device.scaled(scale, k_scales_ptr, row, inside, 2)
     d = tl.arange(0, 32)[:, None]
@@ -1887,7 +1887,7 @@ def selected_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t"""
     s = s0 + tl.arange(0, BN)
-    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+    row = device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 16)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -2003,7 +2003,7 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= 2; C1: s <= t - 12; C2: s <= t; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
-    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -2196,7 +2196,7 @@ def decode_scores_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0, 0)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2279,9 +2279,9 @@ def decode_scores_source(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 4, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 4, 0, 0)
     for s0 in range(lo, hi, BN):  # edge: 4 * s <= t - 7, s < N
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 4, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 4, 0, 0)
         m, z, acc0 = decode_scores_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
             BN, PRECISION, PAGE // 4, C0=True,
@@ -2399,7 +2399,7 @@ def decode_attend_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s <= 2; C2: s <= t - 12; C3: s > t - 12"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, SINKS, RING)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, SINKS, RING, 16)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2477,10 +2477,10 @@ def decode_attend_source0(
     hi = tl.minimum(blocks, (split + 1) * run) * per
     list_ptr = blocks0_ptr + listed
     s0 = device.listed_tile(list_ptr, lo, hi, per, 16, BN)
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, s0, n, BN, PAGE // 1, 0, 16)
     for step in range(lo, hi):  # edge: s <= t, s < T
         s1 = device.listed_tile(list_ptr, step + 1, hi, per, 16, BN)
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s1, n, BN, PAGE // 1, 0, 16)
         block = s0 // 16
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, min(n, block * 16 + 16), scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
@@ -2536,9 +2536,9 @@ def decode_attend_source1(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 19)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 19, 16)
     for s0 in range(lo, hi, BN):  # edge: s <= 2, s <= t - 12, s < T
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 19)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 19, 16)
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 3, 19, C0=False, C1=True, C2=True, C3=False,
@@ -2551,9 +2551,9 @@ def decode_attend_source1(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 19)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 19, 16)
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 12, s < T
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 19)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 19, 16)
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 3, 19, C0=True, C1=False, C2=False, C3=True,
@@ -3413,7 +3413,7 @@ def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None
     q [B, m, 6, 24], the rest as in `prefill`. Nothing waits for the device.
     """
     checks.few(_LAYOUT, q, 8)
-    if not launch.use_kernels(q) or not hasattr(phi, "of_blocks"):
+    if not launch.use_kernels(q) or not hasattr(phi, "write_blocks"):
         return prefill(q, k, v, gates, phi, cache, blocks=blocks, scale=scale)
     q, k, v, gates, _, scale, _ = checks.attention(_LAYOUT, q, k, v, gates, phi, blocks, None, scale, None)
     checks.cache(_LAYOUT, cache, KVCache)

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  4eb53c8ca328
+content  a218a6d7d942
 runtime  10
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_4eb53c8ca328"
+_SPACE = "nsagen_window_only_a218a6d7d942"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "1c3cb2f1c181", {
+    "decode_attend": Tiles("decode_attend", "f0270609dff8", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -484,7 +484,7 @@ def window_cached_step(
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
-    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)
+    row = device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS, 0)
     inside = device.of_cache(table_ptr, row, s < n)  # a key of no page is zero
     PAGED: tl.constexpr = table_ptr is not None
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
@@ -651,7 +651,7 @@ def decode_attend_step(
     """One key tile of the online softmax; m, z, scores in log2 units. C0: s <= t; C1: s > t - 512"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
-    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, SINKS, RING)
+    row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, SINKS, RING, 0)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -716,9 +716,9 @@ def decode_attend_source(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 519)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 1, 519, 0)
     for s0 in range(lo, hi, BN):  # edge: s <= t, s > t - 512, s < T
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 519)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 1, 519, 0)
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 1, 0, 519, C0=True, C1=True,

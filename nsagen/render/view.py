@@ -194,11 +194,16 @@ class KernelView:
         return f"table_ptr, pages, PAGE: tl.constexpr,{rings}{scales}"
 
     @property
+    def tile_start(self) -> int:
+        """What a key tile starts at a multiple of, before whole tiles: a listed block's size, or 0."""
+        return self.size if self.listed else 0
+
+    @property
     def step_row(self) -> str:
         """The rows of a step's keys."""
         if self.ringed:
-            return "device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS)"
-        return "device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)"
+            return f"device.recent_rows(table_ptr, pages, s0, s, n, BN, PAGE, oldest, SINKS, {self.tile_start})"
+        return f"device.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, {self.tile_start})"
 
     def ring_of(self, source: SourceView) -> str:
         """What a decoding step is told of a source's ring, in a kernel that has one."""

@@ -304,6 +304,7 @@ class MLPCompressor(Compressor):
     pool = MLPPool
 
     def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
+        self._check(k, v, None)
         plain = type(self).of_blocks is Compressor.of_blocks and self.rope is None
         if not (plain and self._pool_by_kernels(k, v, rows, k_cmp, v_cmp)):
             super().write_blocks(k, v, starts, rows, k_cmp, v_cmp)

@@ -75,24 +75,26 @@ def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constex
 
 @triton.jit
 def tile_rows(
-    table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr
-):
+    table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
     """token_row of the keys s = s0 … s0 + BN − 1 below n.
 
-    One look-up where they lie in a page: s0 is whole tiles. For a key that a ring has lost, the row of a later one.
+    s0: whole tiles, from the start of a listed block of SIZE tokens on if there are any (else SIZE is 0). Few look-ups
+    where the tiles fill pages, or pages them. For a key that a ring has lost, the row of a later one.
     """
-    a, b, c, d = tile_pages(table_ptr, s0, n, BN, PAGE, RING)  # pyright: ignore[reportGeneralTypeIssues]
-    return known_tile_rows(table_ptr, pages, a, b, c, d, s0, s, n, BN, PAGE, SINKS, RING)
+    a, b, c, d = tile_pages(table_ptr, s0, n, BN, PAGE, RING, SIZE)  # pyright: ignore[reportGeneralTypeIssues]
+    return known_tile_rows(table_ptr, pages, a, b, c, d, s0, s, n, BN, PAGE, SINKS, RING, SIZE)
 
 
 @triton.jit
-def tile_pages(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr):
+def tile_pages(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, SIZE: tl.constexpr):
     """The pages, four at most, of the keys s0 … s0 + BN − 1 below n, for known_tile_rows; −1 for what it does not ask.
 
     Scalars: a loop can look them up a turn ahead, so that its pipeline's stages are all between the keys and their use.
     """
     none = tl.full([], -1, dtype=tl.int32)
-    if table_ptr is None or RING > 0 or (PAGE % BN != 0 and (BN % PAGE != 0 or BN > 4 * PAGE)):
+    if table_ptr is None or RING > 0 or SIZE % BN != 0 or (PAGE % BN != 0 and (BN % PAGE != 0 or BN > 4 * PAGE)):
         return none, none, none, none
     else:
         first = table_ptr + s0 // PAGE
@@ -111,7 +113,7 @@ def tile_pages(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, RING: tl.
 @triton.jit
 def known_tile_rows(
     table_ptr, pages, a, b, c, d, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
-    RING: tl.constexpr,
+    RING: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """tile_rows, given tile_pages."""
     if RING >= BN and SINKS == 0:
@@ -121,6 +123,8 @@ def known_tile_rows(
         return ring_row(s, SINKS, RING)
     elif table_ptr is None:
         return s.to(tl.int64)
+    elif SIZE % BN != 0:  # a tile may begin anywhere in a page
+        return cached_row(table_ptr, pages, s, s < n, PAGE)
     elif PAGE % BN == 0:
         return row_in_page(a, pages, s, PAGE)
     elif BN % PAGE == 0 and BN <= 4 * PAGE:
@@ -134,18 +138,20 @@ def known_tile_rows(
 @triton.jit
 def listed_tile(blocks_ptr, step, end, TILES: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr):
     """The first key of tile `step` of a list's blocks, TILES each of BN keys; of the last one from `end` on."""
-    step = tl.minimum(step, end - 1)
-    block = tl.load(blocks_ptr + step // TILES, mask=step >= 0, other=0)
+    step = tl.maximum(tl.minimum(step, end - 1), 0)
+    block = tl.load(blocks_ptr + step // TILES, mask=end > 0, other=0)
     return block * SIZE + step % TILES * BN
 
 
 @triton.jit
-def recent_rows(table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr):
+def recent_rows(
+    table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, oldest, SINKS: tl.constexpr, SIZE: tl.constexpr
+):
     """tile_rows; with SINKS ≥ 0 those of a prefill over a ring: the sinks, then the tokens from `oldest` on."""
     if SINKS >= 0:
         return tl.where(s < SINKS, s, SINKS + tl.maximum(s - oldest, 0)).to(tl.int64)
     else:
-        return tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0)
+        return tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, SIZE)
 
 
 @triton.jit

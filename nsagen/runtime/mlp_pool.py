@@ -47,12 +47,13 @@ class Side(NamedTuple):
         return dim, launch.power_of_two(dim), self.weights.bias_in.shape[1]
 
 
-def fits(*sides: Side) -> bool:
-    """Whether the kernels take these: of one dtype, contiguous, no gradient wanted."""
-    return all(_fits(s) for s in sides)
+def fits(k: Side, v: Side) -> bool:
+    """Whether the kernels take these: of one dtype, contiguous, both with positions or none, no gradient wanted."""
+    alike = k.x.dtype == v.x.dtype and (k.weights.positions is None) == (v.weights.positions is None)
+    return alike and _takes(k) and _takes(v)
 
 
-def _fits(side: Side) -> bool:
+def _takes(side: Side) -> bool:
     given = [w for w in side.weights if w is not None]
     wanted = torch.is_grad_enabled() and any(w.requires_grad for w in (side.x, *given))
     same = all(w.dtype == side.x.dtype and w.is_contiguous() for w in (side.x, side.into, *given))
@@ -64,15 +65,14 @@ def pool(k: Side, v: Side, rows: Tensor | None) -> None:
     count, block, heads, _ = k.x.shape
     if not count:
         return
-    bm = min(ROWS[0], max(16, launch.power_of_two(count + 1)))
+    bm, be, stages = _shape(k, v)
     tiles = -(-count // (bm - 1))
-    be = COLUMNS[tiles > 1]
     hidden = [launch.empty(s.x, (count, heads, s.sizes[2]), None) for s in (k, v)]
     of_k, of_v = (tiles * heads * -(-s.sizes[2] // be) for s in (k, v))
     first: Any = hidden_rows[(of_k + of_v,)]
     first(
         k.x, *k.weights[:3], hidden[0], v.x, *v.weights[:3], hidden[1], count, of_k, heads, block, *k.sizes, *v.sizes,
-        bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=_stages(k, v, bm, be, tiles),
+        bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
     depth = min(DEPTH, launch.power_of_two(max(s.sizes[2] for s in (k, v))))
     of_k, of_v = (-(-count // ROWS[1]) * heads * -(-s.sizes[0] // WIDE) for s in (k, v))
@@ -83,14 +83,22 @@ def pool(k: Side, v: Side, rows: Tensor | None) -> None:
     )  # fmt: skip
 
 
-def _stages(k: Side, v: Side, bm: int, be: int, tiles: int) -> int:
-    """Of the first kernel's pipeline: as deep as fits beside one other program, or alone for one tile of rows."""
+def _shape(k: Side, v: Side) -> tuple[int, int, int]:
+    """Of the first kernel: rows, columns, and stages, as many as fit beside another program, or alone for few rows."""
+    rows = launch.power_of_two(len(k.x) + 1)
+    few = rows <= ROWS[0]
+    shapes = [(max(16, rows), COLUMNS[0])] if few else [(ROWS[0], COLUMNS[1]), (ROWS[0], COLUMNS[0])]
     if not k.x.is_cuda:
-        return 2
+        return *shapes[0], 2
     widths = [s.sizes[1] for s in (k, v)]
     wide = widths[0] if k.sizes == v.sizes else sum(widths)  # else each side has its own
-    room = launch.chip(k.x.device.index or 0).smem * 7 // 8 // min(tiles, 2)
-    return max(2, min(DEEPEST, room // ((bm + be) * k.x.element_size() * wide)))
+    room = launch.chip(k.x.device.index or 0).smem * 7 // 8 // (1 if few else 2)
+    stages = 1
+    for bm, be in (*shapes, (32, COLUMNS[0]), (16, COLUMNS[0])):
+        stages = room // ((bm + be) * k.x.element_size() * wide)
+        if stages >= 2:
+            return bm, be, min(DEEPEST, stages)
+    return 16, COLUMNS[0], max(1, stages)
 
 
 @triton.jit
@@ -176,7 +184,7 @@ def row_tile(
     for e0 in tl.static_range(0, HIDDEN, BE):
         e = e0 + tl.arange(0, BE)
         there = (e < HIDDEN)[None, :] & (n < count)[:, None]
-        x = tl.load(hidden_ptr + (n[:, None] * HEADS + h) * HIDDEN + e[None, :], mask=there, other=0.0)
+        x = tl.load(hidden_ptr + (n.to(tl.int64)[:, None] * HEADS + h) * HIDDEN + e[None, :], mask=there, other=0.0)
         there = (e < HIDDEN)[:, None] & (d < DIM)[None, :]
         w = tl.load(weight_ptr + (h * HIDDEN + e)[:, None] * DIM + d[None, :], mask=there, other=0.0)
         total = tl.dot(x, w, total, input_precision=PRECISION)

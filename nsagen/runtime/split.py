@@ -18,7 +18,7 @@ APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
 FEW = 64  # queries × KV heads: below, what rides behind a launch takes longer than the launch
-SMALL = 16  # rows: of smaller pages a tile takes more than the four that are looked up one by one
+SMALL = 16  # rows: of smaller pages a tile of 64 keys takes more than the four that are looked up one by one
 DEEP = 5  # stages of a pipeline that reads the table as it does the keys, of such pages
 
 # Whether a step's launches overlap (sm_90 on): on an H100 1 to 2 µs less at one sequence, 8 % more at 64k × 32.

@@ -16,6 +16,7 @@ HEADS = {"query": 6, "kv": 2, "qk_dim": 24, "v_dim": 16}
 COMPRESSED = {"block": 8, "stride": 4}
 SELECTED = {"block": 8, "top_n": 3, "initial": 1, "local": 1}
 WINDOW = {"size": 9, "sinks": 2}
+LISTED = {"block": 20, "top_n": 3, "from": "caller"}
 
 
 def spec(name: str, combine: str, kv: str = "shared", heads: dict[str, int] = HEADS, **branches: Any) -> dict[str, Any]:

@@ -47,14 +47,16 @@ def sum_by_the_last(x_ptr, parts_ptr, out_ptr, counter_ptr, PROGRAMS: tl.constex
 
 
 @triton.jit
-def rows_of_tiles(table_ptr, out_ptr, pages, n, BN: tl.constexpr, PAGE: tl.constexpr):
-    s0 = tl.program_id(0) * BN
+def rows_of_tiles(table_ptr, out_ptr, pages, n, STEP: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr):
+    s0 = tl.program_id(0) * STEP
     s = s0 + tl.arange(0, BN)
-    tl.store(out_ptr + s, d.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0), mask=s < n)
+    row = d.tile_rows(table_ptr, pages, s0, s, n, BN, PAGE, 0, 0, 0 if STEP == BN else STEP)
+    tl.store(out_ptr + s, row, mask=(s < n) & (s < s0 + STEP))
 
 
 @pytest.mark.parametrize("page", [2, 4, 8, 16, 48, 64])  # eight pages a tile, four, two, one of one to four
-def test_rows_of_a_tile_through_the_table(page: int, device: str) -> None:
+@pytest.mark.parametrize("step", [16, 12, 8])  # tiles one after the other, or listed blocks that are none
+def test_rows_of_a_tile_through_the_table(page: int, step: int, device: str) -> None:
     """As one look-up a key gives them; −1 where the table names no page that there is."""
     n, pages = 187, 200
     table = torch.randperm(pages, generator=torch.Generator().manual_seed(page)).to(torch.int32)[: -(-n // page)]
@@ -63,8 +65,23 @@ def test_rows_of_a_tile_through_the_table(page: int, device: str) -> None:
     named = table[s // page].long()
     want = torch.where((named >= 0) & (named < pages), named * page + s % page, -1)
     out = torch.full((n + 1,), 7, dtype=torch.int64, device=device)
-    rows_of_tiles[(-(-n // 16),)](table.to(device), out, pages, n, 16, page)
+    rows_of_tiles[(-(-n // step),)](table.to(device), out, pages, n, step, 16, page)
     assert out.tolist() == [*want.tolist(), 7]
+
+
+@triton.jit
+def starts_of_tiles(blocks_ptr, out_ptr, end):
+    step = tl.program_id(0)
+    tl.store(out_ptr + step, d.listed_tile(blocks_ptr, step, end, 2, 24, 16))
+
+
+@pytest.mark.parametrize(("end", "want"), [(0, [0] * 4), (4, [48, 64, 120, 136]), (3, [48, 64, 120, 120])])
+def test_tiles_of_listed_blocks(end: int, want: list[int], device: str) -> None:
+    """Past the end the last one; of an empty list, which may hold anything, the first."""
+    blocks = torch.tensor([2, 5] if end else [-1, -1], dtype=torch.int32, device=device)
+    out = torch.empty(4, dtype=torch.int32, device=device)
+    starts_of_tiles[(4,)](blocks, out, end)
+    assert out.tolist() == want
 
 
 @pytest.mark.parametrize("values", [1, 3, 50, 1 << 30])  # of few, many are equal to the last one chosen

@@ -78,6 +78,15 @@ def test_it_is_the_kernels_that_ran(device: str, monkeypatch: pytest.MonkeyPatch
         assert phi.float().of_blocks(k[:0], k[:0], starts[:0])[0].shape == (0, HEADS, 16)
 
 
+def test_positions_on_one_side(device: str) -> None:
+    """A module that a user changed: torch."""
+    for side in ("k", "v"):
+        phi = phi_of(4, 4, 16, 16, True, device)
+        getattr(phi, side).positions = None
+        for got, want in zip(*both(phi, 3, device, torch.float32), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 class Twice(MLPCompressor):
     """One that a user made."""
 
@@ -86,14 +95,15 @@ class Twice(MLPCompressor):
         return 2 * k_cmp, v_cmp
 
 
-def test_straight_to_their_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("v_dim", [16, 24])
+def test_straight_to_their_rows(v_dim: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in any order, others untouched; what a user's φ does to them stays."""
     calls = counted(monkeypatch)
-    k, v = (torch.randn(5, 6, HEADS, dim, device=device) for dim in (16, 24))
+    k, v = (torch.randn(5, 6, HEADS, dim, device=device) for dim in (16, v_dim))
     starts, rows = torch.arange(5, device=device), torch.tensor([7, 0, 3, 8, 5], device=device)
     for kind in (MLPCompressor, Twice):
-        phi = kind(block=6, stride=3, kv_heads=HEADS, k_dim=16, v_dim=24, device=device)
-        into = [torch.full((9, HEADS, dim), -1.0, device=device) for dim in (16, 24)]
+        phi = kind(block=6, stride=3, kv_heads=HEADS, k_dim=16, v_dim=v_dim, device=device)
+        into = [torch.full((9, HEADS, dim), -1.0, device=device) for dim in (16, v_dim)]
         with torch.no_grad():
             phi.write_blocks(k, v, starts, rows, into[0], into[1])
             want = phi.double().of_blocks(k.double(), v.double(), starts)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import cu_of
-from served import SELECTED, SMALL, SPECS, Served, cut, spec
+from served import LISTED, SELECTED, SMALL, SPECS, Served, cut, spec
 from torch import Tensor
 
 import nsagen
@@ -93,6 +93,8 @@ def test_misuse(device: str) -> None:
     assert of.cache.lengths.tolist() == [60, 60]
     with pytest.raises(InputError, match=r"page_size must be a multiple of 8, got 12"):
         nsagen.load(SPECS["shared"]).KVCache(2, 64, device=device, dtype=torch.float32, page_size=12)
+    with pytest.raises(InputError, match=r"a storage has less than 2147483648 rows, got 2147483649: make caches of"):
+        nsagen.load(SPECS["shared"]).KVCache(2, 1 << 30, device=device, dtype=torch.float32)
 
 
 def cut_batch(x: Tensor | None) -> Tensor | None:
@@ -203,3 +205,24 @@ def _fill(still: Any, x: Any) -> None:
             still[b].copy_(one)
     elif x is not None:
         still.copy_(x)
+
+
+@pytest.mark.parametrize("page", [8, 16])
+def test_blocks_that_begin_within_a_page(page: int, device: str) -> None:
+    """Listed by the caller, twenty tokens each: what a cache without pages gives."""
+    module = nsagen.load(spec("serve_listed", "single", heads=SMALL, selected=LISTED))
+    g = torch.Generator().manual_seed(page)
+    q, k, v = (torch.randn(1, 60, heads, 16, generator=g).to(device) for heads in (2, 1, 1))
+    blocks = torch.tensor([0, 1, 2], dtype=torch.int32, device=device).expand(1, 60, 1, 3).contiguous()
+    table = torch.randperm(-(-80 // page), generator=g).to(device, torch.int32)
+    found: list[Tensor] = []
+    for size in (None, page):
+        cache = module.KVCache(1, 80, device=device, dtype=torch.float32, page_size=size)
+        if cache.table is not None:
+            cache.table.copy_(table)
+        whole, rest = slice(0, 58), slice(58, 60)
+        before = module.prefill(q[:, whole], k[:, whole], v[:, whole], None, None, cache, blocks=blocks[:, whole])
+        step = module.decode(q[:, rest], k[:, rest], v[:, rest], None, None, cache, blocks=blocks[:, rest])
+        found.append(torch.cat((before, step), 1))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0].std() > 0.1
