@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nsagen.errors import InputError
 from nsagen.runtime import launch, mean_pool, mlp_pool
+from nsagen.runtime.stores import Flat
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 
@@ -96,10 +97,10 @@ class Compressor(nn.Module):
         k_cmp, v_cmp = self._of_blocks(k, v)
         return k_cmp if self.rope is None else self.rope(k_cmp.unsqueeze(0), starts)[0].to(k.dtype), v_cmp
 
-    def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
-        """What of_blocks gives, to rows (int64 [N]) of k_cmp and v_cmp [R, Hkv, D]."""
+    def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Flat, v_cmp: Flat) -> None:
+        """What of_blocks gives, to rows (int64 [N]) of k_cmp and v_cmp."""
         for into, x in zip((k_cmp, v_cmp), self.of_blocks(k, v, starts), strict=True):
-            into.index_copy_(0, rows, x.to(into.dtype))
+            into.write(rows, x)
 
     def _of_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.k.of_blocks(k).to(k.dtype), self.v.of_blocks(v).to(v.dtype)
@@ -303,10 +304,10 @@ class MLPCompressor(Compressor):
 
     pool = MLPPool
 
-    def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
+    def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Flat, v_cmp: Flat) -> None:
         self._check(k, v, None)
-        plain = type(self).of_blocks is Compressor.of_blocks and self.rope is None
-        if not (plain and self._pool_by_kernels(k, v, rows, k_cmp, v_cmp)):
+        plain = type(self).of_blocks is Compressor.of_blocks and self.rope is None and not k_cmp.quantised
+        if not (plain and self._pool_by_kernels(k, v, rows, k_cmp.all.data, v_cmp.all.data)):
             super().write_blocks(k, v, starts, rows, k_cmp, v_cmp)
 
     def _of_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,16 @@ def tile_rows(
     return known_tile_rows(table_ptr, pages, a, b, c, d, s0, s, n, BN, PAGE, SINKS, RING, SIZE)
 
 
+@triton.constexpr_function
+def look_ups(BN, PAGE, SIZE):
+    """Pages of a tile (see tile_rows) that are looked up as scalars, four at most; 0 where every key is looked up."""
+    if SIZE % BN != 0:  # a tile may begin anywhere in a page
+        return 0
+    if PAGE % BN == 0:
+        return 1
+    return BN // PAGE if BN % PAGE == 0 and BN <= 4 * PAGE else 0
+
+
 @triton.jit
 def tile_pages(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, SIZE: tl.constexpr):
     """The pages, four at most, of the keys s0 … s0 + BN − 1 below n, for known_tile_rows; −1 for what it does not ask.
@@ -94,16 +104,17 @@ def tile_pages(table_ptr, s0, n, BN: tl.constexpr, PAGE: tl.constexpr, RING: tl.
     Scalars: a loop can look them up a turn ahead, so that its pipeline's stages are all between the keys and their use.
     """
     none = tl.full([], -1, dtype=tl.int32)
-    if table_ptr is None or RING > 0 or SIZE % BN != 0 or (PAGE % BN != 0 and (BN % PAGE != 0 or BN > 4 * PAGE)):
+    count: tl.constexpr = look_ups(BN, PAGE, SIZE)
+    if table_ptr is None or RING > 0 or count == 0:
         return none, none, none, none
     else:
         first = table_ptr + s0 // PAGE
         a = tl.load(first, mask=s0 < n, other=-1)
-        if PAGE % BN == 0:
+        if count == 1:
             return a, none, none, none
         else:
             b = tl.load(first + 1, mask=s0 + PAGE < n, other=-1)
-            if BN == 2 * PAGE:
+            if count == 2:
                 return a, b, none, none
             else:
                 c = tl.load(first + 2, mask=s0 + 2 * PAGE < n, other=-1)
@@ -123,16 +134,14 @@ def known_tile_rows(
         return ring_row(s, SINKS, RING)
     elif table_ptr is None:
         return s.to(tl.int64)
-    elif SIZE % BN != 0:  # a tile may begin anywhere in a page
+    elif look_ups(BN, PAGE, SIZE) == 0:
         return cached_row(table_ptr, pages, s, s < n, PAGE)
-    elif PAGE % BN == 0:
+    elif look_ups(BN, PAGE, SIZE) == 1:
         return row_in_page(a, pages, s, PAGE)
-    elif BN % PAGE == 0 and BN <= 4 * PAGE:
+    else:
         at = (s - s0) // PAGE
         page = tl.where(at == 0, a, tl.where(at == 1, b, tl.where(at == 2, c, d)))
         return row_in_page(page, pages, s, PAGE)
-    else:
-        return cached_row(table_ptr, pages, s, s < n, PAGE)
 
 
 @triton.jit

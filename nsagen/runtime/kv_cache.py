@@ -20,7 +20,7 @@ from nsagen.runtime.recent import New, Recent
 from nsagen.runtime.rings import Ring, TakenBack
 from nsagen.runtime.stores import Flat, Kept, Past, Store
 
-MOST_ROWS = 1 << 31  # of a storage: kernels number them in 32 bits
+ROW_NUMBERS = 1 << 31  # of a storage: in 32 bits
 
 
 class Staged(NamedTuple):
@@ -164,12 +164,7 @@ class KVCache:
             return
         k, v, rows, starts, _ = staged
         assert v is not None and rows is not None and starts is not None
-        k_cmp, v_cmp = (self._stores[name].flat for name in ("k_cmp", "v_cmp"))
-        if k_cmp.quantised:
-            for flat, x in zip((k_cmp, v_cmp), phi.of_blocks(k, v, starts), strict=True):
-                flat.write(rows, x)
-        else:
-            phi.write_blocks(k, v, starts, rows, k_cmp.all.data, v_cmp.all.data)
+        phi.write_blocks(k, v, starts, rows, *(self._stores[name].flat for name in ("k_cmp", "v_cmp")))
 
     def _add(self, store: Store, past: Past, new: New, x: Tensor) -> Store | Recent:
         """Write new tokens [T, Hkv, D]; returns where their queries see them, and the old ones."""
@@ -225,8 +220,8 @@ class KVCache:
         if ring is not None:
             per, count = min(ring.rows, self.max_len), self.batch
         shape = (count * per + 1, self.layout.kv_heads, value.dim)
-        if shape[0] >= MOST_ROWS:
-            self._fail(f"a storage has less than {MOST_ROWS} rows", shape[0], "make caches of fewer sequences")
+        if shape[0] >= ROW_NUMBERS:
+            self._fail(f"a storage has less than {ROW_NUMBERS} rows", shape[0], "make caches of fewer sequences")
         return Store(Flat(shape, self.dtype, self.device, self.kv_dtype != self.dtype), per, value.stride, ring)
 
     def _room(self, x: Tensor, cu_seqlens: Tensor | None) -> None:

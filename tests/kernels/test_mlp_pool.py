@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsagen.runtime import mlp_pool
 from nsagen.runtime.compress import MLPCompressor
+from nsagen.runtime.stores import Flat
 
 HEADS = 2
 
@@ -103,9 +104,10 @@ def test_straight_to_their_rows(v_dim: int, device: str, monkeypatch: pytest.Mon
     starts, rows = torch.arange(5, device=device), torch.tensor([7, 0, 3, 8, 5], device=device)
     for kind in (MLPCompressor, Twice):
         phi = kind(block=6, stride=3, kv_heads=HEADS, k_dim=16, v_dim=v_dim, device=device)
-        into = [torch.full((9, HEADS, dim), -1.0, device=device) for dim in (16, v_dim)]
+        flats = [Flat((9, HEADS, dim), torch.float32, torch.device(device), False) for dim in (16, v_dim)]
+        into = [flat.all.data.fill_(-1) for flat in flats]
         with torch.no_grad():
-            phi.write_blocks(k, v, starts, rows, into[0], into[1])
+            phi.write_blocks(k, v, starts, rows, *flats)
             want = phi.double().of_blocks(k.double(), v.double(), starts)
         for got, rest in zip(into, want, strict=True):
             torch.testing.assert_close(got[rows].double(), rest, rtol=1e-5, atol=1e-5)
