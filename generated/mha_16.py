@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  23bd85fcd378
-runtime  10
+content  980fb8c58bf4
+runtime  11
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,9 +35,9 @@ select_best_cached       row_a_program, because a row of scores fits the registe
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
-decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
+decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
+decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
 """
 
 from typing import Optional
@@ -50,7 +50,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(10, "mha_16")
+version.require(11, "mha_16")
 
 SPEC = {'name': 'mha_16',
  'heads': {'query': 16, 'kv': 16, 'qk_dim': 128, 'v_dim': 128},
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_23bd85fcd378"
+_SPACE = "nsagen_mha_16_980fb8c58bf4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -406,7 +406,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "9fb46c65b9e8", {
+    "decode_scores": Tiles("decode_scores", "471f9df5d42d", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -421,7 +421,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "924bc6c13d4e", {
+    "decode_attend": Tiles("decode_attend", "6f04fe216ef7", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -2276,55 +2276,6 @@ def window_cached(
 
 
 @triton.jit
-def decode_select_scores(sums, lse, there, j, ended, groups):
-    """Importance of the candidates j: probabilities of their keys, summed over the heads; sums, lse in log2 units [heads, 1]."""
-    score = tl.zeros([j.shape[0]], dtype=tl.float32)
-    end = tl.cdiv(ended, 4)  # of the groups whose sums are there; loads go on to a whole vector
-    x0 = tl.load(sums + j[None, :], mask=there & (j < tl.cdiv(end, 4) * 4)[None, :], other=float("-inf"))
-    x1 = tl.load(sums + groups + j[None, :], mask=there & (j < tl.cdiv(end + 1, 4) * 4)[None, :], other=float("-inf"))
-    score += tl.sum(tl.where((j < end)[None, :], tl.exp2(x0 - lse), 0.0), 0)
-    score += tl.sum(tl.where(((j > 0) & (j < end + 1))[None, :], tl.exp2(x1 - lse), 0.0), 0)
-    return score
-
-
-@triton.jit
-def decode_select(
-    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, row, h, t, part_rows, groups, splits, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
-):
-    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
-
-    row: b·queries + query; t: its position. Scores are not negative, so their bits sort as integers. Forced blocks
-    score +inf; candidates start at or before the query; ties go to the lower block.
-    """
-    ended = max(0, t + 1 - 32 + 16) // 16  # keys
-    own = t // 64
-    head = tl.arange(0, 1)
-    there = (head < 1)[:, None]
-    stat = (row * 16 + h * 1 + head)[:, None]
-    part = tl.arange(0, SPLITS)[None, :]
-    lses = tl.load(lses_ptr + part * part_rows + stat, mask=there & (part < splits), other=float("-inf"))
-    top = tl.max(lses, 1)
-    some = top > float("-inf")  # else no key has ended, and no sum is read
-    z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-    lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
-    sums = sums_ptr + stat * (2 * groups)
-    j = tl.arange(0, CANDIDATES)
-    if CANDIDATES <= 512:
-        score = decode_select_scores(sums, lse, there, j, ended, groups)
-    else:  # more than the registers hold for all heads: some at a time, set down and taken up again
-        scores = scores_ptr + (row * 16 + h) * CANDIDATES
-        for first in range(0, own + 1, 512):
-            these = first + tl.arange(0, 512)
-            tl.store(scores + these, decode_select_scores(sums, lse, there, these, ended, groups))
-        tl.debug_barrier()
-        score = tl.load(scores + j, mask=j <= own, other=0.0)
-    forced = (j < 1) | (j > own - 2)
-    score = tl.where(forced, float("inf"), score)
-    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
-    device.store_best(bits, blocks_ptr + (row * 16 + h) * 16, 16, 16)
-
-
-@triton.jit
 def decode_scores_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
@@ -2371,10 +2322,10 @@ def decode_scores_step(
 
 @triton.jit
 def decode_scores_source(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
+    """A run of a query tile's keys into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
     split = at // tiles
@@ -2404,9 +2355,6 @@ def decode_scores_source(
         v_scales_ptr += h
         if table_ptr is None:  # rows before the sequence's
             v_scales_ptr += b * (k_sb // k_st) * 16
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
     sums_row = sums_ptr + stat * (2 * groups)
     # ended: 16 * s <= t - 31
     some_lo = 0
@@ -2423,24 +2371,23 @@ def decode_scores_source(
             BN, PRECISION, PAGE // 16, C0=True,
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
-    some = z > 0  # else this run holds nothing for the row
-    z = tl.where(some, z, 1.0)
-    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
-    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
-    d = tl.arange(0, 128)[None, :]
-    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
-
-
+    if KEEP:
+        some = z > 0  # else this run holds nothing for the row
+        norm = tl.where(some, z, 1.0)
+        tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(norm), float("-inf")), mask=live)
+        part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+        d = tl.arange(0, 128)[None, :]
+        tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
+    return m, z, acc0
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 1 queries × the 1 heads of one KV head.
 
-    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
-    program of a query tile goes on with decode_select. past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
     """
     device.begin_early(EARLY)
     BT: tl.constexpr = BM // 1
@@ -2453,78 +2400,73 @@ def decode_scores(
     if table_ptr is not None:
         table_ptr += b * table_sb
     at = pid // 16 % programs
-    tile = 0
     programs = tiles * splits
     if (at >= 0) & (at < programs):
-        tile = at % tiles
+        m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([BM], dtype=tl.float32)
+        acc0 = tl.zeros([BM, 128], dtype=tl.float32)
         decode_scores_source(
-            q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
+            m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE,
+            k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
         )
-    at -= programs
-    first = tile * BT
-    shared = splits  # programs of the tile
-    if device.arrives_last(arrivals_ptr + (b * 16 + h) * tiles + tile, shared):
-        for i in range(first, tl.minimum(first + BT, queries)):
-            decode_select(sums_ptr, lses_ptr, scores_ptr, blocks_ptr, b * queries + i, h, tl.minimum(past + i, capacity - 1), part_rows, groups, splits, CANDIDATES, SPLITS)
 
 
 @triton.jit
-def decode_merge_parts(
-    m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows,
+def decode_select_best(score, j, own, blocks_ptr):
+    """The best of the candidates j, by importance; forced ones first, as +inf, and none after `own`."""
+    score = tl.where((j < 1) | (j > own - 2), float("inf"), score)
+    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
+    device.store_best(bits, blocks_ptr, 16, 16)
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits"])
+def decode_select(
+    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, splits,
+    CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Parts of the rows stat [BM] into the online softmax of their term, in order; m, lses in log2 units."""
-    AT_ONCE: tl.constexpr = 8  # parts whose loads are under way together
-    for first in range(0, splits, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            part = (first + i) * part_rows + stat
-            lse = tl.load(lses_ptr + part, mask=live & (first + i < splits), other=float("-inf"))
-            some = lse > float("-inf")  # else the run held nothing for the row, and nobody wrote the part
-            m_new = tl.maximum(m, lse)
-            fade = tl.exp2(m - m_new)
-            weight = tl.exp2(lse - m_new)
-            z = z * fade + weight
-            m = m_new
-            d = tl.arange(0, 128)[None, :]
-            x = tl.load(parts_ptr + part[:, None] * 128 + d, mask=some[:, None], other=0.0)  # [BM, 128]
-            acc0 = acc0 * fade[:, None] + weight[:, None] * x
-    return m, z, acc0
+    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
 
-
-@triton.jit
-def decode_merge(
-    parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, splits_compressed, splits_selected, splits_window, stat, live, part_rows,
-):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
-
-    stat [BM]: (b·queries + query)·16 + head of each row.
+    Grid: rows b·queries + query × KV heads × runs of TOGETHER candidates, runs fastest; those after the query's own
+    block have nothing to do, and the last to arrive of the others finds the best. Scores are not negative, so their
+    bits sort as integers; ties go to the lower block. past int32 [B]: tokens before the step's.
     """
-    BM: tl.constexpr = stat.shape[0]
-    out0 = tl.zeros([BM, 128], dtype=tl.float32)
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows)
-    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
-    share *= tl.load(gates_ptr + stat * 3 + 0, mask=live, other=0.0).to(tl.float32)
-    out0 += acc0 * share[:, None]
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows)
-    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
-    share *= tl.load(gates_ptr + stat * 3 + 1, mask=live, other=0.0).to(tl.float32)
-    out0 += acc0 * share[:, None]
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_window_ptr, lses_window_ptr, splits_window, stat, live, part_rows)
-    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
-    share *= tl.load(gates_ptr + stat * 3 + 2, mask=live, other=0.0).to(tl.float32)
-    out0 += acc0 * share[:, None]
-    d = tl.arange(0, 128)[None, :]
-    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    device.begin_early(EARLY)
+    RUNS: tl.constexpr = CANDIDATES // TOGETHER
+    run = tl.program_id(0) % RUNS
+    h = tl.program_id(0) // RUNS % 16
+    row = (tl.program_id(0) // RUNS // 16).to(tl.int64)
+    t = tl.minimum(tl.load(past_ptr + row // queries) + (row % queries).to(tl.int32), capacity - 1)
+    ended = max(0, t + 1 - 32 + 16) // 16  # keys
+    own = t // 64
+    busy = own // TOGETHER + 1  # runs
+    if run < busy:
+        head = tl.arange(0, 1)
+        there = (head < 1)[:, None]
+        stat = (row * 16 + h * 1 + head)[:, None]
+        sums = sums_ptr + stat * (2 * groups)
+        j = run * TOGETHER + tl.arange(0, TOGETHER)
+        end = tl.cdiv(ended, 4)  # of the groups whose sums are there; loads go on to a whole vector
+        x0 = tl.load(sums + j[None, :], mask=(j < tl.cdiv(end, 4) * 4)[None, :], other=float("-inf"))
+        x1 = tl.load(sums + groups + j[None, :], mask=(j < tl.cdiv(end + 1, 4) * 4)[None, :], other=float("-inf"))
+        part = tl.arange(0, SPLITS)[None, :]
+        lses = tl.load(lses_ptr + part * part_rows + stat, mask=(part < splits), other=float("-inf"))
+        top = tl.max(lses, 1)
+        some = top > float("-inf")  # else no key has ended, and no sum is read
+        z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
+        lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
+        score = tl.where(j < end, tl.sum(tl.exp2(x0 - lse), 0), 0.0)
+        score += tl.where((j > 0) & (j < end + 1), tl.sum(tl.exp2(x1 - lse), 0), 0.0)
+        blocks = blocks_ptr + (row * 16 + h) * 16
+        if busy == 1:
+            decode_select_best(score, j, own, blocks)
+        if RUNS > 1:
+            if busy > 1:
+                scores = scores_ptr + (row * 16 + h) * CANDIDATES
+                tl.store(scores + j, score)
+                if device.arrives_last(arrivals_ptr + row * 16 + h, busy):
+                    every = tl.arange(0, CANDIDATES)
+                    decode_select_best(tl.load(scores + every, mask=every < busy * TOGETHER, other=0.0), every, own, blocks)
 
 
 @triton.jit
@@ -2562,10 +2504,10 @@ def decode_attend_step(
 
 @triton.jit
 def decode_attend_source0(
-    q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    m, z, acc0, q_ptr, k_ptr, v_ptr, blocks0_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
+    """A run of entries of a query's list into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = 1
     tiles = queries  # neighbours: they share keys
     split = at // tiles
@@ -2596,9 +2538,6 @@ def decode_attend_source0(
         v_scales_ptr += h
         if table_ptr is None:  # rows before the sequence's
             v_scales_ptr += b * (k_sb // k_st) * 16
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
     # causal: s <= t, in the listed blocks
     listed = (first * 16 + h) * 16
     entry = tl.arange(0, 16)
@@ -2620,20 +2559,22 @@ def decode_attend_source0(
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
         s0 = s1
-    some = z > 0  # else this run holds nothing for the row
-    z = tl.where(some, z, 1.0)
-    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
-    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
-    d = tl.arange(0, 128)[None, :]
-    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
+    if KEEP:
+        some = z > 0  # else this run holds nothing for the row
+        norm = tl.where(some, z, 1.0)
+        tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(norm), float("-inf")), mask=live)
+        part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+        d = tl.arange(0, 128)[None, :]
+        tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
+    return m, z, acc0
 
 
 @triton.jit
 def decode_attend_source1(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """A run of a query tile's keys: the attention to them and its log-sum-exp, in log2 units."""
+    """A run of a query tile's keys into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)  # neighbours: they share keys
     split = at // tiles
@@ -2663,9 +2604,6 @@ def decode_attend_source1(
         v_scales_ptr += h
         if table_ptr is None:  # rows before the sequence's
             v_scales_ptr += b * (k_sb // k_st) * 16
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
     # window: s <= t, s > t - 512
     some_lo = max(0, t0 - 511)
     some_hi = min(BT + t0, T)
@@ -2681,65 +2619,158 @@ def decode_attend_source1(
             BN, PRECISION, PAGE // 1, C0=True, C1=True,
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
-    some = z > 0  # else this run holds nothing for the row
-    z = tl.where(some, z, 1.0)
-    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
-    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
-    d = tl.arange(0, 128)[None, :]
-    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
-
-
+    if KEEP:
+        some = z > 0  # else this run holds nothing for the row
+        norm = tl.where(some, z, 1.0)
+        tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(norm), float("-inf")), mask=live)
+        part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+        d = tl.arange(0, 128)[None, :]
+        tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
+    return m, z, acc0
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 1 heads of one KV head.
 
-    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
-    program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
+    WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
+    SPLITS: parts that came before, at most.
     """
     device.begin_early(EARLY)
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)
     programs = queries * splits0 + tiles * splits1
+    if WHOLE:
+        programs = 1
     pid = tl.program_id(0)
     h = pid % 16  # KV head
     b = (pid // 16 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = pid // 16 % programs
-    tile = 0
-    programs = queries * splits0
-    if (at >= 0) & (at < programs):
-        tile = at % queries // BT
-        decode_attend_source0(
-            q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
+    if WHOLE:
+        head = tl.arange(0, 16)
+        live = head < 1
+        stat = b * 16 + h * 1 + head
+        out0 = tl.zeros([16, 128], dtype=tl.float32)
+        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([16], dtype=tl.float32)
+        acc0 = tl.zeros([16, 128], dtype=tl.float32)
+        m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows, SPLITS)
+        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 0)
+        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([16], dtype=tl.float32)
+        acc0 = tl.zeros([16, 128], dtype=tl.float32)
+        m, z, acc0 = decode_attend_source0(
+            m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE,
+            k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, False,
         )
-    at -= programs
-    programs = tiles * splits1
-    if (at >= 0) & (at < programs):
-        tile = at % tiles
-        decode_attend_source1(
-            q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
+        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
+        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([16], dtype=tl.float32)
+        acc0 = tl.zeros([16, 128], dtype=tl.float32)
+        m, z, acc0 = decode_attend_source1(
+            m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, 0,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE,
+            k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, 16, BN, PRECISION, PAGE, False,
         )
-    at -= programs
-    first = tile * BT
-    shared = splits0 * tl.minimum(BT, queries - first) + splits1  # programs of the tile
-    if device.arrives_last(arrivals_ptr + (b * 16 + h) * tiles + tile, shared):
-        row = tl.arange(0, BM)
-        i = first + row // 1
-        live = (i < queries) & (row < BT * 1)
-        stat = (b * queries + i) * 16 + h * 1 + row % 1
-        decode_merge(parts_compressed_ptr, lses_compressed_ptr, parts0_ptr, lses0_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, splits_compressed, splits0, splits1, stat, live, part_rows)
-        if (h == 0) & (tile == 0):  # nothing of the step reads them: it goes by what they were
+        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 2)
+        decode_merge_store(out0, out_ptr, stat, live)
+        if h == 0:  # nothing of the step reads them: it goes by what they were
             tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
+    else:
+        at = pid // 16 % programs
+        programs = queries * splits0
+        if (at >= 0) & (at < programs):
+            m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+            z = tl.zeros([16], dtype=tl.float32)
+            acc0 = tl.zeros([16, 128], dtype=tl.float32)
+            decode_attend_source0(
+                m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
+                splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
+                k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, True,
+            )
+        at -= programs
+        programs = tiles * splits1
+        if (at >= 0) & (at < programs):
+            m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+            z = tl.zeros([BM], dtype=tl.float32)
+            acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+            decode_attend_source1(
+                m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
+                splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
+                k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE, True,
+            )
+
+
+@triton.jit
+def decode_merge_parts(m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows, SPLITS: tl.constexpr):
+    """The parts, SPLITS at most, of the rows stat into the online softmax of their term; m, lses in log2 units."""
+    split = tl.arange(0, SPLITS)[None, :]
+    part = split * part_rows + stat[:, None]  # [rows, SPLITS]
+    lse = tl.load(lses_ptr + part, mask=live[:, None] & (split < splits), other=float("-inf"))
+    some = (lse > float("-inf"))[:, :, None]  # else the run held nothing for the row, and nobody wrote the part
+    d = tl.arange(0, 128)[None, None, :]
+    x0 = tl.load(parts_ptr + part[:, :, None] * 128 + d, mask=some, other=0.0)  # [rows, SPLITS, 128]
+    m_new = tl.maximum(m, tl.max(lse, 1))
+    fade = tl.exp2(m - m_new)
+    weight = tl.exp2(lse - m_new[:, None])
+    z = z * fade + tl.sum(weight, 1)
+    acc0 = acc0 * fade[:, None] + tl.sum(x0 * weight[:, :, None], 1)
+    return m_new, z, acc0
+
+
+@triton.jit
+def decode_merge_term(out0, z, acc0, gates_ptr, stat, live, TERM: tl.constexpr):
+    """A term into the output, times its gate if there are gates; one that sees nothing is 0."""
+    share = 1.0 / tl.where(z > 0, z, 1.0)
+    share *= tl.load(gates_ptr + stat * 3 + TERM, mask=live, other=0.0).to(tl.float32)
+    return out0 + acc0 * share[:, None]
+
+
+@triton.jit
+def decode_merge_store(out0, out_ptr, stat, live):
+    d = tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits_compressed", "splits_selected", "splits_window"])
+def decode_merge(
+    parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, splits_compressed, splits_selected, splits_window, queries, capacity, part_rows,
+    ROWS: tl.constexpr, SPLITS_compressed: tl.constexpr, SPLITS_selected: tl.constexpr, SPLITS_window: tl.constexpr, EARLY: tl.constexpr,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+
+    Grid: part_rows = B·queries·16 rows, ROWS a program. The first row of a sequence advances its length.
+    """
+    device.begin_early(EARLY)
+    stat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = stat < part_rows
+    out0 = tl.zeros([ROWS, 128], dtype=tl.float32)
+    m = tl.full([ROWS], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([ROWS], dtype=tl.float32)
+    acc0 = tl.zeros([ROWS, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows, SPLITS_compressed)
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 0)
+    m = tl.full([ROWS], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([ROWS], dtype=tl.float32)
+    acc0 = tl.zeros([ROWS, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows, SPLITS_selected)
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
+    m = tl.full([ROWS], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([ROWS], dtype=tl.float32)
+    acc0 = tl.zeros([ROWS, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_window_ptr, lses_window_ptr, splits_window, stat, live, part_rows, SPLITS_window)
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 2)
+    decode_merge_store(out0, out_ptr, stat, live)
+    b = stat // (queries * 16)
+    first = live & (stat % (queries * 16) == 0)
+    past = tl.load(past_ptr + b, mask=first, other=0)
+    tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
@@ -3564,20 +3595,25 @@ def _decode_scores(q, k, v, past, scale):
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     groups = split.groups(past.capacity // 16, 4)
-    candidates = launch.power_of_two(-(-past.capacity // 64))
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
+    decode_scores[(16 * batch * programs,)](
+        q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 16, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q.device),
+    )
+    candidates = launch.power_of_two(-(-past.capacity // 64))
+    together = split.together(16 * batch * queries, candidates, 1)
     scores = launch.empty(q, (batch, queries, 16, candidates), None, torch.float32)
     blocks = launch.empty(q, (batch, queries, 16, 16), None, torch.int32)
-    decode_scores[(16 * batch * programs,)](
-        q, k.data, v.data, parts, lses, sums, scores, blocks, past.arrivals, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
-        batch * queries * 16, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, CANDIDATES=candidates, SPLITS=runs.width, **c.options, **split.early(q.device),
+    decode_select[(16 * batch * queries * (candidates // together),)](
+        sums, lses, scores, blocks, past.arrivals, past.lengths, queries, past.capacity, batch * queries * 16, groups, runs.count,
+        candidates, together, split.width(runs.count), num_warps=split.select_warps(candidates), **split.early(q.device),
     )
     return parts, lses, blocks
 
 
 def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
-    """selected, window and what was attended to before, in runs of keys that the last program merges -> out."""
+    """selected, window, in runs of keys, merged with what was attended to before -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 16)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 1)
@@ -3592,16 +3628,27 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    decode_attend[(16 * batch * programs,)](
-        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
-        batch * queries * 16, *runs0, *runs1, lses_compressed.shape[0], scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options, **split.early(q.device),
+    whole = queries == 1 and runs0.count == 1 and runs1.count == 1
+    before = lses_compressed.shape[0]
+    decode_attend[(16 * batch * (1 if whole else programs),)](
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 16, *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=split.width(before), **c.options, **split.early(q.device),
+    )
+    if whole:
+        return out
+    counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
+    widths = [split.width(count) for count in counts]
+    each = split.merged_rows(*widths)
+    decode_merge[(-(-batch * queries * 16 // each),)](
+        parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 16,
+        each, *widths, num_warps=split.MERGE_WARPS, **split.early(q.device),
     )
     return out
 
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
-    """A decoding step in 3 launches -> out [B, m, 16, 128]; the last one advances the cache's lengths."""
+    """A decoding step in 5 launches at most -> out [B, m, 16, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
     parts_compressed, lses_compressed, blocks = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
     return _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, cache.rows("k"), cache.rows("v"), parts_compressed, lses_compressed, gates, past, cache, scale)

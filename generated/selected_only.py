@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  e5320453ca42
-runtime  10
+content  a22bb82fb78b
+runtime  11
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -13,7 +13,7 @@ selected_sum             items, because a hot block (the first: every query list
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops
-decode_merge             fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile
+decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
 """
 
 from typing import Optional
@@ -26,7 +26,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(10, "selected_only")
+version.require(11, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_e5320453ca42"
+_SPACE = "nsagen_selected_only_a22bb82fb78b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "78bf470231b0", {
+    "decode_attend": Tiles("decode_attend", "0c727756b76c", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -621,48 +621,6 @@ def selected_cached(
 
 
 @triton.jit
-def decode_merge_parts(
-    m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows,
-):
-    """Parts of the rows stat [BM] into the online softmax of their term, in order; m, lses in log2 units."""
-    AT_ONCE: tl.constexpr = 8  # parts whose loads are under way together
-    for first in range(0, splits, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            part = (first + i) * part_rows + stat
-            lse = tl.load(lses_ptr + part, mask=live & (first + i < splits), other=float("-inf"))
-            some = lse > float("-inf")  # else the run held nothing for the row, and nobody wrote the part
-            m_new = tl.maximum(m, lse)
-            fade = tl.exp2(m - m_new)
-            weight = tl.exp2(lse - m_new)
-            z = z * fade + weight
-            m = m_new
-            d = tl.arange(0, 128)[None, :]
-            x = tl.load(parts_ptr + part[:, None] * 128 + d, mask=some[:, None], other=0.0)  # [BM, 128]
-            acc0 = acc0 * fade[:, None] + weight[:, None] * x
-    return m, z, acc0
-
-
-@triton.jit
-def decode_merge(
-    parts_selected_ptr, lses_selected_ptr, out_ptr, splits_selected, stat, live, part_rows,
-):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
-
-    stat [BM]: (b·queries + query)·64 + head of each row.
-    """
-    BM: tl.constexpr = stat.shape[0]
-    out0 = tl.zeros([BM, 128], dtype=tl.float32)
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows)
-    share = 1.0 / tl.where(z > 0, z, 1.0)  # a term that sees nothing is 0
-    out0 += acc0 * share[:, None]
-    d = tl.arange(0, 128)[None, :]
-    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
-
-
-@triton.jit
 def decode_attend_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
@@ -695,10 +653,10 @@ def decode_attend_step(
 
 @triton.jit
 def decode_attend_source(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    m, z, acc0, q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """A run of entries of a query's list: the attention to them and its log-sum-exp, in log2 units."""
+    """A run of entries of a query's list into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = 1
     tiles = queries  # neighbours: they share keys
     split = at // tiles
@@ -729,9 +687,6 @@ def decode_attend_source(
         v_scales_ptr += h
         if table_ptr is None:  # rows before the sequence's
             v_scales_ptr += b * (k_sb // k_st) * 4
-    m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-    z = tl.zeros([BM], dtype=tl.float32)
-    acc0 = tl.zeros([BM, 128], dtype=tl.float32)
     # causal: s <= t, in the listed blocks
     listed = (first * 4 + h) * 16
     entry = tl.arange(0, 16)
@@ -753,56 +708,122 @@ def decode_attend_source(
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
         s0 = s1
-    some = z > 0  # else this run holds nothing for the row
-    z = tl.where(some, z, 1.0)
-    tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(z), float("-inf")), mask=live)
-    part = parts_ptr + (split * part_rows + stat[:, None]) * 128
-    d = tl.arange(0, 128)[None, :]
-    tl.store(part + d, acc0 / z[:, None], mask=(live & some)[:, None])
-
-
+    if KEEP:
+        some = z > 0  # else this run holds nothing for the row
+        norm = tl.where(some, z, 1.0)
+        tl.store(lses_ptr + split * part_rows + stat, tl.where(some, m + tl.log2(norm), float("-inf")), mask=live)
+        part = parts_ptr + (split * part_rows + stat[:, None]) * 128
+        d = tl.arange(0, 128)[None, :]
+        tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
+    return m, z, acc0
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_attend(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, out_ptr, arrivals_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 16 heads of one KV head.
 
-    Grid: sequences × runs of every source × KV heads, heads fastest: those of a sequence end together, and the last
-    program of a query tile goes on with decode_merge. past int32 [B]: tokens before the step's.
+    Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
+    WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
+    SPLITS: parts that came before, at most.
     """
     device.begin_early(EARLY)
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = queries * splits
+    if WHOLE:
+        programs = 1
     pid = tl.program_id(0)
     h = pid % 4  # KV head
     b = (pid // 4 // programs).to(tl.int64)
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    at = pid // 4 % programs
-    tile = 0
-    programs = queries * splits
-    if (at >= 0) & (at < programs):
-        tile = at % queries // BT
-        decode_attend_source(
-            q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
+    if WHOLE:
+        head = tl.arange(0, 16)
+        live = head < 16
+        stat = b * 64 + h * 16 + head
+        out0 = tl.zeros([16, 128], dtype=tl.float32)
+        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([16], dtype=tl.float32)
+        acc0 = tl.zeros([16, 128], dtype=tl.float32)
+        m, z, acc0 = decode_attend_source(
+            m, z, acc0, q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, 0,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE,
+            k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE, False,
         )
-    at -= programs
-    first = tile * BT
-    shared = splits * tl.minimum(BT, queries - first)  # programs of the tile
-    if device.arrives_last(arrivals_ptr + (b * 4 + h) * tiles + tile, shared):
-        row = tl.arange(0, BM)
-        i = first + row // 16
-        live = (i < queries) & (row < BT * 16)
-        stat = (b * queries + i) * 64 + h * 16 + row % 16
-        decode_merge(parts_ptr, lses_ptr, out_ptr, splits, stat, live, part_rows)
-        if (h == 0) & (tile == 0):  # nothing of the step reads them: it goes by what they were
+        out0 = decode_merge_term(out0, z, acc0, stat, live, 0)
+        decode_merge_store(out0, out_ptr, stat, live)
+        if h == 0:  # nothing of the step reads them: it goes by what they were
             tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
+    else:
+        at = pid // 4 % programs
+        programs = queries * splits
+        if (at >= 0) & (at < programs):
+            m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+            z = tl.zeros([16], dtype=tl.float32)
+            acc0 = tl.zeros([16, 128], dtype=tl.float32)
+            decode_attend_source(
+                m, z, acc0, q_ptr, k_ptr, v_ptr, blocks_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
+                splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
+                k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE, True,
+            )
+
+
+@triton.jit
+def decode_merge_parts(m, z, acc0, parts_ptr, lses_ptr, splits, stat, live, part_rows, SPLITS: tl.constexpr):
+    """The parts, SPLITS at most, of the rows stat into the online softmax of their term; m, lses in log2 units."""
+    split = tl.arange(0, SPLITS)[None, :]
+    part = split * part_rows + stat[:, None]  # [rows, SPLITS]
+    lse = tl.load(lses_ptr + part, mask=live[:, None] & (split < splits), other=float("-inf"))
+    some = (lse > float("-inf"))[:, :, None]  # else the run held nothing for the row, and nobody wrote the part
+    d = tl.arange(0, 128)[None, None, :]
+    x0 = tl.load(parts_ptr + part[:, :, None] * 128 + d, mask=some, other=0.0)  # [rows, SPLITS, 128]
+    m_new = tl.maximum(m, tl.max(lse, 1))
+    fade = tl.exp2(m - m_new)
+    weight = tl.exp2(lse - m_new[:, None])
+    z = z * fade + tl.sum(weight, 1)
+    acc0 = acc0 * fade[:, None] + tl.sum(x0 * weight[:, :, None], 1)
+    return m_new, z, acc0
+
+
+@triton.jit
+def decode_merge_term(out0, z, acc0, stat, live, TERM: tl.constexpr):
+    """A term into the output, times its gate if there are gates; one that sees nothing is 0."""
+    share = 1.0 / tl.where(z > 0, z, 1.0)
+    return out0 + acc0 * share[:, None]
+
+
+@triton.jit
+def decode_merge_store(out0, out_ptr, stat, live):
+    d = tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + stat[:, None] * 128 + d, out0.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits_selected"])
+def decode_merge(
+    parts_selected_ptr, lses_selected_ptr, out_ptr, past_ptr, lengths_ptr, splits_selected, queries, capacity, part_rows,
+    ROWS: tl.constexpr, SPLITS_selected: tl.constexpr, EARLY: tl.constexpr,
+):
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+
+    Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
+    """
+    device.begin_early(EARLY)
+    stat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = stat < part_rows
+    out0 = tl.zeros([ROWS, 128], dtype=tl.float32)
+    m = tl.full([ROWS], -1.0e30, dtype=tl.float32)
+    z = tl.zeros([ROWS], dtype=tl.float32)
+    acc0 = tl.zeros([ROWS, 128], dtype=tl.float32)
+    m, z, acc0 = decode_merge_parts(m, z, acc0, parts_selected_ptr, lses_selected_ptr, splits_selected, stat, live, part_rows, SPLITS_selected)
+    out0 = decode_merge_term(out0, z, acc0, stat, live, 0)
+    decode_merge_store(out0, out_ptr, stat, live)
+    b = stat // (queries * 64)
+    first = live & (stat % (queries * 64) == 0)
+    past = tl.load(past_ptr + b, mask=first, other=0)
+    tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "spare"])
@@ -1073,7 +1094,7 @@ def _append(k, v, phi, cache):
 
 
 def _decode_attend(q, k, v, blocks, past, cache, scale):
-    """selected and what was attended to before, in runs of keys that the last program merges -> out."""
+    """selected, in runs of keys, merged -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -1083,15 +1104,25 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    decode_attend[(4 * batch * programs,)](
-        q, k.data, v.data, blocks, parts, lses, out, past.arrivals, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+    whole = queries == 1 and runs.count == 1
+    decode_attend[(4 * batch * (1 if whole else programs),)](
+        q, k.data, v.data, blocks, parts, lses, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options, **split.early(q.device),
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q.device),
+    )
+    if whole:
+        return out
+    counts = [lses.shape[0]]
+    widths = [split.width(count) for count in counts]
+    each = split.merged_rows(*widths)
+    decode_merge[(-(-batch * queries * 64 // each),)](
+        parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
+        each, *widths, num_warps=split.MERGE_WARPS, **split.early(q.device),
     )
     return out
 
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
-    """A decoding step in 2 launches -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
+    """A decoding step in 3 launches at most -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
     return _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, past, cache, scale)

@@ -236,7 +236,7 @@ class Launch:
     accumulate: bool = False  # add to the outputs marked `accumulate` instead of overwriting them
     over: str | None = None  # "chunks": a host loop over chunks of queries, so that the scores of all never exist
     when: tuple[Guard, ...] = ()
-    rides: str | None = None  # the kernel in whose last program of a query tile it runs: no launch of its own
+    rides: str | None = None  # the kernel whose program goes on with it where it holds all of a row, else launched
 
 
 @dataclass(frozen=True)
@@ -267,10 +267,6 @@ class Plan:
     def launches(self, kernel: str) -> list[Launch]:
         """Of the kernel, in any op."""
         return [x for op in self.ops for x in op.launches if x.kernel == kernel]
-
-    def rides(self, kernel: str) -> bool:
-        """Whether the kernel is never launched but rides on another."""
-        return any(x.rides for x in self.launches(kernel))
 
     def rider(self, kernel: str) -> Launch | None:
         """The launch that rides on the kernel's, if one does."""

@@ -1,8 +1,8 @@
 """The forward's variant for mode=decode: few queries a sequence, their keys split over programs.
 
-One or two launches (another appends, outside of the plan): the scores of a selection, with the attention over the same
-keys if there is one; every other attention. On the first rides the selection, on the second the merge of all parts,
-gates and all: the last program of a query tile does what has to wait for all of them.
+Up to four launches (another appends, outside of the plan): the scores of a selection, with the attention over the same
+keys if there is one; the selection; every other attention; the merge of all parts, gates and all. Where there are so
+many sequences that every source is one run of keys, the merge rides on the attention and is no launch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ LOG_SUMS = Choice(
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
 ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found two bits a round")
+SHARED = Choice(
+    "shared_out", "one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts"
+)
 RIDES = Choice(
-    "rides", "the last program of a query tile goes on with it: no launch between, and other tiles stream meanwhile"
+    "rides", "where each source is one run, its program goes on with the merge: no part is written, no launch follows"
 )
 PACKED = Choice("head_packing", "the group's heads, and the step's queries where they walk alike, fill the rows")
 
@@ -141,7 +144,7 @@ def _selection(select: Select) -> Kernel:
         _operand("scores", "scores", "store"), _operand("blocks", "blocks", "store"),
     )  # fmt: skip
     flat = Grid(None, BM, "ascending")
-    kernel = Kernel("decode_select", "", "split_select", flat, operands, (), (ROW, FIXED_ORDER, RIDES), cached=True)
+    kernel = Kernel("decode_select", "", "split_select", flat, operands, (), (ROW, SHARED, FIXED_ORDER), cached=True)
     return replace(kernel, select=select)
 
 
@@ -155,7 +158,9 @@ def _merge(graph: Graph, of: Lanes) -> Kernel:
         operands.append(_operand("gates", "gates", "load"))
     operands.append(_operand("out", "out", "store"))
     flat = Grid(None, BM, "ascending")
-    return Kernel("decode_merge", "", "split_merge", flat, tuple(operands), (), (FIXED_ORDER, RIDES), cached=True)
+    return Kernel(
+        "decode_merge", "", "split_merge", flat, tuple(operands), (), (SHARED, FIXED_ORDER, RIDES), cached=True
+    )
 
 
 # --- schedule
@@ -169,7 +174,7 @@ def decode_op(graph: Graph, inputs: tuple[str, ...]) -> Op:
         launches.append(_split_launch("decode_scores", of.scores, of.select))
         lses = of.scores[0].lse
         binds = (("sums", "split_sums"), ("lses", lses), ("scores", "split_scores"), ("blocks", of.select.out))
-        launches.append(Launch("decode_select", binds, rides="decode_scores"))
+        launches.append(Launch("decode_select", binds))
     launches.append(_split_launch("decode_attend", of.attend, None))
     merged = [bind for x in of.merged for bind in ((f"parts_{x.name}", x.out), (f"lses_{x.name}", x.lse))]
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)

@@ -77,11 +77,21 @@ class RunView:
 
 
 @dataclass(frozen=True)
+class MergedView:
+    """Parts of a merge, and what the step calls them."""
+
+    name: str
+    parts: str
+    lses: str
+
+
+@dataclass(frozen=True)
 class SplitKernelView:
     name: str
     sources: tuple[RunView, ...]
     sums: bool
-    more: tuple[str, ...]  # what comes for the rider's sake
+    more: tuple[str, ...]  # what comes for the merge's sake
+    merged: tuple[MergedView, ...]  # by the merge that follows, in its order
 
     @property
     def earlier(self) -> tuple[str, ...]:
@@ -90,14 +100,21 @@ class SplitKernelView:
 
     @property
     def brought(self) -> tuple[str, ...]:
-        """What comes for the rider's sake from outside."""
-        return tuple(x for x in self.more if x not in ("scores", "blocks", "out"))
+        """What comes for the merge's sake from outside."""
+        return tuple(x for x in self.more if x != "out")
+
+    @property
+    def parts(self) -> str:
+        """What it hands on beside the blocks that its selection finds."""
+        return "".join(f"parts{s.suffix}, lses{s.suffix}, " for s in self.sources if s.v)
 
     @property
     def doc(self) -> str:
         what = ", ".join(s.lse.removeprefix("split_lse_") for s in self.sources)
         if not self.sums:
-            return f"{what} and what was attended to before, in runs of keys that the last program merges -> out."
+            return (
+                f"{what}, in runs of keys, merged{' with what was attended to before' if self.earlier else ''} -> out."
+            )
         parts = f"Parts of {what}, of each run of keys the output and lse in log2 units; " if self.sources[0].v else ""
         return f"{parts}blocks int32 [B, m, Hkv, n], the best."
 
@@ -142,15 +159,15 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
         for n in graph.nodes
         if isinstance(n, Pool)
     )
-    launched = tuple(x for x in op.launches if x.rides is None)
+    splits = tuple(x for x in op.launches if plan.kernel(x.kernel).walks)
     select = select_node(graph)
     return DecodeView(
         stores=tuple(
             _store(x, graph, branches, kept.get(x)) for x in graph.inputs if x.partition("_")[0] in ("k", "v")
         ),
         pools=pools,
-        splits=tuple(_split(x, plan) for x in launched),
-        launches=1 + len(launched),
+        splits=tuple(_split(x, plan) for x in splits),
+        launches=1 + len(op.launches),
         group_rows=len(select.group_weights) if select else 0,
         grouped=select.grouped if select else 1,
     )
@@ -169,7 +186,18 @@ def _split(launch: Launch, plan: Plan) -> SplitKernelView:
     kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
     sources = tuple(_run(kernel, bind, i) for i in sorted({w.source for w in kernel.walks}))
     more = tuple(operand for operand, _ in plan.brought(launch))
-    return SplitKernelView(kernel.name, sources, kernel.select is not None, more)
+    return SplitKernelView(kernel.name, sources, kernel.select is not None, more, _merged(launch, plan))
+
+
+def _merged(launch: Launch, plan: Plan) -> tuple[MergedView, ...]:
+    """What the merge that rides on the launch, if one does, is given."""
+    rider = plan.rider(launch.kernel)
+    if rider is None:
+        return ()
+    own, bound = {buffer: operand for operand, buffer in launch.binds}, dict(rider.binds)
+    lanes = [o.name for o in plan.kernel(rider.kernel).operands if o.role == "parts"]
+    names = [(own.get(bound[x], x), x.removeprefix("parts_")) for x in lanes]
+    return tuple(MergedView(name, given, given.replace("parts", "lses", 1)) for given, name in names)
 
 
 def _run(kernel: Kernel, bind: dict[str, str], number: int) -> RunView:

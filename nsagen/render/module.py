@@ -97,7 +97,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "digest": digest,
         "runtime_version": runtime_version,
         "kernels_with_choices": [Named(k.name, _choices(k)) for k in plan.kernels],
-        "kernels": [_kernel_text(k, plan) for k in plan.kernels if not plan.rides(k.name)],
+        "kernels": [_kernel_text(k, plan) for k in plan.kernels],
         "attends": branch_views(graph, plan),
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),
@@ -148,7 +148,7 @@ def _step_context(view: DecodeView, plan: Plan) -> dict[str, Any]:
 
 def kernel_keys(plan: Plan) -> dict[str, str]:
     """The key under which each kernel's measurements are kept."""
-    return {k.name: kernel_key(_source(k, plan)) for k in plan.kernels if not plan.rides(k.name)}
+    return {k.name: kernel_key(_source(k, plan)) for k in plan.kernels}
 
 
 def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
@@ -165,12 +165,8 @@ def _lengths(kernel: Kernel, plan: Plan) -> tuple[int, int | None] | None:
 
 
 def _source(kernel: Kernel, plan: Plan) -> str:
-    """The kernel's text, after that of the one that rides on it."""
-    rider = plan.rider(kernel.name)
-    before = [_source(plan.kernel(rider.kernel), plan)] if rider else []
     views = {"x": kernel_view(kernel, plan), "own": split_view(kernel, plan)}
-    text = environment().get_template(f"{kernel.body}.py.j2").render(views).strip("\n")
-    return "\n\n\n".join((*before, text))
+    return environment().get_template(f"{kernel.body}.py.j2").render(views).strip("\n")
 
 
 def _distinct(tables: tuple[TileTable, ...]) -> tuple[TileTable, ...]:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsagen.ir.plan import Kernel, Plan
+from nsagen.ir.plan import Kernel, Operand, Plan
 from nsagen.render.view import power_of_two
-
-MOST_SUMS = 4096  # log-sums that a selection holds at once, of each kind
-MOST_CANDIDATES = 512  # whose scores it adds up at once: with few heads more would spill
-AT_ONCE = 8  # parts of a row whose loads are under way together
 
 
 @dataclass(frozen=True)
@@ -21,18 +17,25 @@ class LaneView:
 
 
 @dataclass(frozen=True)
+class RidingLane(LaneView):
+    """What a rider merges: the kernel's own source of that suffix, or parts that came before (None)."""
+
+    suffix: str | None
+
+
+@dataclass(frozen=True)
 class RiderView:
-    """What the last program of a query tile goes on with, and what it is given: in the words of the kernel below it."""
+    """The merge that a program goes on with where it takes every source itself."""
 
     name: str
-    pointers: tuple[str, ...]  # by the rider's operands
-    more: tuple[str, ...]  # those of them that the kernel itself has no use for
-    splits: tuple[str, ...]  # counts of runs, by the rider's parts
+    lanes: tuple[RidingLane, ...]
+    more: tuple[str, ...]  # operands that come for its sake
+    gated: bool
 
     @property
     def counts(self) -> tuple[str, ...]:
-        """Counts of runs that the kernel itself has no use for."""
-        return tuple("splits" + x.removeprefix("parts") for x in self.more if x.startswith("parts"))
+        """Counts of runs of what came before."""
+        return tuple(f"splits_{x.name}" for x in self.lanes if x.suffix is None)
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,8 @@ class SplitView:
     pointers: str  # of keys, values, lists and parts
     group_weights: tuple[tuple[tuple[int, int], ...], ...]  # (key of a group, weight): for its own block, for the next
     alone: int  # rows of a tile that holds one query
-    together: int  # candidates whose scores a selection adds up at once
     merged: tuple[LaneView, ...]
     rider: RiderView | None
-    at_once: int = AT_ONCE  # parts that a merge loads together
 
 
 def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
@@ -57,7 +58,6 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role not in ("q", "sums")),
         group_weights=tuple(tuple((i, w) for i, w in enumerate(row) if w) for row in weights),
         alone=max(16, group),
-        together=min(MOST_CANDIDATES, MOST_SUMS // group),
         merged=tuple(LaneView(o.name.removeprefix("parts_"), o.source) for o in parts),
         rider=_rider(kernel, plan),
     )
@@ -69,10 +69,17 @@ def _rider(kernel: Kernel, plan: Plan) -> RiderView | None:
         return None
     host = plan.launches(kernel.name)[0]
     known = {buffer: operand for operand, buffer in host.binds}
-    pointers = tuple(known.get(buffer, operand) for operand, buffer in launch.binds)
+    lanes = [o for o in plan.kernel(launch.kernel).operands if o.role == "parts"]
+    bound = dict(launch.binds)
     return RiderView(
         name=launch.kernel,
-        pointers=pointers,
+        lanes=tuple(_riding(o, known.get(bound[o.name])) for o in lanes),
         more=tuple(operand for operand, _ in plan.brought(host)),
-        splits=tuple("splits" + p.removeprefix("parts") for p in pointers if p.startswith("parts")),
+        gated="gates" in bound,
     )
+
+
+def _riding(parts: Operand, own: str | None) -> RidingLane:
+    """own: the kernel's operand that holds these parts."""
+    suffix = None if own is None else own.removeprefix("parts")
+    return RidingLane(parts.name.removeprefix("parts_"), parts.source, suffix)

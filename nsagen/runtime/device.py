@@ -199,28 +199,19 @@ def arrives_last(counter_ptr, programs):
 
 @triton.jit
 def nth_largest(bits, COUNT: tl.constexpr):
-    """A number that just the COUNT largest of `bits` (int32 [up to 2²⁰ − 1], −1 for none) reach; where others equal the
-    last of them, its own number. 0 where fewer than COUNT are not negative.
+    """A number that just the COUNT largest of `bits` (int32, −1 for none) reach; where others equal the last of them,
+    its own number. 0 where fewer than COUNT are not negative.
 
-    Two bits a round, from the 30th down: three thresholds' counts in one sum. Ends with the first that COUNT reach.
+    Bit by bit from the 30th down: a sum of 32 bits in a warp is one instruction. Ends with the first that COUNT reach.
     """
     least = 0
     reached = -1
-    shift = 29
+    shift = 30
     while (shift >= 0) & (reached != COUNT):
-        step = 1 << shift
-        one = (bits >= least + step).to(tl.int64)
-        two = (bits >= least + 2 * step).to(tl.int64)
-        three = (bits >= least + 3 * step).to(tl.int64)
-        counts = tl.sum(one + (two << 20) + (three << 40))
-        first = (counts & 0xFFFFF).to(tl.int32)
-        second = ((counts >> 20) & 0xFFFFF).to(tl.int32)
-        third = (counts >> 40).to(tl.int32)
-        least += step * ((first >= COUNT).to(tl.int32) + (second >= COUNT).to(tl.int32) + (third >= COUNT).to(tl.int32))
-        reached = tl.where(first >= COUNT, first, reached)
-        reached = tl.where(second >= COUNT, second, reached)
-        reached = tl.where(third >= COUNT, third, reached)
-        shift = tl.where(shift == 1, 0, shift - 2)
+        above = tl.sum((bits >= least + (1 << shift)).to(tl.int32))
+        least += tl.where(above >= COUNT, 1 << shift, 0)
+        reached = tl.where(above >= COUNT, above, reached)
+        shift -= 1
     return least
 
 

@@ -15,9 +15,14 @@ from nsagen.runtime.stores import Past
 PROGRAMS = 256  # of a launch: about two a multiprocessor stream as fast as eight, with fewer parts to merge (H100)
 MOST_RUNS = 32  # more parts of a row would cost as much as its keys
 APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
+MERGE_WARPS = 4
+MERGED = 32  # parts that a merging program holds at once, unless a single row has more
+MOST_MERGED = 4  # rows: of twice or half as many a launch takes two to four µs more (H200)
+MOST_SUMS = 4096  # log-sums that a program of a selection holds, of each kind
+MOST_CANDIDATES = 512  # whose scores it adds up: with few heads more would spill
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
-FEW = 64  # queries × KV heads: below, what rides behind a launch takes longer than the launch
+FEW = 64  # queries × KV heads: below, programs leave the chip idle, and each should be short
 SMALL = 16  # rows: of smaller pages a tile of 64 keys takes more than the four that are looked up one by one
 DEEP = 5  # stages of a pipeline that reads the table as it does the keys, of such pages
 
@@ -31,17 +36,11 @@ class Runs(NamedTuple):
     count: int
     length: int
 
-    @property
-    def width(self) -> int:
-        """The smallest power of two that holds the runs."""
-        return 1 << (self.count - 1).bit_length()
-
 
 def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
     """The first candidate for few queries; for more one of four warps, and of a deep pipeline if `scattered`.
 
-    Four merge slower, but that hides behind other programs: on an H200 a step of many sequences takes 4 % less, and one
-    of four tokens 9.
+    On an H200 a step of many sequences takes 4 % less with four, and one of four tokens 9.
     """
     first = launch.pick(tiles, q)
     if tiles.forced is not None or not q.is_cuda or q.shape[0] * q.shape[1] * heads < FEW:
@@ -69,6 +68,11 @@ def runs(programs: int, longest: int, step: int) -> Runs:
     return Runs(-(-tiles // each), each * step)
 
 
+def width(count: int) -> int:
+    """The smallest power of two that holds so many runs."""
+    return 1 << (count - 1).bit_length()
+
+
 def groups(keys: int, per: int) -> int:
     """Places in a row of log-sums, of `per` keys each: one more than there are, for what reaches the next block, and a
     multiple of 16, so that they are loaded in vectors."""
@@ -83,6 +87,22 @@ def longest(ranges: list[tuple[int, int]], step: int) -> int:
 def rows(q: Tensor, group: int) -> int:
     """Rows of a tile: the step's queries (q [B, m, Hq, Dqk]) times the heads of a group, as far as they fit."""
     return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
+
+
+def together(rows: int, candidates: int, group: int) -> int:
+    """Candidates whose scores one program of a selection adds up: half as many where rows (queries × KV heads) are few."""
+    most = MOST_SUMS // power_of_two(group)
+    return min(candidates, MOST_CANDIDATES, most // 2 if rows < FEW else most)
+
+
+def select_warps(candidates: int) -> int:
+    """Of a program that finds the best of so many scores, all in registers."""
+    return 4 if candidates <= 4096 else 8
+
+
+def merged_rows(*widths: int) -> int:
+    """Rows of a merging program, of so many parts each at most."""
+    return max(1, min(MOST_MERGED, 1 << max(1, MERGED // sum(widths)).bit_length() - 1))
 
 
 def early(device: torch.device) -> dict[str, bool]:

@@ -36,7 +36,7 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
     """The first choice (or every surviving candidate) of every kernel."""
     bits = DTYPES[dtype][1]
     jobs: list[Job] = []
-    for kernel in (k for k in plan.kernels if not plan.rides(k.name)):
+    for kernel in plan.kernels:
         tiles, launch = candidates(kernel, arch, bits), launch_of(plan, kernel)
         kernel, launch = _with_rider(plan, kernel, launch)
         jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else tiles[:1])]
@@ -52,7 +52,7 @@ def launch_of(plan: Plan, kernel: Kernel) -> Launch:
 
 
 def _with_rider(plan: Plan, kernel: Kernel, launch: Launch) -> tuple[Kernel, Launch]:
-    """Both with the operands that come for the sake of what rides on the kernel."""
+    """Both with the operands that come for the sake of what may ride on the kernel."""
     rider, more = plan.rider(kernel.name), plan.brought(launch)
     if rider is None:
         return kernel, launch

@@ -46,7 +46,7 @@ class Signature:
 
 def signature_of(function: Any, job: Job, plan: Plan) -> Signature:
     """Types, constants and alignment of the kernel's arguments, from the plan's operands and buffers."""
-    signature, constants = Signature(), _constants(job)
+    signature, constants = Signature(), _constants(job, plan.heads.group)
     for index, parameter in enumerate(function.params):
         name: str = parameter.name
         if parameter.is_constexpr:
@@ -63,9 +63,9 @@ def signature_of(function: Any, job: Job, plan: Plan) -> Signature:
     return signature
 
 
-def _constants(job: Job) -> dict[str, Any]:
+def _constants(job: Job, group: int) -> dict[str, Any]:
     """float32 dots in full precision, torch's default; a selection among the blocks of LENGTH tokens."""
-    from nsagen.runtime.split import MOST_RUNS
+    from nsagen.runtime import split
 
     tile, launch, select = job.tile, job.launch, job.kernel.select
     constants = {
@@ -76,9 +76,19 @@ def _constants(job: Job) -> dict[str, Any]:
         "PAGE": 1,
         "EARLY": job.arch in EARLY,
         "TILES": 1,  # of a listed block
-        "SPLITS": MOST_RUNS,
+        "WHOLE": False,
+        "ROWS": split.merged_rows(split.MOST_RUNS),
+        **dict.fromkeys(_splits(job.kernel), split.MOST_RUNS),
     }
-    return constants | ({"CANDIDATES": _candidates(select)} if select else {})
+    if select is None:
+        return constants
+    count = _candidates(select)
+    return constants | {"CANDIDATES": count, "TOGETHER": split.together(1, count, group)}
+
+
+def _splits(kernel: Kernel) -> list[str]:
+    """Constants that say how many parts there are at most: of the launch before, of each lane of a merge."""
+    return ["SPLITS", *(o.name.replace("parts", "SPLITS", 1) for o in kernel.operands if o.role == "parts")]
 
 
 def _candidates(select: Select) -> int:
@@ -89,10 +99,14 @@ def _candidates(select: Select) -> int:
 
 def warps_of(job: Job) -> int:
     """The tile's warps; a selection takes as many as its candidates need, as the launch does."""
-    from nsagen.runtime.launch import warps_for
+    from nsagen.runtime import launch, split
 
     select = job.kernel.select
-    return warps_for(_candidates(select)) if select and job.kernel.body == "select_blocks" else job.tile.warps
+    if select and job.kernel.body == "select_blocks":
+        return launch.warps_for(_candidates(select))
+    if select and job.kernel.body == "split_select":
+        return split.select_warps(_candidates(select))
+    return split.MERGE_WARPS if job.kernel.body == "split_merge" else job.tile.warps
 
 
 def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 import nsagen
 from nsagen.errors import InputError
-from nsagen.render import split_view
-from nsagen.runtime import launch
+from nsagen.runtime import launch, split
 
 
 @pytest.mark.parametrize(
@@ -111,12 +110,23 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str, monke
     of.step(72, 78, decode=True)
 
 
+@pytest.mark.parametrize(("name", "page"), [(name, 24 if name == "whole" else None) for name in SPECS])
+def test_one_run_a_source(name: str, page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with many sequences: a step of one token merges where it attends, one of two by a launch of its own."""
+    monkeypatch.setattr(split, "PROGRAMS", 1)
+    of = Served(name, 44, device, page)
+    of.step(0, 40)
+    of.step(40, 41, decode=True)
+    of.step(41, 43, decode=True)
+    of.step(43, 44, decode=True)
+
+
 def test_candidates_some_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nineteen candidates, of whose scores the selection is let add up sixteen at once.
+    """Nineteen candidates, of whose scores a program of the selection is let add up sixteen.
 
     Then a step beside a sequence that is full, as a replayed graph may run it: nothing is written behind the scores.
     """
-    monkeypatch.setattr(split_view, "MOST_CANDIDATES", 16)
+    monkeypatch.setattr(split, "MOST_CANDIDATES", 16)
     compressed, selected = {"block": 2, "stride": 1, "pool": "mean"}, SELECTED | {"block": 2}
     few = spec("serve_some", "gated_sum", compressed=compressed, selected=selected)
     monkeypatch.setitem(SPECS, "some", few)

@@ -18,13 +18,26 @@ def test_runs_hold_every_key_and_none_is_idle(programs: int, longest: int, step:
     assert runs.length % step == 0
     assert runs.count * runs.length >= longest > (runs.count - 1) * runs.length
     assert runs.count <= split.MOST_RUNS
-    assert runs.width >= runs.count > runs.width // 2
+    assert split.width(runs.count) >= runs.count > split.width(runs.count) // 2
 
 
 def test_a_large_batch_is_not_shared_out() -> None:
     assert split.runs(1024, 4096, 64) == (1, 4096)
     assert split.runs(4, 4096, 64) == (32, 128)
     assert split.runs(128, 4096, 64) == (2, 2048)
+
+
+@pytest.mark.parametrize("group", [1, 3, 16, 64])
+@pytest.mark.parametrize("candidates", [16, 256, 16384])
+def test_a_selection_is_shared_out_in_whole_runs(group: int, candidates: int) -> None:
+    few, many = (split.together(rows, candidates, group) for rows in (4, 128))
+    assert few <= many <= candidates and candidates % few == candidates % many == 0
+    assert many * group <= split.MOST_SUMS
+
+
+@pytest.mark.parametrize(("widths", "rows"), [((1, 1, 1), 4), ((2, 2, 2), 4), ((8, 4, 2), 2), ((32, 16, 8), 1)])
+def test_rows_of_a_merge(widths: tuple[int, ...], rows: int) -> None:
+    assert split.merged_rows(*widths) == rows
 
 
 def test_no_cache_without_keys_is_without_runs() -> None:
