@@ -90,7 +90,7 @@ def rows(q: Tensor, group: int) -> int:
 
 
 def together(rows: int, candidates: int, group: int) -> int:
-    """Candidates whose scores one program of a selection adds up: half as many where rows (queries × KV heads) are few."""
+    """Candidates whose scores a program of a selection adds up: half as many for few rows (queries × KV heads)."""
     most = MOST_SUMS // power_of_two(group)
     return min(candidates, MOST_CANDIDATES, most // 2 if rows < FEW else most)
 
