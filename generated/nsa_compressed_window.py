@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  9a93518aaf71
-runtime  11
+content  e55584844398
+runtime  12
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(11, "nsa_compressed_window")
+version.require(12, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_9a93518aaf71"
+_SPACE = "nsagen_nsa_compressed_window_e55584844398"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1515,7 +1515,7 @@ def decode_merge(
     parts_compressed_ptr, lses_compressed_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, splits_compressed, splits_window, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_compressed: tl.constexpr, SPLITS_window: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
     """
@@ -2084,7 +2084,7 @@ def _append(k, v, phi, cache):
     queries = k["compressed"].shape[1]
     past = cache.step(k["compressed"])
     staged = cache.staged(phi, queries)
-    tokens = 1 << (queries - 1).bit_length()
+    tokens = launch.power_of_two(queries, 1)
     cache_append[(4 * cache.batch, 4)](
         k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
@@ -2121,7 +2121,7 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     if whole:
         return out
     counts = [lses0.shape[0], lses1.shape[0]]
-    widths = [split.width(count) for count in counts]
+    widths = [launch.power_of_two(count, 1) for count in counts]
     each = split.merged_rows(*widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,

@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  25ad73dfae0a
-runtime  11
+content  d7305b5f9c43
+runtime  12
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -33,7 +33,7 @@ select_best_cached       row_a_program, because a row of scores fits the registe
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
-decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found two bits a round; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
 decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
 """
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(11, "nsa_paper")
+version.require(12, "nsa_paper")
 
 SPEC = {'name': 'nsa_paper',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 192, 'v_dim': 128},
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_25ad73dfae0a"
+_SPACE = "nsagen_nsa_paper_d7305b5f9c43"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2440,7 +2440,7 @@ def decode_select(
     sums_ptr, lses_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, splits,
     CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: one of each.
+    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: a query and KV head, and a run of its candidates.
 
     Grid: rows b·queries + query × KV heads × runs of TOGETHER candidates, runs fastest; those after the query's own
     block have nothing to do, and the last to arrive of the others finds the best. Scores are not negative, so their
@@ -2760,7 +2760,7 @@ def decode_merge(
     parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, splits_compressed, splits_selected, splits_window, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_compressed: tl.constexpr, SPLITS_selected: tl.constexpr, SPLITS_window: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
     """
@@ -3595,7 +3595,7 @@ def _append(k, v, phi, cache):
     queries = k["compressed"].shape[1]
     past = cache.step(k["compressed"])
     staged = cache.staged(phi, queries)
-    tokens = 1 << (queries - 1).bit_length()
+    tokens = launch.power_of_two(queries, 1)
     cache_append[(4 * cache.batch, 8)](
         k["compressed"], *cache.rows("k_compressed"), v["compressed"], *cache.rows("v_compressed"), k["selected"], *cache.rows("k_selected"), v["selected"], *cache.rows("v_selected"), k["window"], *cache.rows("k_window"), v["window"], *cache.rows("v_window"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
@@ -3630,7 +3630,7 @@ def _decode_scores(q, k, v, past, scale):
     blocks = launch.empty(q, (batch, queries, 4, 16), None, torch.int32)
     decode_select[(4 * batch * queries * (candidates // together),)](
         sums, lses, scores, blocks, past.arrivals, past.lengths, queries, past.capacity, batch * queries * 64, groups, runs.count,
-        candidates, together, split.width(runs.count), num_warps=split.select_warps(candidates), **split.early(q.device),
+        candidates, together, launch.power_of_two(runs.count, 1), num_warps=split.select_warps(candidates), **split.early(q.device),
     )
     return parts, lses, blocks
 
@@ -3656,12 +3656,12 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
     decode_attend[(4 * batch * (1 if whole else programs),)](
         q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 64, *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=split.width(before), **c.options, **split.early(q.device),
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=launch.power_of_two(before, 1), **c.options, **split.early(q.device),
     )
     if whole:
         return out
     counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
-    widths = [split.width(count) for count in counts]
+    widths = [launch.power_of_two(count, 1) for count in counts]
     each = split.merged_rows(*widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,

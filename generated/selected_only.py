@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  a22bb82fb78b
-runtime  11
+content  aabfd6ff3288
+runtime  12
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -26,7 +26,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(11, "selected_only")
+version.require(12, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_a22bb82fb78b"
+_SPACE = "nsagen_selected_only_aabfd6ff3288"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -806,7 +806,7 @@ def decode_merge(
     parts_selected_ptr, lses_selected_ptr, out_ptr, past_ptr, lengths_ptr, splits_selected, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_selected: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
     """
@@ -1083,7 +1083,7 @@ def _append(k, v, phi, cache):
     """Add a step's tokens, and the blocks that end with them -> what came before."""
     queries = k["selected"].shape[1]
     past = cache.step(k["selected"])
-    tokens = 1 << (queries - 1).bit_length()
+    tokens = launch.power_of_two(queries, 1)
     cache_append[(4 * cache.batch, 2)](
         k["selected"], *cache.rows("k"), v["selected"], *cache.rows("v"), cache.lengths, past.lengths,
         past.table, past.table_stride, past.pages, queries, past.capacity, 0,
@@ -1113,7 +1113,7 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     if whole:
         return out
     counts = [lses.shape[0]]
-    widths = [split.width(count) for count in counts]
+    widths = [launch.power_of_two(count, 1) for count in counts]
     each = split.merged_rows(*widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  d681b3d27616
-runtime  11
+content  f03ecf664886
+runtime  12
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -25,7 +25,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(11, "window_only")
+version.require(12, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_d681b3d27616"
+_SPACE = "nsagen_window_only_f03ecf664886"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -777,7 +777,7 @@ def decode_merge(
     parts_window_ptr, lses_window_ptr, out_ptr, past_ptr, lengths_ptr, splits_window, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_window: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: a query tile and the heads of one KV head.
+    """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
     """
@@ -1040,7 +1040,7 @@ def _append(k, v, phi, cache):
     """Add a step's tokens, and the blocks that end with them -> what came before."""
     queries = k["window"].shape[1]
     past = cache.step(k["window"])
-    tokens = 1 << (queries - 1).bit_length()
+    tokens = launch.power_of_two(queries, 1)
     cache_append[(4 * cache.batch, 2)](
         k["window"], *cache.rows("k"), v["window"], *cache.rows("v"), cache.lengths, past.lengths,
         past.lost, past.table, past.table_stride, past.pages, queries, past.capacity, 0,
@@ -1071,7 +1071,7 @@ def _decode_attend(q, k, v, past, cache, scale):
     if whole:
         return out
     counts = [lses.shape[0]]
-    widths = [split.width(count) for count in counts]
+    widths = [launch.power_of_two(count, 1) for count in counts]
     each = split.merged_rows(*widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,

@@ -100,22 +100,22 @@ def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
 def _shared_shapes(kernel: Kernel, heads: Heads, bits: int) -> list[tuple[int, int, int, int]]:
     """Rows of one query, or what the launch takes for more. Without tensor cores 16 keys are what does not spill.
 
-    Eight warps where a merge rides behind: at few sequences it is a third faster on them. At many, four, and over small
+    Eight warps for few sequences, measured when the merge ran behind in the same program; four at many, and over small
     pages a deeper pipeline, since its first stages read the table: the launch says which (runtime/split.py).
     """
     rows = next(m for m in (16, 32, 64) if m >= heads.group)
     sizes = [w.listed.size for w in kernel.walks if w.listed]
     columns = [n for n in (16, 32, 64) if n == 16 or (bits == 16 and all(n < 2 * size for size in sizes))]
     many = rows > 512 // bits  # their accumulators spill on four warps
-    merges = kernel.select is None
-    wide = 64 if merges else 128  # from so many keys on
+    attends = kernel.select is None  # and scores for no selection
+    wide = 64 if attends else 128  # from so many keys on
     shapes = [(rows, n, 8 if many or n >= wide else 4, stages) for n, stages in product(columns, (1, 2, 3))]
     if many or len(columns) < 3:
         return shapes
     blocks = any(w.axis.stride > 1 for w in kernel.walks)  # of which a page holds few
     ringed = any(o.ring for o in kernel.operands)  # a ring has no table: all five stages would be its keys
     deep = [(rows, 32, 4, DEEP)] if blocks and not ringed else []
-    return [*shapes, *([(rows, 64, 4, 3)] if merges else []), *deep]
+    return [*shapes, *([(rows, 64, 4, 3)] if attends else []), *deep]
 
 
 def _judge(

@@ -33,7 +33,7 @@ LOG_SUMS = Choice(
     "scores_once", "a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known"
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
-ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found two bits a round")
+ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found bit by bit")
 SHARED = Choice(
     "shared_out", "one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts"
 )

@@ -8,6 +8,7 @@ from nsagen.ir.graph import Graph, Pool, phi
 from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
+from nsagen.render.split_view import RiderView, RidingLane, rider_view
 from nsagen.render.view import power_of_two
 
 
@@ -77,31 +78,21 @@ class RunView:
 
 
 @dataclass(frozen=True)
-class MergedView:
-    """Parts of a merge, and what the step calls them."""
-
-    name: str
-    parts: str
-    lses: str
-
-
-@dataclass(frozen=True)
 class SplitKernelView:
     name: str
     sources: tuple[RunView, ...]
     sums: bool
-    more: tuple[str, ...]  # what comes for the merge's sake
-    merged: tuple[MergedView, ...]  # by the merge that follows, in its order
+    rider: RiderView | None
 
     @property
-    def earlier(self) -> tuple[str, ...]:
-        """Whose parts come from the launch before."""
-        return tuple(x.removeprefix("parts_") for x in self.more if x.startswith("parts_"))
+    def earlier(self) -> tuple[RidingLane, ...]:
+        """Lanes whose parts come from the launch before."""
+        return self.rider.earlier if self.rider else ()
 
     @property
     def brought(self) -> tuple[str, ...]:
         """What comes for the merge's sake from outside."""
-        return tuple(x for x in self.more if x != "out")
+        return tuple(x for x in self.rider.more if x != "out") if self.rider else ()
 
     @property
     def parts(self) -> str:
@@ -112,9 +103,8 @@ class SplitKernelView:
     def doc(self) -> str:
         what = ", ".join(s.lse.removeprefix("split_lse_") for s in self.sources)
         if not self.sums:
-            return (
-                f"{what}, in runs of keys, merged{' with what was attended to before' if self.earlier else ''} -> out."
-            )
+            before = " with what was attended to before" if self.earlier else ""
+            return f"{what}, in runs of keys, merged{before} -> out."
         parts = f"Parts of {what}, of each run of keys the output and lse in log2 units; " if self.sources[0].v else ""
         return f"{parts}blocks int32 [B, m, Hkv, n], the best."
 
@@ -185,19 +175,7 @@ def _dim(name: str, graph: Graph) -> int:
 def _split(launch: Launch, plan: Plan) -> SplitKernelView:
     kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
     sources = tuple(_run(kernel, bind, i) for i in sorted({w.source for w in kernel.walks}))
-    more = tuple(operand for operand, _ in plan.brought(launch))
-    return SplitKernelView(kernel.name, sources, kernel.select is not None, more, _merged(launch, plan))
-
-
-def _merged(launch: Launch, plan: Plan) -> tuple[MergedView, ...]:
-    """What the merge that rides on the launch, if one does, is given."""
-    rider = plan.rider(launch.kernel)
-    if rider is None:
-        return ()
-    own, bound = {buffer: operand for operand, buffer in launch.binds}, dict(rider.binds)
-    lanes = [o.name for o in plan.kernel(rider.kernel).operands if o.role == "parts"]
-    names = [(own.get(bound[x], x), x.removeprefix("parts_")) for x in lanes]
-    return tuple(MergedView(name, given, given.replace("parts", "lses", 1)) for given, name in names)
+    return SplitKernelView(kernel.name, sources, kernel.select is not None, rider_view(kernel, plan))
 
 
 def _run(kernel: Kernel, bind: dict[str, str], number: int) -> RunView:

@@ -29,7 +29,8 @@ def kernel_doc(kernel: Kernel, heads: Heads, rows: str) -> str:
     }[kernel.body]
     if not kernel.walks:
         flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
-        one = flat | {"sum_items": "a key block", "split_merge": "a query tile and the heads of one KV head"}
+        one = flat | {"sum_items": "a key block", "split_merge": "ROWS flat rows"}
+        one |= {"split_select": "a query and KV head, and a run of its candidates"}
         one |= dict.fromkeys(("merge_lists", "sum_lists"), "a query and the heads of one KV head")
         return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
     tile = f"BM // {rows} queries"

@@ -22,6 +22,11 @@ class RidingLane(LaneView):
 
     suffix: str | None
 
+    @property
+    def place(self) -> str:
+        """What follows `parts` and `lses` in their names, of the kernel's arguments and of its launch's."""
+        return f"_{self.name}" if self.suffix is None else self.suffix
+
 
 @dataclass(frozen=True)
 class RiderView:
@@ -33,9 +38,9 @@ class RiderView:
     gated: bool
 
     @property
-    def counts(self) -> tuple[str, ...]:
-        """Counts of runs of what came before."""
-        return tuple(f"splits_{x.name}" for x in self.lanes if x.suffix is None)
+    def earlier(self) -> tuple[RidingLane, ...]:
+        """Lanes whose parts came before."""
+        return tuple(x for x in self.lanes if x.suffix is None)
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,12 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         group_weights=tuple(tuple((i, w) for i, w in enumerate(row) if w) for row in weights),
         alone=max(16, group),
         merged=tuple(LaneView(o.name.removeprefix("parts_"), o.source) for o in parts),
-        rider=_rider(kernel, plan),
+        rider=rider_view(kernel, plan),
     )
 
 
-def _rider(kernel: Kernel, plan: Plan) -> RiderView | None:
+def rider_view(kernel: Kernel, plan: Plan) -> RiderView | None:
+    """None for kernels on which nothing rides."""
     launch = plan.rider(kernel.name)
     if launch is None:
         return None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsagen.runtime import cache_shape, compress, pooling
+from nsagen.runtime import cache_shape, compress, launch, pooling
 from nsagen.runtime.cache_shape import CachedValue
 from nsagen.runtime.checks import Layout
 from nsagen.runtime.recent import New, Recent
@@ -150,7 +150,7 @@ class KVCache:
         _, block, stride = self.layout.pooled
         if phi.plain_mean:
             return Staged(None, None, None, None)
-        count = self.batch * -(-(1 << (queries - 1).bit_length()) // stride)
+        count = self.batch * -(-launch.power_of_two(queries, 1) // stride)
 
         def new(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((count, *shape), dtype=dtype, device=self.device)

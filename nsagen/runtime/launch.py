@@ -222,9 +222,9 @@ def chunk(length: int, row_bytes: int, most: int = CHUNK_BYTES) -> int:
     return min(fitting, -(-length // CHUNK_STEP) * CHUNK_STEP)
 
 
-def power_of_two(count: int) -> int:
-    """The smallest power of two, at least 16, that is not below count."""
-    return max(16, 1 << (count - 1).bit_length())
+def power_of_two(count: int, least: int = 16) -> int:
+    """The smallest power of two, at least `least`, that is not below count."""
+    return max(least, 1 << (count - 1).bit_length())
 
 
 def warps_for(candidates: int) -> int:

@@ -68,11 +68,6 @@ def runs(programs: int, longest: int, step: int) -> Runs:
     return Runs(-(-tiles // each), each * step)
 
 
-def width(count: int) -> int:
-    """The smallest power of two that holds so many runs."""
-    return 1 << (count - 1).bit_length()
-
-
 def groups(keys: int, per: int) -> int:
     """Places in a row of log-sums, of `per` keys each: one more than there are, for what reaches the next block, and a
     multiple of 16, so that they are loaded in vectors."""
