@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  018b2abde0a4
-runtime  12
+content  0eb5b445c87c
+runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -34,8 +34,8 @@ select_scores_cached     second_pass, because with lse known, the heads of a gro
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
-decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known
-decode_select            row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as sums a block, so that the keys are not read again once lse is known
+decode_select            rides, because up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait; row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
 decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
 """
@@ -50,7 +50,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(12, "gqa_llama")
+version.require(13, "gqa_llama")
 
 SPEC = {'name': 'gqa_llama',
  'heads': {'query': 32, 'kv': 8, 'qk_dim': 128, 'v_dim': 128},
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_018b2abde0a4"
+_SPACE = "nsagen_gqa_llama_0eb5b445c87c"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -406,7 +406,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "ddc6e5586f79", {
+    "decode_scores": Tiles("decode_scores", "3c1d7d31b67d", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -421,7 +421,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "cd6d4315b07d", {
+    "decode_attend": Tiles("decode_attend", "e71b870d0e91", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -2277,7 +2277,7 @@ def window_cached(
 
 @triton.jit
 def decode_scores_step(
-    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
+    m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live, tops_ptr,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
@@ -2306,13 +2306,12 @@ def decode_scores_step(
     weight = tl.where(s % 4 == 2, 2.0, weight)
     weight = tl.where(s % 4 == 3, 1.0, weight)
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
-    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
     tl.store(sums_ptr[:, None] + group, part, mask=live[:, None] & (group < groups))
     weight = tl.zeros([1, BN], dtype=tl.float32)  # of a group's keys in the next block
     weight = tl.where(s % 4 == 3, 1.0, weight)
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
-    part = tl.where(part > 0, tl.log2(tl.where(part > 0, part, 1.0)) + m_new[:, None], float("-inf"))
     tl.store(sums_ptr[:, None] + groups + 1 + group, part, mask=live[:, None] & (group + 1 < groups))
+    tl.store(tops_ptr + s0 // BN, m_new, mask=live)  # what the tile's sums are relative to
     p = device.scaled(p, v_scales_ptr, row, there, 8)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
@@ -2322,7 +2321,7 @@ def decode_scores_step(
 
 @triton.jit
 def decode_scores_source(
-    m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
+    m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
     b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
     """A run of a query tile's keys into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
@@ -2337,7 +2336,7 @@ def decode_scores_source(
     stat = (b * queries + i) * 32 + h * 4 + head
     q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 4 + head).to(tl.int64) * q_sh
     d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    q0 = device.operand(tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0), k_scales_ptr)
     t0 = past + first_query
     t = (past + i)[:, None]
     T = tl.minimum(past + queries, capacity)  # tokens of the sequence
@@ -2356,6 +2355,7 @@ def decode_scores_source(
         if table_ptr is None:  # rows before the sequence's
             v_scales_ptr += b * (k_sb // k_st) * 8
     sums_row = sums_ptr + stat * (2 * groups)
+    tops_row = tops_ptr + stat * key_tiles
     # ended: 16 * s <= t - 31
     some_lo = 0
     some_hi = min(max(0, BT + t0 - 16) // 16, n)
@@ -2367,7 +2367,7 @@ def decode_scores_source(
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
         next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0, 0)
         m, z, acc0 = decode_scores_step(
-            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
+            m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live, tops_row,
             BN, PRECISION, PAGE // 16, C0=True,
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
@@ -2379,9 +2379,9 @@ def decode_scores_source(
         d = tl.arange(0, 128)[None, :]
         tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
     return m, z, acc0
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run", "key_tiles"])
 def decode_scores(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2406,30 +2406,96 @@ def decode_scores(
         z = tl.zeros([BM], dtype=tl.float32)
         acc0 = tl.zeros([BM, 128], dtype=tl.float32)
         decode_scores_source(
-            m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
+            m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
         )
 
 
 @triton.jit
+def decode_select_importance(
+    sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, first, part_rows, groups, splits,
+    TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+):
+    """Importance of the TOGETHER candidates from `first` on, for the query at t, row b·queries + query of the step.
+
+    TILE: groups of a key tile, whose sums are relative to its top.
+    """
+    ended = max(0, t + 1 - 32 + 16) // 16  # keys
+    head = tl.arange(0, 4)
+    inside = head < 4
+    stat = row * 32 + h * 4 + head
+    end = tl.cdiv(ended, 4)  # of the groups whose sums are there; loads go on to a whole vector
+    HEADS: tl.constexpr = 0 if TOGETHER <= 128 else 1  # their axis: lanes are spread over the first one
+    heads = tl.expand_dims(stat, 1 - HEADS)
+    sums = (sums_ptr + heads * (2 * groups))[:, :, None]
+    tile = first // TILE + tl.arange(0, TOGETHER // TILE)
+    group = tl.arange(0, TILE)[None, :]
+    j = tl.expand_dims(tile[:, None] * TILE + group, HEADS)  # [tiles, TILE], and the heads' axis
+    tile = tl.expand_dims(tile, HEADS)
+    x0 = tl.load(sums + j, mask=(j < tl.cdiv(end, 4) * 4), other=0.0)
+    x1 = tl.load(sums + groups + j, mask=(j < tl.cdiv(end + 1, 4) * 4), other=0.0)
+    tops = tops_ptr + heads * key_tiles + tile
+    top = tl.load(tops, mask=(tile * TILE < end), other=float("-inf"))
+    before = tl.load(tops - 1, mask=(tile > 0) & ((tile - 1) * TILE < end), other=float("-inf"))
+    part = tl.arange(0, SPLITS)[None, :]
+    lses = tl.load(lses_ptr + part * part_rows + stat[:, None], mask=(part < splits), other=float("-inf"))
+    most = tl.max(lses, 1)
+    some = most > float("-inf")  # else no key has ended, and no sum is read
+    z = tl.sum(tl.exp2(lses - tl.where(some, most, 0.0)[:, None]), 1)
+    lse = tl.where(some, most + tl.log2(tl.where(some, z, 1.0)), 0.0)
+    lse = tl.expand_dims(lse, 1 - HEADS)
+    weight = tl.exp2(top - lse)[:, :, None]
+    score = tl.where(j < end, x0, 0.0) * weight
+    weight = tl.where(group[None, :, :] == 0, tl.exp2(before - lse)[:, :, None], weight)  # of the group before
+    score += tl.where((j > 0) & (j < end + 1), x1, 0.0) * weight
+    return tl.reshape(tl.sum(score, HEADS), [TOGETHER])
+
+
+@triton.jit
 def decode_select_best(score, j, own, blocks_ptr):
-    """The best of the candidates j, by importance; forced ones first, as +inf, and none after `own`."""
+    """The best of the candidates j, by importance; forced ones first, as +inf, and none after `own`.
+
+    Scores are not negative, so their bits sort as integers; ties go to the lower block.
+    """
     score = tl.where((j < 1) | (j > own - 2), float("inf"), score)
     bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
     device.store_best(bits, blocks_ptr, 16, 16)
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits"])
-def decode_select(
-    sums_ptr, lses_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, splits,
-    CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def decode_select_row(
+    sums_ptr, tops_ptr, key_tiles, lses_ptr, scores_ptr, blocks_ptr, past, row, query, h, capacity, part_rows, groups, splits,
+    CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):
-    """the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none; one program: a query and KV head, and a run of its candidates.
+    """All of a row by one program, which may read its blocks then. Others that do the same write the same."""
+    t = tl.minimum(past + query, capacity - 1)
+    own = t // 64
+    blocks = blocks_ptr + (row * 8 + h) * 16
+    NEAR: tl.constexpr = 128
+    if own < NEAR:
+        decode_select_best(decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, 0, part_rows, groups, splits, NEAR, SPLITS, TILE), tl.arange(0, NEAR), own, blocks)
+    elif CANDIDATES > NEAR:
+        scores = scores_ptr + (row * 8 + h) * CANDIDATES
+        for first in range(0, own + 1, TOGETHER):
+            score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, first, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
+            tl.store(scores + first + tl.arange(0, TOGETHER), score)
+        tl.debug_barrier()
+        every = tl.arange(0, CANDIDATES)
+        decode_select_best(tl.load(scores + every, mask=every <= own, other=0.0), every, own, blocks)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "key_tiles"])
+def decode_select(
+    sums_ptr, tops_ptr, lses_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
+    CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
+):
+    """the best blocks of a query and KV head, from sums of its scores, −1 for none; one program: a query and KV head, and a run of its candidates.
 
     Grid: rows b·queries + query × KV heads × runs of TOGETHER candidates, runs fastest; those after the query's own
-    block have nothing to do, and the last to arrive of the others finds the best. Scores are not negative, so their
-    bits sort as integers; ties go to the lower block. past int32 [B]: tokens before the step's.
+    block have nothing to do, and the last to arrive of the others finds the best. past int32 [B]: tokens before the
+    step's.
     """
     device.begin_early(EARLY)
     RUNS: tl.constexpr = CANDIDATES // TOGETHER
@@ -2437,36 +2503,16 @@ def decode_select(
     h = tl.program_id(0) // RUNS % 8
     row = (tl.program_id(0) // RUNS // 8).to(tl.int64)
     t = tl.minimum(tl.load(past_ptr + row // queries) + (row % queries).to(tl.int32), capacity - 1)
-    ended = max(0, t + 1 - 32 + 16) // 16  # keys
     own = t // 64
     busy = own // TOGETHER + 1  # runs
     if run < busy:
-        head = tl.arange(0, 4)
-        there = (head < 4)[:, None]
-        stat = (row * 32 + h * 4 + head)[:, None]
-        sums = sums_ptr + stat * (2 * groups)
-        j = run * TOGETHER + tl.arange(0, TOGETHER)
-        end = tl.cdiv(ended, 4)  # of the groups whose sums are there; loads go on to a whole vector
-        x0 = tl.load(sums + j[None, :], mask=(j < tl.cdiv(end, 4) * 4)[None, :], other=float("-inf"))
-        x1 = tl.load(sums + groups + j[None, :], mask=(j < tl.cdiv(end + 1, 4) * 4)[None, :], other=float("-inf"))
-        part = tl.arange(0, SPLITS)[None, :]
-        lses = tl.load(lses_ptr + part * part_rows + stat, mask=(part < splits), other=float("-inf"))
-        top = tl.max(lses, 1)
-        some = top > float("-inf")  # else no key has ended, and no sum is read
-        z = tl.sum(tl.exp2(lses - tl.where(some, top, 0.0)[:, None]), 1)
-        lse = tl.where(some, top + tl.log2(tl.where(some, z, 1.0)), 0.0)[:, None]
-        score = tl.where(j < end, tl.sum(tl.exp2(x0 - lse), 0), 0.0)
-        score += tl.where((j > 0) & (j < end + 1), tl.sum(tl.exp2(x1 - lse), 0), 0.0)
-        blocks = blocks_ptr + (row * 8 + h) * 16
-        if busy == 1:
-            decode_select_best(score, j, own, blocks)
-        if RUNS > 1:
-            if busy > 1:
-                scores = scores_ptr + (row * 8 + h) * CANDIDATES
-                tl.store(scores + j, score)
-                if device.arrives_last(arrivals_ptr + row * 8 + h, busy):
-                    every = tl.arange(0, CANDIDATES)
-                    decode_select_best(tl.load(scores + every, mask=every < busy * TOGETHER, other=0.0), every, own, blocks)
+        score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, run * TOGETHER, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
+        scores = scores_ptr + (row * 8 + h) * CANDIDATES
+        tl.store(scores + run * TOGETHER + tl.arange(0, TOGETHER), score)
+        if device.arrives_last(arrivals_ptr + row * 8 + h, busy):
+            every = tl.arange(0, CANDIDATES)
+            blocks = blocks_ptr + (row * 8 + h) * 16
+            decode_select_best(tl.load(scores + every, mask=every < busy * TOGETHER, other=0.0), every, own, blocks)
 
 
 @triton.jit
@@ -2519,7 +2565,7 @@ def decode_attend_source0(
     stat = (b * queries + i) * 32 + h * 4 + head
     q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 4 + head).to(tl.int64) * q_sh
     d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    q0 = device.operand(tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0), k_scales_ptr)
     t0 = past + first_query
     t = (past + i)[:, None]
     T = tl.minimum(past + queries, capacity)  # tokens of the sequence
@@ -2586,7 +2632,7 @@ def decode_attend_source1(
     stat = (b * queries + i) * 32 + h * 4 + head
     q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 4 + head).to(tl.int64) * q_sh
     d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    q0 = device.operand(tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0), k_scales_ptr)
     t0 = past + first_query
     t = (past + i)[:, None]
     T = tl.minimum(past + queries, capacity)  # tokens of the sequence
@@ -2627,17 +2673,18 @@ def decode_attend_source1(
         d = tl.arange(0, 128)[None, :]
         tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
     return m, z, acc0
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed", "key_tiles"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, parts_compressed_ptr, lses_compressed_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, splits_compressed, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, sums_ptr, tops_ptr, lses_compressed_ptr, scores_ptr, parts_compressed_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr, SELECTS: tl.constexpr, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 4 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
     WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
     SPLITS: parts that came before, at most.
+    SELECTS: a list's program begins with decode_select, and every run of the list does the same.
     """
     device.begin_early(EARLY)
     BT: tl.constexpr = BM // 4
@@ -2664,6 +2711,8 @@ def decode_attend(
         m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
         z = tl.zeros([16], dtype=tl.float32)
         acc0 = tl.zeros([16, 128], dtype=tl.float32)
+        if SELECTS:
+            decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_compressed_ptr, scores_ptr, blocks0_ptr, past, b * queries + 0, 0, h, capacity, part_rows, groups, splits_compressed, CANDIDATES, TOGETHER, SPLITS, TILE)
         m, z, acc0 = decode_attend_source0(
             m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
@@ -2686,6 +2735,8 @@ def decode_attend(
         at = pid // 8 % programs
         programs = queries * splits0
         if (at >= 0) & (at < programs):
+            if SELECTS:
+                decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_compressed_ptr, scores_ptr, blocks0_ptr, past, b * queries + at % queries, at % queries, h, capacity, part_rows, groups, splits_compressed, CANDIDATES, TOGETHER, SPLITS, TILE)
             m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
             z = tl.zeros([16], dtype=tl.float32)
             acc0 = tl.zeros([16, 128], dtype=tl.float32)
@@ -3584,7 +3635,7 @@ def _append(k, v, phi, cache):
 
 
 def _decode_scores(q, k, v, past, scale):
-    """Parts of compressed, of each run of keys the output and lse in log2 units; blocks int32 [B, m, Hkv, n], the best."""
+    """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups."""
     c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 8)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 4)
@@ -3596,23 +3647,17 @@ def _decode_scores(q, k, v, past, scale):
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     groups = split.groups(past.capacity // 16, 4)
     sums = launch.empty(q, (*rows, 2, groups), None, torch.float32)
+    tile = c.bn // 4
+    tops = launch.empty(q, (*rows, -(-groups // tile)), None, torch.float32)
     decode_scores[(8 * batch * programs,)](
-        q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
-        batch * queries * 32, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
+        q, k.data, v.data, parts, lses, sums, tops, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        batch * queries * 32, groups, tops.shape[-1], *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
-    candidates = launch.power_of_two(-(-past.capacity // 64))
-    together = split.together(8 * batch * queries, candidates, 4)
-    scores = launch.empty(q, (batch, queries, 8, candidates), None, torch.float32)
-    blocks = launch.empty(q, (batch, queries, 8, 16), None, torch.int32)
-    decode_select[(8 * batch * queries * (candidates // together),)](
-        sums, lses, scores, blocks, past.arrivals, past.lengths, queries, past.capacity, batch * queries * 32, groups, runs.count,
-        candidates, together, launch.power_of_two(runs.count, 1), num_warps=split.select_warps(candidates), **split.early(q.device),
-    )
-    return parts, lses, blocks
+    return parts, lses, sums, tops, tile
 
 
-def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed, gates, past, cache, scale):
+def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 8)
     batch, queries = q.shape[:2]
@@ -3630,10 +3675,21 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
     out = launch.empty(q, (*rows, 128), None)
     whole = queries == 1 and runs0.count == 1 and runs1.count == 1
     before = lses_compressed.shape[0]
+    splits = launch.power_of_two(before, 1)
+    groups, candidates = sums.shape[-1], launch.power_of_two(-(-past.capacity // 64), max(16, tile))
+    rides = candidates <= split.MOST_RIDING
+    together = split.together(candidates, 4, c.warps if rides else split.SELECT_WARPS, tile)
+    scores = launch.empty(q, (batch, queries, 8, candidates), None, torch.float32)
+    blocks0 = launch.empty(q, (batch, queries, 8, 16), None, torch.int32)
+    if not rides:
+        decode_select[(8 * batch * queries * (candidates // together),)](
+            sums, tops, lses_compressed, scores, blocks0, past.arrivals, past.lengths, queries, past.capacity, batch * queries * 32, groups, tops.shape[-1], before,
+            candidates, together, splits, tile, num_warps=split.SELECT_WARPS, **split.early(q.device),
+        )
     decode_attend[(8 * batch * (1 if whole else programs),)](
-        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, parts_compressed, lses_compressed, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
-        batch * queries * 32, *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=launch.power_of_two(before, 1), **c.options, **split.early(q.device),
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, parts_compressed, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        batch * queries * 32, groups, tops.shape[-1], *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=splits, SELECTS=rides, CANDIDATES=candidates, TOGETHER=together, TILE=tile, **c.options, **split.early(q.device),
     )
     if whole:
         return out
@@ -3650,5 +3706,5 @@ def _decode_attend(q, k0, v0, blocks0, k1, v1, parts_compressed, lses_compressed
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 5 launches at most -> out [B, m, 32, 128]; the last one advances the cache's lengths."""
     past = _append(k, v, phi, cache)
-    parts_compressed, lses_compressed, blocks = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
-    return _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, cache.rows("k"), cache.rows("v"), parts_compressed, lses_compressed, gates, past, cache, scale)
+    parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
+    return _decode_attend(q, cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale)

@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  e55584844398
-runtime  12
+content  3ea89c30fae0
+runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(12, "nsa_compressed_window")
+version.require(13, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_e55584844398"
+_SPACE = "nsagen_nsa_compressed_window_3ea89c30fae0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -263,7 +263,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "bf3ec0942c65", {
+    "decode_attend": Tiles("decode_attend", "420b25e4131c", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -1308,7 +1308,7 @@ def decode_attend_source0(
     stat = (b * queries + i) * 64 + h * 16 + head
     q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    q0 = device.operand(tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0), k_scales_ptr)
     t0 = past + first_query
     t = (past + i)[:, None]
     T = tl.minimum(past + queries, capacity)  # tokens of the sequence
@@ -1368,7 +1368,7 @@ def decode_attend_source1(
     stat = (b * queries + i) * 64 + h * 16 + head
     q_row = b * q_sb + i.to(tl.int64) * q_st + (h * 16 + head).to(tl.int64) * q_sh
     d = tl.arange(0, 128)[None, :]
-    q0 = tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0)
+    q0 = device.operand(tl.load(q_ptr + q_row[:, None] + d, mask=live[:, None], other=0.0), k_scales_ptr)
     t0 = past + first_query
     t = (past + i)[:, None]
     T = tl.minimum(past + queries, capacity)  # tokens of the sequence

@@ -44,7 +44,7 @@ def _part(p: Program, walks: list[Walk], names: dict[str, str], rows: Rows, i: i
                 v = split(p.load(names["v"], p.keys(step.indices, step.limit), step.guarded), p.run.kernel.v_parts)
                 acc = [a * fade[:, None] + weight @ x for a, x in zip(acc, v, strict=True)]
             if p.run.kernel.select:
-                _store_sums(p, p.run.kernel.select, step, rows, scores)
+                _store_sums(p, p.run.kernel.select, step, rows, scores, top)
     some = z > 0
     lse = np.where(some, m + np.log(np.where(some, z, 1.0)), -np.inf)
     _store(p, names["part_lse"], i, rows, lse)
@@ -65,46 +65,58 @@ def _store(p: Program, operand: str, part: int, rows: Rows, value: Array) -> Non
     write_once(p.run.arrays[operand], index, value[rows.live], f"{p.run.line}: store {operand}")
 
 
-def _store_sums(p: Program, select: Select, step: Step, rows: Rows, scores: Array) -> None:
-    """Logs of Σ weight·exp(score) of groups of keys: for their own block, and for the next one."""
+def _store_sums(p: Program, select: Select, step: Step, rows: Rows, scores: Array, top: Array) -> None:
+    """Σ weight·exp(score − top) of groups of keys: for their own block, and for the next one; of single keys scores."""
     sums, per = p.run.arrays["sums"], select.grouped
-    weights = np.array(select.group_weights)  # [blocks, per]
-    for key in range(step.at, min(step.at + step.width, step.limit)):
-        part = np.where(weights[:, key % per] > 0, scores[:, key - step.at, None], -np.inf)
-        part = part + np.log(np.maximum(weights[:, key % per], 1))
-        index = (p.batch, p.sequence.start + rows.at[rows.live], rows.heads[rows.live], slice(None), key // per)
-        before = sums[index]
-        sums[index] = np.where(np.isnan(before), part[rows.live], np.logaddexp(before, part[rows.live]))
+    live = (p.batch, p.sequence.start + rows.at[rows.live], rows.heads[rows.live])
+    if per == 1:
+        upto = min(step.at + step.width, step.limit)
+        sums[(*live, 0, slice(step.at, upto))] = scores[rows.live, : upto - step.at]
+        return
+    for i, (ahead, weights) in product(range(0, step.width, per), enumerate(select.group_weights)):
+        part = np.exp(scores[rows.live, i : i + per] - top[rows.live, None]) @ np.array(
+            weights[: step.width - i], float
+        )
+        if (group := (step.at + i) // per) < sums.shape[-1]:
+            sums[(*live, ahead, group)] = part
+            p.run.arrays["tops"][(*live, group)] = top[rows.live]
 
 
 def split_select(run: Run) -> None:
-    """The best blocks of every query and KV head, from the log-sums and the parts' lse; none for rows of nobody."""
+    """The best blocks of every query and KV head, from sums of scores and the parts' lse; none for rows of nobody."""
     node = run.kernel.select
     if node is None:
         raise IRError(f"{run.line}: does not say what it selects")
     group, blocks = run.heads.group, run.arrays["blocks"]
-    lse = merged_lse(run.arrays["lses"])
+    lse = merged_lse(run.arrays["lses_scores"])
     for b, row, h in product(range(run.batch), range(blocks.shape[1]), range(run.heads.kv)):
         chosen = np.full(node.count, -1, np.int32)
         heads = slice(h * group, (h + 1) * group)
         for sequence in run.sequences:
             if 0 <= (t := row - sequence.start) < sequence.tokens:
-                importance = _importance(node, run.arrays["sums"][b, row, heads], lse[b, row, heads], t)
+                of_row = (b, row, heads)
+                tops = run.arrays["tops"][of_row] if "tops" in run.arrays else None
+                importance = _importance(node, run.arrays["sums"][of_row], tops, lse[of_row], t)
                 run.arrays["scores"][b, row, h, : len(importance)] = importance
                 best = best_blocks(node, t, importance)
                 chosen[: len(best)] = best
         write_once(blocks, (b, row, h), chosen, f"{run.line}: store blocks")
 
 
-def _importance(node: Select, sums: Array, lse: Array, t: int) -> Array:
-    """[blocks up to the query's own] from sums [heads, blocks, groups]: a group adds to its own block and the next."""
+def _importance(node: Select, sums: Array, tops: Array | None, lse: Array, t: int) -> Array:
+    """[blocks up to the query's own] from sums [heads, blocks, groups]: a group adds to its own block and the next.
+
+    tops [heads, groups]: what sums of groups are relative to; single keys' are their scores.
+    """
     ended = max(0, t + 1 - node.axis.block + node.axis.stride) // node.axis.stride
-    p = np.exp(sums[..., : -(-ended // node.grouped)] - lse[:, None, None]).sum(0)
-    total = np.zeros(t // node.size + 2)
-    if node.grouped > 1:
-        for ahead, of_groups in enumerate(p):
-            total[ahead : ahead + len(of_groups)] += of_groups[: len(total) - ahead]
+    groups = -(-ended // node.grouped)
+    sums, total = sums[..., :groups], np.zeros(t // node.size + 2)
+    if tops is not None:
+        weight = np.exp(tops[:, None, :groups] - lse[:, None, None])
+        for ahead, of_groups in enumerate((sums * weight).sum(0)):
+            total[ahead : ahead + groups] += of_groups[: len(total) - ahead]
         return total[:-1]
+    p = np.exp(sums - lse[:, None, None]).sum(0)
     step = node.size // node.axis.stride
     for j, (i, weight) in product(range(len(total)), enumerate(node.weights, node.first)):
         if 0 <= j * step + i < ended:

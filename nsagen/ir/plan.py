@@ -236,7 +236,7 @@ class Launch:
     accumulate: bool = False  # add to the outputs marked `accumulate` instead of overwriting them
     over: str | None = None  # "chunks": a host loop over chunks of queries, so that the scores of all never exist
     when: tuple[Guard, ...] = ()
-    rides: str | None = None  # the kernel whose program goes on with it where it holds all of a row, else launched
+    rides: str | None = None  # the kernel next to it whose program may do its work for a row, else it is launched
 
 
 @dataclass(frozen=True)
@@ -268,11 +268,13 @@ class Plan:
         """Of the kernel, in any op."""
         return [x for op in self.ops for x in op.launches if x.kernel == kernel]
 
-    def rider(self, kernel: str) -> Launch | None:
-        """The launch that rides on the kernel's, if one does."""
-        return next((x for op in self.ops for x in op.launches if x.rides == kernel), None)
+    def riders(self, kernel: str) -> tuple[Launch, ...]:
+        """The launches that ride on the kernel's, in their order."""
+        return tuple(x for op in self.ops for x in op.launches if x.rides == kernel)
 
     def brought(self, launch: Launch) -> tuple[tuple[str, str], ...]:
-        """What is bound for the sake of the launch's rider alone: (its operand, buffer)."""
-        rider, known = self.rider(launch.kernel), {buffer for _, buffer in launch.binds}
-        return tuple(bind for bind in rider.binds if bind[1] not in known) if rider else ()
+        """What is bound for the sake of the launch's riders alone: (operand, buffer), under the last rider's name."""
+        found, own = dict[str, str](), {buffer for _, buffer in launch.binds}
+        for rider in self.riders(launch.kernel):
+            found |= {buffer: operand for operand, buffer in rider.binds if buffer not in own}
+        return tuple((operand, buffer) for buffer, operand in found.items())

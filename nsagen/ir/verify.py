@@ -139,10 +139,11 @@ def _op(op: Op, kernels: dict[str, Kernel], buffers: set[str]) -> None:
     line = f"op {op.name}"
     known = set(op.inputs)
     _need(op.doc.endswith("_grad") == op.name.endswith("_grad"), line, "gradients are named so")
-    for before, launch in zip((None, *op.launches), op.launches, strict=False):
+    names = [None, *(x.kernel for x in op.launches), None]
+    for before, launch, after in zip(names, op.launches, names[2:], strict=False):
         _need(launch.kernel in kernels, line, f"launches {launch.kernel}, which is not there")
-        rides = launch.rides is None or (before is not None and before.kernel == launch.rides)
-        _need(rides, line, f"{launch.kernel} rides on {launch.rides}, which is not the launch before")
+        rides = launch.rides in (None, before, after)
+        _need(rides, line, f"{launch.kernel} rides on {launch.rides}, which is not the launch before or after")
         known |= _launch(launch, kernels[launch.kernel], known, buffers, f"{line}: launch {launch.kernel}")
     for name in op.outputs:
         _need(name in known, line, f"output %{name} is never written")

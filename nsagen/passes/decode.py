@@ -1,8 +1,9 @@
 """The forward's variant for mode=decode: few queries a sequence, their keys split over programs.
 
 Up to four launches (another appends, outside of the plan): the scores of a selection, with the attention over the same
-keys if there is one; the selection; every other attention; the merge of all parts, gates and all. Where there are so
-many sequences that every source is one run of keys, the merge rides on the attention and is no launch.
+keys if there is one; the selection; every other attention; the merge of all parts, gates and all. The selection rides
+on the attention up to some thousand candidates, and the merge where there are so many sequences that every source is
+one run of keys.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ SPLIT_KEYS = Choice(
 )
 ONE_LAUNCH = Choice("one_launch", "no source waits for another's result; a launch costs what a short step's bytes do")
 ALL_MASKED = Choice("one_masked_loop", "bound by memory: a mask is cheaper than the drained pipelines of three loops")
-LOG_SUMS = Choice(
-    "scores_once", "a head's scores are kept as log-sums a block, so that the keys are not read again once lse is known"
+SUMS = Choice(
+    "scores_once", "a head's scores are kept as sums a block, so that the keys are not read again once lse is known"
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
 ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found bit by bit")
@@ -39,6 +40,9 @@ SHARED = Choice(
 )
 RIDES = Choice(
     "rides", "where each source is one run, its program goes on with the merge: no part is written, no launch follows"
+)
+SELECTS = Choice(
+    "rides", "up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait"
 )
 PACKED = Choice("head_packing", "the group's heads, and the step's queries where they walk alike, fill the rows")
 
@@ -129,22 +133,29 @@ def _split(name: str, lanes: tuple[Lane, ...], select: Select | None) -> Kernel:
         operands.append(_operand("lses" + x, "part_lse", "store", "query", i))
         walks += [Walk(i, p, source.axis, "forward", source.listed) for p in source.pieces]
     if select:
-        operands.append(_operand("sums", "sums", "store"))
+        operands += [_operand(name, "sums", "store") for name in summed(select)]
     choices = (SPLIT_KEYS, PACKED, ALL_MASKED)
     if select or len(lanes) > 1:
-        choices = (*choices, LOG_SUMS if select else ONE_LAUNCH)
+        choices = (*choices, SUMS if select else ONE_LAUNCH)
     grid = Grid(TOKEN_AXIS, BT, "ascending", split=True)
     kernel = Kernel(name, "", "split_attend", grid, tuple(operands), tuple(walks), choices, cached=True)
     return replace(kernel, select=select)
 
 
+def summed(select: Select) -> tuple[str, ...]:
+    """What is kept of the scores: groups' sums, and the tops that they are relative to; or each key's score."""
+    return ("sums", "tops") if select.grouped > 1 else ("sums",)
+
+
 def _selection(select: Select) -> Kernel:
     operands = (
-        _operand("sums", "sums", "load"), _operand("lses", "part_lse", "load"),
+        *(_operand(name, "sums", "load") for name in summed(select)), _operand("lses_scores", "part_lse", "load"),
         _operand("scores", "scores", "store"), _operand("blocks", "blocks", "store"),
     )  # fmt: skip
     flat = Grid(None, BM, "ascending")
-    kernel = Kernel("decode_select", "", "split_select", flat, operands, (), (ROW, SHARED, FIXED_ORDER), cached=True)
+    kernel = Kernel(
+        "decode_select", "", "split_select", flat, operands, (), (SELECTS, ROW, SHARED, FIXED_ORDER), cached=True
+    )
     return replace(kernel, select=select)
 
 
@@ -172,9 +183,9 @@ def decode_op(graph: Graph, inputs: tuple[str, ...]) -> Op:
     launches: list[Launch] = []
     if of.select:
         launches.append(_split_launch("decode_scores", of.scores, of.select))
-        lses = of.scores[0].lse
-        binds = (("sums", "split_sums"), ("lses", lses), ("scores", "split_scores"), ("blocks", of.select.out))
-        launches.append(Launch("decode_select", binds))
+        binds = tuple((name, f"split_{name}") for name in summed(of.select))
+        binds += (("lses_scores", of.scores[0].lse), ("scores", "split_scores"), ("blocks", of.select.out))
+        launches.append(Launch("decode_select", binds, rides="decode_attend"))
     launches.append(_split_launch("decode_attend", of.attend, None))
     merged = [bind for x in of.merged for bind in ((f"parts_{x.name}", x.out), (f"lses_{x.name}", x.lse))]
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
@@ -192,11 +203,12 @@ def _split_launch(kernel: str, lanes: tuple[Lane, ...], select: Select | None) -
         binds += [("blocks" + x, source.listed.blocks)] if source.listed else []
         binds += [("parts" + x, lane.out)] if valued else []
         binds.append(("lses" + x, lane.lse))
-    return Launch(kernel, (*binds, ("sums", "split_sums")) if select else tuple(binds))
+    binds += [(name, f"split_{name}") for name in summed(select)] if select else []
+    return Launch(kernel, tuple(binds))
 
 
 def decode_buffers(graph: Graph) -> list[Buffer]:
-    """Parts of every lane; log-sums [B, T, Hq, 2, groups] of a group's own block and of the next, which it overlaps."""
+    """Parts of every lane; sums [B, T, Hq, 2, groups] for a group's own block and for the next, which it overlaps."""
     of, h = lanes(graph), graph.heads
     batch, heads, width = count("B"), const(h.query), const(h.v_dim)
     rows = ("splits", "B", "T", "Hq")
@@ -213,4 +225,7 @@ def decode_buffers(graph: Graph) -> list[Buffer]:
         blocks = (batch, TOKENS, const(h.kv), floordiv(TOKENS + of.select.size - 1, of.select.size))
         found.append(Buffer("split_scores", ("B", "T", "Hkv", "blocks"), blocks, "float32", "workspace"))
         found.append(Buffer("split_sums", ("B", "T", "Hq", "blocks", "groups"), shape, "float32", "workspace"))
+        if per > 1:
+            tops = (batch, TOKENS, heads, groups)  # kept once a key tile, whose groups share it
+            found.append(Buffer("split_tops", ("B", "T", "Hq", "groups"), tops, "float32", "workspace"))
     return found

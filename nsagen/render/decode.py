@@ -8,7 +8,7 @@ from nsagen.ir.graph import Graph, Pool, phi
 from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
-from nsagen.render.split_view import RiderView, RidingLane, rider_view
+from nsagen.render.split_view import RiderView, RidingLane, SelectionView, rider_view, selection_view
 from nsagen.render.view import power_of_two
 
 
@@ -69,12 +69,13 @@ class RunView:
     stride: int
     ranges: str  # of a walked source: the function that knows what a query may see
     count: int  # of a listed one: entries
+    given: bool  # its list is the caller's
 
     @property
     def keys(self) -> list[tuple[str, str]]:
-        """Its arguments, and what a step gives for them."""
+        """Its arguments, and what a step gives for them; a list is the caller's where nothing selects."""
         found = [(side + self.suffix, f'cache.rows("{name}")') for side, name in (("k", self.k), ("v", self.v)) if name]
-        return [*found, ("blocks" + self.suffix, "blocks")] if self.blocks else found
+        return [*found, ("blocks" + self.suffix, "blocks")] if self.given else found
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class SplitKernelView:
     name: str
     sources: tuple[RunView, ...]
     sums: bool
+    grouped: int  # keys of a sum
+    more: tuple[str, ...]  # operands that come for the sake of what rides
     rider: RiderView | None
+    selection: SelectionView | None
 
     @property
     def earlier(self) -> tuple[RidingLane, ...]:
@@ -91,13 +95,26 @@ class SplitKernelView:
 
     @property
     def brought(self) -> tuple[str, ...]:
-        """What comes for the merge's sake from outside."""
-        return tuple(x for x in self.rider.more if x != "out") if self.rider else ()
+        """What comes from outside for the sake of what rides."""
+        return tuple(x for x in (*self.more, *(self.tops[1:] if self.selection else ())) if x not in ("out", "scores"))
 
     @property
-    def parts(self) -> str:
-        """What it hands on beside the blocks that its selection finds."""
-        return "".join(f"parts{s.suffix}, lses{s.suffix}, " for s in self.sources if s.v)
+    def found(self) -> tuple[str, ...]:
+        """What a kernel that scores hands on."""
+        parts = tuple(x for s in self.sources for x in (f"parts{s.suffix}" if s.v else "", f"lses{s.suffix}") if x)
+        return (*parts, "sums", *self.tops)
+
+    @property
+    def tops(self) -> tuple[str, ...]:
+        """What sums of groups are relative to, and how many of them a key tile has."""
+        return ("tops", "tile") if self.grouped > 1 else ()
+
+    @property
+    def handed(self) -> tuple[str, ...]:
+        """The same under the names that the kernel has for it to which it is handed."""
+        assert self.selection is not None
+        earlier = tuple(x for lane in self.earlier for x in (f"parts{lane.place}", f"lses{lane.place}"))
+        return (*(earlier or (self.selection.lses,)), "sums", *self.tops)
 
     @property
     def doc(self) -> str:
@@ -105,8 +122,9 @@ class SplitKernelView:
         if not self.sums:
             before = " with what was attended to before" if self.earlier else ""
             return f"{what}, in runs of keys, merged{before} -> out."
-        parts = f"Parts of {what}, of each run of keys the output and lse in log2 units; " if self.sources[0].v else ""
-        return f"{parts}blocks int32 [B, m, Hkv, n], the best."
+        parts = "the output and lse" if self.sources[0].v else "lse"
+        tops = ", relative to the top of a tile of `tile` groups" if self.tops else ""
+        return f"{what}, of each run of keys {parts} in log2 units; sums of the scores for a selection{tops}."
 
     @property
     def arguments(self) -> str:
@@ -115,7 +133,8 @@ class SplitKernelView:
     @property
     def given(self) -> str:
         """What a step gives for them."""
-        return "".join(f"{x}, " for x in (*(given for s in self.sources for _, given in s.keys), *self.brought))
+        given = (given for s in self.sources for _, given in s.keys)
+        return "".join(f"{x}, " for x in (*given, *self.brought))
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,7 @@ class DecodeView:
     pools: tuple[PoolView, ...]
     splits: tuple[SplitKernelView, ...]
     launches: int
-    group_rows: int  # log-sums of a group
+    group_rows: int  # sums of a group
     grouped: int
 
     @property
@@ -174,11 +193,21 @@ def _dim(name: str, graph: Graph) -> int:
 
 def _split(launch: Launch, plan: Plan) -> SplitKernelView:
     kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
-    sources = tuple(_run(kernel, bind, i) for i in sorted({w.source for w in kernel.walks}))
-    return SplitKernelView(kernel.name, sources, kernel.select is not None, rider_view(kernel, plan))
+    selection = selection_view(kernel, plan)
+    given = selection is None
+    sources = tuple(_run(kernel, bind, i, given) for i in sorted({w.source for w in kernel.walks}))
+    return SplitKernelView(
+        name=kernel.name,
+        sources=sources,
+        sums=kernel.select is not None,
+        grouped=kernel.select.grouped if kernel.select else selection.grouped if selection else 1,
+        more=tuple(operand for operand, _ in plan.brought(launch)),
+        rider=rider_view(kernel, plan),
+        selection=selection,
+    )
 
 
-def _run(kernel: Kernel, bind: dict[str, str], number: int) -> RunView:
+def _run(kernel: Kernel, bind: dict[str, str], number: int, given: bool) -> RunView:
     walk = next(w for w in kernel.walks if w.source == number)
     names = {o.role: o.name for o in kernel.operands if o.source == number}
     suffix = names["k"].removeprefix("k")
@@ -192,4 +221,5 @@ def _run(kernel: Kernel, bind: dict[str, str], number: int) -> RunView:
         stride=walk.axis.stride,
         ranges=f"_{bind[names['parts']].removeprefix('split_out_')}_ranges" if "parts" in names else "",
         count=walk.listed.count if walk.listed else 0,
+        given=given and walk.listed is not None,
     )

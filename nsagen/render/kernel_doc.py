@@ -22,7 +22,7 @@ def kernel_doc(kernel: Kernel, heads: Heads, rows: str) -> str:
         "select_scores": "importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads",
         "select_blocks": "the best blocks of a query and KV head, ascending, −1 for none",
         "split_attend": "parts of a decoding step's attention, float32, each of a run of a source's keys",
-        "split_select": "the best blocks of a query and KV head, from log-sums of its scores, ascending, −1 for none",
+        "split_select": "the best blocks of a query and KV head, from sums of its scores, −1 for none",
         "split_merge": "out: the parts of every term, merged in their order, times its gate if there are gates",
         "combine_fwd": "out = Σ_c gate_c·term_c",
         "combine_bwd": "row sums of d_out·term: deltas, and the gates' gradients if there are gates",

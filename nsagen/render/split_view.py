@@ -34,7 +34,6 @@ class RiderView:
 
     name: str
     lanes: tuple[RidingLane, ...]
-    more: tuple[str, ...]  # operands that come for its sake
     gated: bool
 
     @property
@@ -44,12 +43,33 @@ class RiderView:
 
 
 @dataclass(frozen=True)
+class SelectionView:
+    """The selection that a list's program begins with. lses: the kernel's name for those of what it selects from."""
+
+    name: str
+    lses: str
+    grouped: int  # keys of a sum
+
+    @property
+    def splits(self) -> str:
+        """How many runs those are of."""
+        return self.lses.replace("lses", "splits", 1)
+
+    @property
+    def sums(self) -> str:
+        return "sums_ptr, tops_ptr, key_tiles" if self.grouped > 1 else "sums_ptr"
+
+
+@dataclass(frozen=True)
 class SplitView:
     pointers: str  # of keys, values, lists and parts
     group_weights: tuple[tuple[tuple[int, int], ...], ...]  # (key of a group, weight): for its own block, for the next
     alone: int  # rows of a tile that holds one query
+    near: int  # candidates whose scores a selecting program holds from the first sum to the best
     merged: tuple[LaneView, ...]
+    more: tuple[str, ...]  # operands that come for the sake of what rides
     rider: RiderView | None
+    selection: SelectionView | None
 
 
 def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
@@ -63,14 +83,17 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role not in ("q", "sums")),
         group_weights=tuple(tuple((i, w) for i, w in enumerate(row) if w) for row in weights),
         alone=max(16, group),
+        near=max(32, min(128, 4096 // group)),
         merged=tuple(LaneView(o.name.removeprefix("parts_"), o.source) for o in parts),
+        more=tuple(operand for operand, _ in plan.brought(plan.launches(kernel.name)[0])),
         rider=rider_view(kernel, plan),
+        selection=selection_view(kernel, plan),
     )
 
 
 def rider_view(kernel: Kernel, plan: Plan) -> RiderView | None:
-    """None for kernels on which nothing rides."""
-    launch = plan.rider(kernel.name)
+    """None for kernels on which no merge rides."""
+    launch = next((x for x in plan.riders(kernel.name) if plan.kernel(x.kernel).body == "split_merge"), None)
     if launch is None:
         return None
     host = plan.launches(kernel.name)[0]
@@ -80,9 +103,17 @@ def rider_view(kernel: Kernel, plan: Plan) -> RiderView | None:
     return RiderView(
         name=launch.kernel,
         lanes=tuple(_riding(o, known.get(bound[o.name])) for o in lanes),
-        more=tuple(operand for operand, _ in plan.brought(host)),
         gated="gates" in bound,
     )
+
+
+def selection_view(kernel: Kernel, plan: Plan) -> SelectionView | None:
+    """None for kernels on which no selection rides."""
+    for launch in plan.riders(kernel.name):
+        if select := plan.kernel(launch.kernel).select:
+            named = {buffer: operand for operand, buffer in plan.brought(plan.launches(kernel.name)[0])}
+            return SelectionView(launch.kernel, named[dict(launch.binds)["lses_scores"]], select.grouped)
+    return None
 
 
 def _riding(parts: Operand, own: str | None) -> RidingLane:

@@ -217,10 +217,29 @@ def nth_largest(bits, COUNT: tl.constexpr):
 
 @triton.jit
 def store_best(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Numbers of the COUNT largest of `bits` (see nth_largest), ties to the lower one, ascending; −1 for those missing.
+    """Numbers of the COUNT largest of `bits` (int32, −1 for none), ties to the lower one; −1 for those missing, last.
 
-    WIDTH: a power of two, COUNT or more.
+    In the order of their size where `bits` are few, else ascending. WIDTH: a power of two, COUNT or more.
     """
+    if bits.shape[0] >= COUNT and bits.shape[0] <= 128:
+        store_ranked(bits, blocks_ptr, COUNT)
+    else:
+        store_reached(bits, blocks_ptr, COUNT, WIDTH)
+
+
+@triton.jit
+def store_ranked(bits, blocks_ptr, COUNT: tl.constexpr):
+    """Each is compared with every other: two steps across the program, where a search takes two a bit."""
+    number = tl.arange(0, bits.shape[0])
+    mine, other = bits[None, :], bits[:, None]
+    ahead = (other > mine) | ((other == mine) & (number[:, None] < number[None, :]))
+    rank = tl.sum(ahead.to(tl.int32), 0)
+    tl.store(blocks_ptr + rank, tl.where(bits >= 0, number, -1), mask=rank < COUNT)
+
+
+@triton.jit
+def store_reached(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Those that reach the COUNT-th largest, ascending."""
     least = nth_largest(bits, COUNT)
     both = (bits > least).to(tl.int64) + ((bits == least).to(tl.int64) << 32)
     total = tl.sum(both)
@@ -270,6 +289,18 @@ def scaled(x, scales_ptr, row, inside, HEADS: tl.constexpr):
         return x
     else:
         return x * tl.load(scales_ptr + row * HEADS, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def operand(x, scales_ptr):
+    """x for a product with rows that may have scales: e4m3 becomes float16 in one instruction, bfloat16 in a dozen.
+
+    So x in bfloat16 must lie within ±65504 there.
+    """
+    if scales_ptr is None or x.dtype != tl.bfloat16:
+        return x
+    else:
+        return x.to(tl.float16)
 
 
 @triton.jit

@@ -18,12 +18,15 @@ APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
 MERGE_WARPS = 4
 MERGED = 32  # parts that a merging program holds at once, unless a single row has more
 MOST_MERGED = 4  # rows: of twice or half as many a launch takes two to four µs more (H200)
-MOST_SUMS = 4096  # log-sums that a program of a selection holds, of each kind
-MOST_CANDIDATES = 512  # whose scores it adds up: with few heads more would spill
+SELECT_WARPS = 8  # of a selection that is launched by itself
+MOST_RIDING = 1024  # candidates of a selection that rides: each run of a list repeats it
+MOST_SUMS = 1024  # sums that a warp of a selection holds, of each kind
+MOST_CANDIDATES = 1024  # whose scores it adds up at once
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
 FEW = 64  # queries × KV heads: below, programs leave the chip idle, and each should be short
 SMALL = 16  # rows: of smaller pages a tile of 64 keys takes more than the four that are looked up one by one
+QUARTER = 128  # registers a thread, of programs of which four share a multiprocessor
 DEEP = 5  # stages of a pipeline that reads the table as it does the keys, of such pages
 
 # Whether a step's launches overlap (sm_90 on): on an H100 1 to 2 µs less at one sequence, 8 % more at 64k × 32.
@@ -40,17 +43,22 @@ class Runs(NamedTuple):
 def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
     """The first candidate for few queries; for more one of four warps, and of a deep pipeline if `scattered`.
 
-    On an H200 a step of many sequences takes 4 % less with four, and one of four tokens 9.
+    For a crowd of one-token steps one of two stages, held to a quarter of a multiprocessor's registers where four
+    programs fit its shared memory: with three, 512 programs took two rounds, the second one nearly empty.
     """
-    first = launch.pick(tiles, q)
-    if tiles.forced is not None or not q.is_cuda or q.shape[0] * q.shape[1] * heads < FEW:
+    first, rows = launch.pick(tiles, q), q.shape[0] * q.shape[1] * heads
+    if tiles.forced is not None or not q.is_cuda or rows < FEW:
         return first
-    at = (q.device, q.dtype, scattered, "many")
+    crowd = q.shape[1] == 1 and rows > PROGRAMS and not scattered
+    at = (q.device, q.dtype, scattered, crowd)
     config = tiles.picked.get(at)
     if config is None:
-        fitting = launch.candidates(tiles, launch.chip(q.device.index or 0), 8 * q.element_size())
-        four = [c for c in fitting if c.warps == 4]
-        config = tiles.picked[at] = min(four, key=lambda c: (c.stages == DEEP) != scattered, default=first)
+        chip = launch.chip(q.device.index or 0)
+        four = [c for c in launch.candidates(tiles, chip, 8 * q.element_size()) if c.warps == 4]
+        config = min(four, key=lambda c: (c.stages == DEEP) != scattered, default=first)
+        # The model's bytes are a third more than what two stages take.
+        fitting = (c._replace(cap=QUARTER) for c in four if c.stages == 2 and 3 * c.smem <= chip.smem)
+        config = tiles.picked[at] = next(fitting, config) if crowd else config
     return config
 
 
@@ -69,7 +77,7 @@ def runs(programs: int, longest: int, step: int) -> Runs:
 
 
 def groups(keys: int, per: int) -> int:
-    """Places in a row of log-sums, of `per` keys each: one more than there are, for what reaches the next block, and a
+    """Places in a row of sums, of `per` keys each: one more than there are, for what reaches the next block, and a
     multiple of 16, so that they are loaded in vectors."""
     return -(-(-(-keys // per) + 1) // 16) * 16
 
@@ -84,15 +92,10 @@ def rows(q: Tensor, group: int) -> int:
     return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
 
 
-def together(rows: int, candidates: int, group: int) -> int:
-    """Candidates whose scores a program of a selection adds up: half as many for few rows (queries × KV heads)."""
-    most = MOST_SUMS // power_of_two(group)
-    return min(candidates, MOST_CANDIDATES, most // 2 if rows < FEW else most)
-
-
-def select_warps(candidates: int) -> int:
-    """Of a program that finds the best of so many scores, all in registers."""
-    return 4 if candidates <= 4096 else 8
+def together(candidates: int, group: int, warps: int, tile: int = 1) -> int:
+    """Candidates whose scores a program of a selection adds up at once; `tile` at least, which share a top."""
+    most = MOST_SUMS * warps // power_of_two(group)
+    return max(tile, min(candidates, MOST_CANDIDATES, most))
 
 
 def merged_rows(*widths: int) -> int:

@@ -38,7 +38,7 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
     jobs: list[Job] = []
     for kernel in plan.kernels:
         tiles, launch = candidates(kernel, arch, bits), launch_of(plan, kernel)
-        kernel, launch = _with_rider(plan, kernel, launch)
+        kernel, launch = _with_riders(plan, kernel, launch)
         jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else tiles[:1])]
     return jobs
 
@@ -51,13 +51,13 @@ def launch_of(plan: Plan, kernel: Kernel) -> Launch:
     return max(launches, key=lambda x: (len(x.binds), x.accumulate))
 
 
-def _with_rider(plan: Plan, kernel: Kernel, launch: Launch) -> tuple[Kernel, Launch]:
-    """Both with the operands that come for the sake of what may ride on the kernel."""
-    rider, more = plan.rider(kernel.name), plan.brought(launch)
-    if rider is None:
-        return kernel, launch
-    operands = tuple(o for o in plan.kernel(rider.kernel).operands if o.name in dict(more))
-    return replace(kernel, operands=(*kernel.operands, *operands)), replace(launch, binds=(*launch.binds, *more))
+def _with_riders(plan: Plan, kernel: Kernel, launch: Launch) -> tuple[Kernel, Launch]:
+    """Both with what comes for the sake of what may ride on the kernel: operands, and what a selection is of."""
+    riders, more = [plan.kernel(x.kernel) for x in plan.riders(kernel.name)], plan.brought(launch)
+    operands = {o.name: o for rider in riders for o in rider.operands if o.name in dict(more)}
+    select = next((x.select for x in riders if x.select), kernel.select)
+    kernel = replace(kernel, operands=(*kernel.operands, *operands.values()), select=select)
+    return kernel, replace(launch, binds=(*launch.binds, *more))
 
 
 def compile_job(module: ModuleType, job: Job, plan: Plan) -> Report:

@@ -82,8 +82,9 @@ def _constants(job: Job, group: int) -> dict[str, Any]:
     }
     if select is None:
         return constants
-    count = _candidates(select)
-    return constants | {"CANDIDATES": count, "TOGETHER": split.together(1, count, group)}
+    count, tile = _candidates(select), job.tile.bn // select.grouped
+    sizes = {"CANDIDATES": count, "TOGETHER": split.together(count, group, warps_of(job), tile), "TILE": tile}
+    return constants | sizes | {"SELECTS": count <= split.MOST_RIDING}
 
 
 def _splits(kernel: Kernel) -> list[str]:
@@ -105,7 +106,7 @@ def warps_of(job: Job) -> int:
     if select and job.kernel.body == "select_blocks":
         return launch.warps_for(_candidates(select))
     if select and job.kernel.body == "split_select":
-        return split.select_warps(_candidates(select))
+        return split.SELECT_WARPS
     return split.MERGE_WARPS if job.kernel.body == "split_merge" else job.tile.warps
 
 

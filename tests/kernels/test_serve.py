@@ -121,23 +121,27 @@ def test_one_run_a_source(name: str, page: int | None, device: str, monkeypatch:
     of.step(43, 44, decode=True)
 
 
-def test_candidates_some_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nineteen candidates, of whose scores a program of the selection is let add up sixteen.
+@pytest.mark.parametrize("riding", [0, split.MOST_RIDING], ids=["launched", "riding"])
+@pytest.mark.parametrize("block", [1, 2], ids=["keys", "groups"])
+def test_candidates_some_at_a_time(block: int, riding: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More candidates than a program holds from the first sum to the best, and it is let add up sixteen at once.
 
     Then a step beside a sequence that is full, as a replayed graph may run it: nothing is written behind the scores.
     """
     monkeypatch.setattr(split, "MOST_CANDIDATES", 16)
-    compressed, selected = {"block": 2, "stride": 1, "pool": "mean"}, SELECTED | {"block": 2}
-    few = spec("serve_some", "gated_sum", compressed=compressed, selected=selected)
-    monkeypatch.setitem(SPECS, "some", few)
-    of = Served("some", 38, device, None, room=64)
-    of.step(0, 35)
-    of.step(35, 37, decode=True)
+    monkeypatch.setattr(split, "MOST_RIDING", riding)
+    compressed, selected = {"block": block, "stride": 1, "pool": "mean"}, SELECTED | {"block": block}
+    few = spec(f"serve_some_{block}", "gated_sum", compressed=compressed, selected=selected)
+    monkeypatch.setitem(SPECS, "some", few | {"heads": SMALL})
+    tokens, room = 140 * block, 160 * block
+    of = Served("some", tokens, device, None, room=room)
+    of.step(0, tokens - 3)
+    of.step(tokens - 3, tokens - 1, decode=True)
     behind: list[torch.Tensor] = []
     empty = launch.empty
 
     def guarded(like: torch.Tensor, shape: tuple[int, ...], *more: Any, **named: Any) -> torch.Tensor:
-        if shape[-1] != 32:
+        if shape[-1] != 256:
             return empty(like, shape, *more, **named)
         flat = torch.full((math.prod(shape) + 64,), float("nan"), device=device)
         behind.append(flat[-64:])
@@ -145,12 +149,13 @@ def test_candidates_some_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(launch, "empty", guarded)
     monkeypatch.setattr(type(of.cache), "_room", lambda *_: None)
-    of.cache.lengths[1] = 64
-    rows = slice(37, 38)
+    of.cache.lengths[1] = room
+    rows = slice(tokens - 1, tokens)
     out = of.module.decode(*(cut(x, rows) for x in (of.q, of.k, of.v, of.gates)), of.phi, of.cache)
     torch.testing.assert_close(out[0], of.want[0, rows], rtol=1e-4, atol=2e-5)
     assert behind and all(x.isnan().all() for x in behind)
-    assert of.cache.lengths.tolist() == [38, 64]
+    assert of.cache.lengths.tolist() == [tokens, room]
+    assert not of.cache.past.arrivals.any()
 
 
 def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:

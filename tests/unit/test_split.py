@@ -31,9 +31,9 @@ def test_a_large_batch_is_not_shared_out() -> None:
 @pytest.mark.parametrize("group", [1, 3, 16, 64])
 @pytest.mark.parametrize("candidates", [16, 256, 16384])
 def test_a_selection_is_shared_out_in_whole_runs(group: int, candidates: int) -> None:
-    few, many = (split.together(rows, candidates, group) for rows in (4, 128))
-    assert few <= many <= candidates and candidates % few == candidates % many == 0
-    assert many * group <= split.MOST_SUMS
+    four, eight = (split.together(candidates, group, warps, 16) for warps in (4, 8))
+    assert 16 <= four <= eight <= candidates and candidates % four == candidates % eight == 0
+    assert eight * group <= split.MOST_SUMS * 8
 
 
 @pytest.mark.parametrize(("widths", "rows"), [((1, 1, 1), 4), ((2, 2, 2), 4), ((8, 4, 2), 2), ((32, 16, 8), 1)])
@@ -65,13 +65,14 @@ def test_rows_hold_a_group_at_least(queries: int, group: int, dtype: torch.dtype
     [
         (1, 1, False, "16x64w8s3"), (1, 1, True, "16x64w8s3"), (16, 1, False, "16x64w4s3"), (16, 1, True, "16x32w4s5"),
         (1, 8, False, "16x64w8s3"), (2, 8, False, "16x64w4s3"), (256, 4, False, "16x64w4s3"),
+        (64, 1, False, "16x64w4s3"), (65, 1, False, "16x64w4s2r128"), (65, 1, True, "16x32w4s5"),
     ],
 )  # fmt: skip
 def test_many_programs_take_four_warps(
     monkeypatch: pytest.MonkeyPatch, batch: int, queries: int, scattered: bool, label: str
 ) -> None:
     monkeypatch.setattr(launch, "chip", lambda index: launch.Chip("sm_90", 227 << 10, "some GPU"))
-    shapes = ((64, 8, 3), (64, 4, 3), (32, 4, 3), (32, 4, split.DEEP))
+    shapes = ((64, 8, 3), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, split.DEEP))
     tiles = launch.Tiles("a", "b", {("sm_90", 16): tuple(launch.Config(16, *shape, 0) for shape in shapes)})
     q = torch.empty((batch, queries, 64, 16), dtype=torch.bfloat16).as_subclass(OnGpu)
     for _ in range(2):
