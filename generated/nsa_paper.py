@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  76ad95457ffd
+content  4695fd3bd1b4
 runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -33,7 +33,7 @@ select_best_cached       row_a_program, because a row of scores fits the registe
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as sums a block, so that the keys are not read again once lse is known
-decode_select            rides, because up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait; row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
+decode_select            selects, because up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait; row_a_program, because a row of scores fits the registers: few are ranked, of many the n-th best is found bit by bit; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
 decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
 """
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_76ad95457ffd"
+_SPACE = "nsagen_nsa_paper_4695fd3bd1b4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -393,7 +393,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "eab527eccb82", {
+    "decode_scores": Tiles("decode_scores", "0815603adafb", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 64, 4, 3, 129024), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 2, 88064),
             Config(16, 32, 4, 5, 108544), Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624),
@@ -408,7 +408,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 26624), Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "65c734227800", {
+    "decode_attend": Tiles("decode_attend", "826eaf32ae08", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 129024), Config(16, 64, 8, 2, 88064), Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104),
             Config(16, 64, 4, 3, 129024), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624), Config(16, 64, 8, 1, 47104),
@@ -1778,10 +1778,11 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    unit = device.unit_of(v_scales_ptr, row, inside, 4)
     p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
-    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
     return m_new, z, acc0
 
 
@@ -2062,10 +2063,11 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    unit = device.unit_of(v_scales_ptr, row, inside, 4)
     p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
-    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
     return m_new, z, acc0
 
 
@@ -2185,10 +2187,11 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    unit = device.unit_of(v_scales_ptr, row, inside, 4)
     p = device.scaled(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
-    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
     return m_new, z, acc0
 
 
@@ -2325,10 +2328,11 @@ def decode_scores_step(
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
     tl.store(sums_ptr[:, None] + groups + 1 + group, part, mask=live[:, None] & (group + 1 < groups))
     tl.store(tops_ptr + s0 // BN, m_new, mask=live)  # what the tile's sums are relative to
+    unit = device.unit_of(v_scales_ptr, row, there, 4)
     p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
-    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
     return m_new, z, acc0
 
 
@@ -2559,10 +2563,11 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
+    unit = device.unit_of(v_scales_ptr, row, there, 4)
     p = device.scaled(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
-    acc0 = tl.dot(p.to(v.dtype), v, acc0 * fade[:, None], input_precision=PRECISION)
+    acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
     return m_new, z, acc0
 
 

@@ -34,7 +34,9 @@ SUMS = Choice(
     "scores_once", "a head's scores are kept as sums a block, so that the keys are not read again once lse is known"
 )
 FIXED_ORDER = Choice("fixed_order", "float32 parts are added in their order: the same bits on every run")
-ROW = Choice("row_a_program", "a row of scores fits the registers: the n-th best is found bit by bit")
+ROW = Choice(
+    "row_a_program", "a row of scores fits the registers: few are ranked, of many the n-th best is found bit by bit"
+)
 SHARED = Choice(
     "shared_out", "one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts"
 )
@@ -42,7 +44,7 @@ RIDES = Choice(
     "rides", "where each source is one run, its program goes on with the merge: no part is written, no launch follows"
 )
 SELECTS = Choice(
-    "rides", "up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait"
+    "selects", "up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait"
 )
 PACKED = Choice("head_packing", "the group's heads, and the step's queries where they walk alike, fill the rows")
 

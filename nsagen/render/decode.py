@@ -64,8 +64,7 @@ class RunView:
     k: str
     v: str
     blocks: str
-    out: str  # buffers of its parts
-    lse: str
+    lse: str  # the buffer of its parts' log-sum-exp
     stride: int
     ranges: str  # of a walked source: the function that knows what a query may see
     count: int  # of a listed one: entries
@@ -216,7 +215,6 @@ def _run(kernel: Kernel, bind: dict[str, str], number: int, given: bool) -> RunV
         k=bind[names["k"]],
         v=bind[names["v"]] if "v" in names else "",
         blocks=bind[names["blocks"]] if "blocks" in names else "",
-        out=bind[names["parts"]] if "parts" in names else "",
         lse=bind[names["part_lse"]],
         stride=walk.axis.stride,
         ranges=f"_{bind[names['parts']].removeprefix('split_out_')}_ranges" if "parts" in names else "",

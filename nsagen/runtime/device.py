@@ -292,6 +292,26 @@ def scaled(x, scales_ptr, row, inside, HEADS: tl.constexpr):
 
 
 @triton.jit
+def unit_of(scales_ptr, row, inside, HEADS: tl.constexpr):
+    """The unit of a tile's weights times its values' scales: 2¹⁵ of them at most, so that in float16, too, a weight
+    beside a far greater one, or a small scale, is not 0. 1 where there are no scales."""
+    if scales_ptr is None:
+        return 1.0
+    else:
+        most = tl.max(tl.load(scales_ptr + row * HEADS, mask=inside, other=0.0), 0)
+        return tl.where(most > 0, most, 1.0) / 32768.0
+
+
+@triton.jit
+def weighted(acc, p, v, scales_ptr, unit, PRECISION: tl.constexpr):
+    """acc + p·v, in units of `unit` where the values have scales."""
+    if scales_ptr is None:
+        return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    else:
+        return acc + unit * tl.dot((p / unit).to(v.dtype), v, input_precision=PRECISION)
+
+
+@triton.jit
 def operand(x, scales_ptr):
     """x for a product with rows that may have scales: e4m3 becomes float16 in one instruction, bfloat16 in a dozen.
 

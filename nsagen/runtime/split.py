@@ -43,8 +43,8 @@ class Runs(NamedTuple):
 def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
     """The first candidate for few queries; for more one of four warps, and of a deep pipeline if `scattered`.
 
-    For a crowd of one-token steps one of two stages, held to a quarter of a multiprocessor's registers where four
-    programs fit its shared memory: with three, 512 programs took two rounds, the second one nearly empty.
+    For a crowd of one-token steps the same in two stages for three, held to a quarter of a multiprocessor's registers
+    where four programs fit its shared memory: with three, 512 programs took two rounds, the second one nearly empty.
     """
     first, rows = launch.pick(tiles, q), q.shape[0] * q.shape[1] * heads
     if tiles.forced is not None or not q.is_cuda or rows < FEW:
@@ -56,9 +56,9 @@ def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
         chip = launch.chip(q.device.index or 0)
         four = [c for c in launch.candidates(tiles, chip, 8 * q.element_size()) if c.warps == 4]
         config = min(four, key=lambda c: (c.stages == DEEP) != scattered, default=first)
-        # The model's bytes are a third more than what two stages take.
-        fitting = (c._replace(cap=QUARTER) for c in four if c.stages == 2 and 3 * c.smem <= chip.smem)
-        config = tiles.picked[at] = next(fitting, config) if crowd else config
+        if crowd and config.stages == 3 and 2 * config.smem <= chip.smem:  # one stage of the model's three is needed
+            config = config._replace(stages=2, cap=QUARTER)
+        tiles.picked[at] = config
     return config
 
 

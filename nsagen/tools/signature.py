@@ -83,7 +83,8 @@ def _constants(job: Job, group: int) -> dict[str, Any]:
     if select is None:
         return constants
     count, tile = _candidates(select), job.tile.bn // select.grouped
-    sizes = {"CANDIDATES": count, "TOGETHER": split.together(count, group, warps_of(job), tile), "TILE": tile}
+    together = split.together(count, group, warps_of(job), tile if select.grouped > 1 else 1)
+    sizes = {"CANDIDATES": count, "TOGETHER": together, "TILE": tile}
     return constants | sizes | {"SELECTS": count <= split.MOST_RIDING}
 
 

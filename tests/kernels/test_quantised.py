@@ -50,6 +50,30 @@ def test_it_is_near_what_was_given(dtype: torch.dtype, device: str) -> None:
     assert 1e-3 < error < 4e-2
 
 
+@pytest.mark.parametrize(("nats", "size"), [(0, 1.0), (0, 1e-3), (12, 1.0)])
+def test_small_weights_and_small_values_count(nats: int, size: float, device: str) -> None:
+    """Beside a sink of no value, e^12 above all others, and with scales far below 1: products are in float16."""
+    name, tokens = "serve_sink", 40
+    selected = {"block": 16, "top_n": 3, "initial": 1, "local": 1, "from": "pooled"}
+    heads = {"query": 2, "kv": 1, "qk_dim": 16, "v_dim": 16}
+    module = nsagen.load(
+        {"name": name, "heads": heads, "kv": "shared", "branches": {"selected": selected}, "combine": "single"}
+    )
+    q, k = torch.zeros(1, tokens, 2, 16), torch.randn(1, tokens, 1, 16) * 0.1
+    q[..., 0], k[:, :, :, 0], k[:, 0, :, 0] = 4, 0, nats
+    v = (torch.randn(1, tokens, 1, 16) * 0.3 + 1) * size
+    v[:, 0] = 0 if nats else v[:, 0]
+    outs: dict[torch.dtype, list[torch.Tensor]] = {}
+    for dtype in (torch.float16, torch.float32):
+        cache = module.KVCache(1, 48, device=device, dtype=dtype, kv_dtype=E4M3)
+        x = [x.bfloat16().to(device, dtype) for x in (q, k, v)]
+        calls = (("prefill", 0, 20), ("prefill", 20, 39), ("decode", 39, 40))
+        of = [getattr(module, call)(*(a[:, lo:hi] for a in x), None, None, cache) for call, lo, hi in calls]
+        outs[dtype] = [out[:, -1].float() for out in of]
+    for got, want in zip(outs[torch.float16], outs[torch.float32], strict=True):
+        assert (got - want).norm() / want.norm() < 1e-2
+
+
 def test_scales_of_tokens_and_blocks(device: str) -> None:
     """The largest number of a row is ±448; rows of zeros stay so, and what is not a number makes its row none."""
     flat = Flat((4, 2, 5), torch.float32, torch.device(device), quantised=True)

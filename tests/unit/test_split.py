@@ -72,7 +72,7 @@ def test_many_programs_take_four_warps(
     monkeypatch: pytest.MonkeyPatch, batch: int, queries: int, scattered: bool, label: str
 ) -> None:
     monkeypatch.setattr(launch, "chip", lambda index: launch.Chip("sm_90", 227 << 10, "some GPU"))
-    shapes = ((64, 8, 3), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, split.DEEP))
+    shapes = ((64, 8, 3), (64, 4, 3), (32, 4, 3), (32, 4, split.DEEP))
     tiles = launch.Tiles("a", "b", {("sm_90", 16): tuple(launch.Config(16, *shape, 0) for shape in shapes)})
     q = torch.empty((batch, queries, 64, 16), dtype=torch.bfloat16).as_subclass(OnGpu)
     for _ in range(2):
