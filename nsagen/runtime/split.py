@@ -49,7 +49,7 @@ def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
     first, rows = launch.pick(tiles, q), q.shape[0] * q.shape[1] * heads
     if tiles.forced is not None or not q.is_cuda or rows < FEW:
         return first
-    crowd = q.shape[1] == 1 and rows > PROGRAMS and not scattered
+    crowd = q.shape[1] == 1 and rows > PROGRAMS and not scattered and torch.version.hip is None
     at = (q.device, q.dtype, scattered, crowd)
     config = tiles.picked.get(at)
     if config is None:
