@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  88cac8276789
+content  672acc25379c
 runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_88cac8276789"
+_SPACE = "nsagen_gqa_llama_672acc25379c"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2418,7 +2418,7 @@ def decode_scores(
 
 @triton.jit
 def decode_select_importance(
-    sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, first, part_rows, groups, splits,
+    sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, first, part_rows, groups, splits,
     TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):
     """Importance of the TOGETHER candidates from `first` on, for the query at t, row b·queries + query of the step.
@@ -2443,7 +2443,7 @@ def decode_select_importance(
     top = tl.load(tops, mask=(tile * TILE < end), other=float("-inf"))
     before = tl.load(tops - 1, mask=(tile > 0) & ((tile - 1) * TILE < end), other=float("-inf"))
     part = tl.arange(0, SPLITS)[None, :]
-    lses = tl.load(lses_ptr + part * part_rows + stat[:, None], mask=(part < splits), other=float("-inf"))
+    lses = tl.load(lses_scores_ptr + part * part_rows + stat[:, None], mask=(part < splits), other=float("-inf"))
     most = tl.max(lses, 1)
     some = most > float("-inf")  # else no key has ended, and no sum is read
     z = tl.sum(tl.exp2(lses - tl.where(some, most, 0.0)[:, None]), 1)
@@ -2469,7 +2469,7 @@ def decode_select_best(score, j, own, blocks_ptr):
 
 @triton.jit
 def decode_select_row(
-    sums_ptr, tops_ptr, key_tiles, lses_ptr, scores_ptr, blocks_ptr, past, row, query, h, capacity, part_rows, groups, splits,
+    sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, scores_ptr, blocks_ptr, past, row, query, h, capacity, part_rows, groups, splits,
     CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):
     """All of a row by one program, which may read its blocks then. Others that do the same write the same."""
@@ -2478,11 +2478,11 @@ def decode_select_row(
     blocks = blocks_ptr + (row * 8 + h) * 16
     NEAR: tl.constexpr = 128
     if own < NEAR:
-        decode_select_best(decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, 0, part_rows, groups, splits, NEAR, SPLITS, TILE), tl.arange(0, NEAR), own, blocks)
+        decode_select_best(decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, 0, part_rows, groups, splits, NEAR, SPLITS, TILE), tl.arange(0, NEAR), own, blocks)
     elif CANDIDATES > NEAR:
         scores = scores_ptr + (row * 8 + h) * CANDIDATES
         for first in range(0, own + 1, TOGETHER):
-            score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, first, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
+            score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, first, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
             tl.store(scores + first + tl.arange(0, TOGETHER), score)
         tl.debug_barrier()
         every = tl.arange(0, CANDIDATES)
@@ -2492,7 +2492,7 @@ def decode_select_row(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "key_tiles"])
 def decode_select(
-    sums_ptr, tops_ptr, lses_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
+    sums_ptr, tops_ptr, lses_scores_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
     CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """the best blocks of a query and KV head, from sums of its scores, −1 for none; one program: a query and KV head, and a run of its candidates.
@@ -2510,7 +2510,7 @@ def decode_select(
     own = t // 64
     busy = own // TOGETHER + 1  # runs
     if run < busy:
-        score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, run * TOGETHER, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
+        score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, run * TOGETHER, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
         scores = scores_ptr + (row * 8 + h) * CANDIDATES
         tl.store(scores + run * TOGETHER + tl.arange(0, TOGETHER), score)
         if device.arrives_last(arrivals_ptr + row * 8 + h, busy):

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  d894fb0664f8
+content  785f4a5c21b4
 runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_d894fb0664f8"
+_SPACE = "nsagen_tiny_785f4a5c21b4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2282,7 +2282,7 @@ def decode_scores(
 
 @triton.jit
 def decode_select_importance(
-    sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, first, part_rows, groups, splits,
+    sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, first, part_rows, groups, splits,
     TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):
     """Importance of the TOGETHER candidates from `first` on, for the query at t, row b·queries + query of the step.
@@ -2307,7 +2307,7 @@ def decode_select_importance(
     top = tl.load(tops, mask=there & (tile * TILE < end), other=float("-inf"))
     before = tl.load(tops - 1, mask=there & (tile > 0) & ((tile - 1) * TILE < end), other=float("-inf"))
     part = tl.arange(0, SPLITS)[None, :]
-    lses = tl.load(lses_ptr + part * part_rows + stat[:, None], mask=inside[:, None] & (part < splits), other=float("-inf"))
+    lses = tl.load(lses_scores_ptr + part * part_rows + stat[:, None], mask=inside[:, None] & (part < splits), other=float("-inf"))
     most = tl.max(lses, 1)
     some = most > float("-inf")  # else no key has ended, and no sum is read
     z = tl.sum(tl.exp2(lses - tl.where(some, most, 0.0)[:, None]), 1)
@@ -2333,7 +2333,7 @@ def decode_select_best(score, j, own, blocks_ptr):
 
 @triton.jit
 def decode_select_row(
-    sums_ptr, tops_ptr, key_tiles, lses_ptr, scores_ptr, blocks_ptr, past, row, query, h, capacity, part_rows, groups, splits,
+    sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, scores_ptr, blocks_ptr, past, row, query, h, capacity, part_rows, groups, splits,
     CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
 ):
     """All of a row by one program, which may read its blocks then. Others that do the same write the same."""
@@ -2342,11 +2342,11 @@ def decode_select_row(
     blocks = blocks_ptr + (row * 2 + h) * 4
     NEAR: tl.constexpr = 128
     if own < NEAR:
-        decode_select_best(decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, 0, part_rows, groups, splits, NEAR, SPLITS, TILE), tl.arange(0, NEAR), own, blocks)
+        decode_select_best(decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, 0, part_rows, groups, splits, NEAR, SPLITS, TILE), tl.arange(0, NEAR), own, blocks)
     elif CANDIDATES > NEAR:
         scores = scores_ptr + (row * 2 + h) * CANDIDATES
         for first in range(0, own + 1, TOGETHER):
-            score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, first, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
+            score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, first, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
             tl.store(scores + first + tl.arange(0, TOGETHER), score)
         tl.debug_barrier()
         every = tl.arange(0, CANDIDATES)
@@ -2356,7 +2356,7 @@ def decode_select_row(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "key_tiles"])
 def decode_select(
-    sums_ptr, tops_ptr, lses_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
+    sums_ptr, tops_ptr, lses_scores_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
     CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """the best blocks of a query and KV head, from sums of its scores, −1 for none; one program: a query and KV head, and a run of its candidates.
@@ -2374,7 +2374,7 @@ def decode_select(
     own = t // 16
     busy = own // TOGETHER + 1  # runs
     if run < busy:
-        score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_ptr, row, h, t, run * TOGETHER, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
+        score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, run * TOGETHER, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
         scores = scores_ptr + (row * 2 + h) * CANDIDATES
         tl.store(scores + run * TOGETHER + tl.arange(0, TOGETHER), score)
         if device.arrives_last(arrivals_ptr + row * 2 + h, busy):

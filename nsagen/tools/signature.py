@@ -14,6 +14,7 @@ from nsagen.errors import CompileError
 from nsagen.ir.graph import Select
 from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
 from nsagen.passes.machine import ARCHES
+from nsagen.tools.aot_chips import candidates
 
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
@@ -46,7 +47,7 @@ class Signature:
 
 def signature_of(function: Any, job: Job, plan: Plan) -> Signature:
     """Types, constants and alignment of the kernel's arguments, from the plan's operands and buffers."""
-    signature, constants = Signature(), _constants(job, plan.heads.group)
+    signature, constants = Signature(), _constants(job, plan)
     for index, parameter in enumerate(function.params):
         name: str = parameter.name
         if parameter.is_constexpr:
@@ -63,11 +64,11 @@ def signature_of(function: Any, job: Job, plan: Plan) -> Signature:
     return signature
 
 
-def _constants(job: Job, group: int) -> dict[str, Any]:
+def _constants(job: Job, plan: Plan) -> dict[str, Any]:
     """float32 dots in full precision, torch's default; a selection among the blocks of LENGTH tokens."""
     from nsagen.runtime import split
 
-    tile, launch, select = job.tile, job.launch, job.kernel.select
+    tile, launch, select, group = job.tile, job.launch, job.kernel.select, plan.heads.group
     constants = {
         "BM": tile.bm,
         "BN": tile.bn,
@@ -82,10 +83,17 @@ def _constants(job: Job, group: int) -> dict[str, Any]:
     }
     if select is None:
         return constants
-    count, tile = _candidates(select), job.tile.bn // select.grouped
-    together = split.together(count, group, warps_of(job), tile if select.grouped > 1 else 1)
-    sizes = {"CANDIDATES": count, "TOGETHER": together, "TILE": tile}
+    count, tile = _candidates(select), _scored_tile(job, select, plan)
+    sizes = {"CANDIDATES": count, "TOGETHER": split.together(count, group, warps_of(job), tile), "TILE": tile}
     return constants | sizes | {"SELECTS": count <= split.MOST_RIDING}
+
+
+def _scored_tile(job: Job, select: Select, plan: Plan) -> int:
+    """Groups of a key tile of the decoding kernel that scores, in its first choice; 1 where sums are of single keys."""
+    if select.grouped == 1 or not job.kernel.body.startswith("split_"):
+        return 1
+    scores = next(k for k in plan.kernels if k.body == "split_attend" and k.select)
+    return candidates(scores, job.arch, DTYPES[job.dtype][1])[0].bn // select.grouped
 
 
 def _splits(kernel: Kernel) -> list[str]:
