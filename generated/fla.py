@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  f492c3d676dd
+content  589a5a6b4eee
 runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_f492c3d676dd"
+_SPACE = "nsagen_fla_589a5a6b4eee"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -390,7 +390,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "33e94d0f69f1", {
+    "decode_scores": Tiles("decode_scores", "6e7cf26b19ea", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -405,7 +405,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "57f3526a19c1", {
+    "decode_attend": Tiles("decode_attend", "c974d4907004", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -1676,8 +1676,7 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -1940,8 +1939,7 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2059,8 +2057,7 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2186,8 +2183,7 @@ def decode_scores_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     tl.store(sums_ptr[:, None] + s, x, mask=live[:, None] & (s < groups))
-    unit = device.unit_of(v_scales_ptr, row, there, 4)
-    p = device.scaled(p, v_scales_ptr, row, there, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2400,8 +2396,7 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, there, 4)
-    p = device.scaled(p, v_scales_ptr, row, there, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)

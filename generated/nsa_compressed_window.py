@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  a919ef233acb
+content  81b7b282bbe9
 runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_a919ef233acb"
+_SPACE = "nsagen_nsa_compressed_window_81b7b282bbe9"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -263,7 +263,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "e2ab207d2737", {
+    "decode_attend": Tiles("decode_attend", "336a113ad625", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -1038,8 +1038,7 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -1159,8 +1158,7 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -1286,8 +1284,7 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, there, 4)
-    p = device.scaled(p, v_scales_ptr, row, there, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)

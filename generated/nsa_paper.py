@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  77c5878b6be9
+content  a1c5f638ba84
 runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_77c5878b6be9"
+_SPACE = "nsagen_nsa_paper_a1c5f638ba84"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -393,7 +393,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "0815603adafb", {
+    "decode_scores": Tiles("decode_scores", "a294e080e5f0", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 64, 4, 3, 129024), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 2, 88064),
             Config(16, 32, 4, 5, 108544), Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624),
@@ -408,7 +408,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 26624), Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "826eaf32ae08", {
+    "decode_attend": Tiles("decode_attend", "12c1595e58c5", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 129024), Config(16, 64, 8, 2, 88064), Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104),
             Config(16, 64, 4, 3, 129024), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624), Config(16, 64, 8, 1, 47104),
@@ -1778,8 +1778,7 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2063,8 +2062,7 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2187,8 +2185,7 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 4)
-    p = device.scaled(p, v_scales_ptr, row, inside, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 4)
     d = tl.arange(0, 128)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2328,8 +2325,7 @@ def decode_scores_step(
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
     tl.store(sums_ptr[:, None] + groups + 1 + group, part, mask=live[:, None] & (group + 1 < groups))
     tl.store(tops_ptr + s0 // BN, m_new, mask=live)  # what the tile's sums are relative to
-    unit = device.unit_of(v_scales_ptr, row, there, 4)
-    p = device.scaled(p, v_scales_ptr, row, there, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2563,8 +2559,7 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, there, 4)
-    p = device.scaled(p, v_scales_ptr, row, there, 4)
+    p, unit = device.weights(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  785f4a5c21b4
+content  c3c495d2ccea
 runtime  13
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_785f4a5c21b4"
+_SPACE = "nsagen_tiny_c3c495d2ccea"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -292,7 +292,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "ea1f69bc5625", {
+    "decode_scores": Tiles("decode_scores", "f3399498ac4b", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 5, 16384),
             Config(16, 32, 4, 2, 7168), Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096),
@@ -302,7 +302,7 @@ _DECODE_CONFIGS = {
             Config(16, 16, 4, 1, 5120), Config(16, 16, 4, 2, 8192), Config(16, 16, 4, 3, 11264),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "73d77b81bfcb", {
+    "decode_attend": Tiles("decode_attend", "3f67fcf47f1a", {
         ("sm_80", 16): (
             Config(16, 16, 4, 3, 5632), Config(16, 16, 4, 2, 4096), Config(16, 16, 4, 1, 2560),
         ),
@@ -1630,8 +1630,7 @@ def compressed_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 2)
-    p = device.scaled(p, v_scales_ptr, row, inside, 2)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 2)
     d = tl.arange(0, 16)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 16]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -1905,8 +1904,7 @@ def selected_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 2)
-    p = device.scaled(p, v_scales_ptr, row, inside, 2)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 2)
     d = tl.arange(0, 16)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 16]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2028,8 +2026,7 @@ def window_cached_step(
     p = tl.exp2(x * scale - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, inside, 2)
-    p = device.scaled(p, v_scales_ptr, row, inside, 2)
+    p, unit = device.weights(p, v_scales_ptr, row, inside, 2)
     d = tl.arange(0, 16)[None, :]
     v = device.load(v_ptr + row[:, None] * v_st + d, inside[:, None], EXTENT or PAGED).to(q0.dtype)  # [BN, 16]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2179,8 +2176,7 @@ def decode_scores_step(
     part = tl.sum(tl.reshape(p * weight, [t.shape[0], BN // 4, 4]), 2)
     tl.store(sums_ptr[:, None] + groups + 1 + group, part, mask=live[:, None] & (group + 1 < groups))
     tl.store(tops_ptr + s0 // BN, m_new, mask=live)  # what the tile's sums are relative to
-    unit = device.unit_of(v_scales_ptr, row, there, 2)
-    p = device.scaled(p, v_scales_ptr, row, there, 2)
+    p, unit = device.weights(p, v_scales_ptr, row, there, 2)
     d = tl.arange(0, 16)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 16]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
@@ -2413,8 +2409,7 @@ def decode_attend_step(
     p = tl.exp2(x - m_new[:, None])
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
-    unit = device.unit_of(v_scales_ptr, row, there, 2)
-    p = device.scaled(p, v_scales_ptr, row, there, 2)
+    p, unit = device.weights(p, v_scales_ptr, row, there, 2)
     d = tl.arange(0, 16)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 16]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)

@@ -292,23 +292,25 @@ def scaled(x, scales_ptr, row, inside, HEADS: tl.constexpr):
 
 
 @triton.jit
-def unit_of(scales_ptr, row, inside, HEADS: tl.constexpr):
-    """The unit of a tile's weights times its values' scales: 2¹⁵ of them at most, so that in float16, too, a weight
-    beside a far greater one, or a small scale, is not 0. 1 where there are no scales."""
+def weights(p, scales_ptr, row, inside, HEADS: tl.constexpr):
+    """p [rows, keys] times the scale of each key's values, and the unit it is in: of the tile's greatest scale 2⁻¹⁵, so
+    that in float16, too, a weight beside a far greater one, or a small scale, is not 0. p and 1 without scales."""
     if scales_ptr is None:
-        return 1.0
+        return p, 1.0
     else:
-        most = tl.max(tl.load(scales_ptr + row * HEADS, mask=inside, other=0.0), 0)
-        return tl.where(most > 0, most, 1.0) / 32768.0
+        scale = tl.load(scales_ptr + row * HEADS, mask=inside, other=0.0)
+        most = tl.max(scale, 0)
+        unit = tl.where(most > 0, most, 1.0) / 32768.0
+        return p * (scale / unit)[None, :], unit
 
 
 @triton.jit
 def weighted(acc, p, v, scales_ptr, unit, PRECISION: tl.constexpr):
-    """acc + p·v, in units of `unit` where the values have scales."""
+    """acc + unit·p·v; scales_ptr None: the unit is 1."""
     if scales_ptr is None:
         return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     else:
-        return acc + unit * tl.dot((p / unit).to(v.dtype), v, input_precision=PRECISION)
+        return acc + unit * tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
 
 
 @triton.jit
