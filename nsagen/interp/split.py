@@ -74,9 +74,9 @@ def _store_sums(p: Program, select: Select, step: Step, rows: Rows, scores: Arra
         sums[(*live, 0, slice(step.at, upto))] = scores[rows.live, : upto - step.at]
         return
     for i, (ahead, weights) in product(range(0, step.width, per), enumerate(select.group_weights)):
-        p = np.exp(scores[rows.live, i : i + per] - top[rows.live, None])
+        weight = np.exp(scores[rows.live, i : i + per] - top[rows.live, None])
         if (group := (step.at + i) // per) < sums.shape[-1]:
-            sums[(*live, ahead, group)] = p @ np.array(weights[: p.shape[1]])
+            sums[(*live, ahead, group)] = weight @ np.array(weights[: weight.shape[1]])
             p.run.arrays["tops"][(*live, group)] = top[rows.live]
 
 
