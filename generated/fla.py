@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  589a5a6b4eee
-runtime  13
+content  24b1447c8024
+runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -48,7 +48,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(13, "fla")
+version.require(14, "fla")
 
 SPEC = {'name': 'fla',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_589a5a6b4eee"
+_SPACE = "nsagen_fla_24b1447c8024"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -390,7 +390,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "6e7cf26b19ea", {
+    "decode_scores": Tiles("decode_scores", "1048174d7d72", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -2159,20 +2159,49 @@ def window_cached(
 
 
 @triton.jit
+def decode_scores_newest(
+    q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, start, past, lost, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+):
+    """The block from token `start` on, which ends with the step's tokens, as it is to be kept: scores [BM], values."""
+    k0_rows = tl.zeros([32, 128], dtype=tl.float32)
+    v0_rows = tl.zeros([32, 128], dtype=tl.float32)
+    for first in tl.static_range(0, 64, 32):  # no sum across rows in it: all loads fly at once
+        s = start + first + tl.arange(0, 32)
+        inside = s < start + 64
+        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, pages, s, inside, past, None, 128, 128, PAGE, SINKS, RING).to(tl.float32)
+        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, pages, s, inside, past, lost, 128, 128, PAGE, SINKS, RING).to(tl.float32)
+    k0 = (tl.sum(k0_rows, 0) / 64).to(old_k_ptr.dtype.element_ty).to(tl.float32)
+    v0 = (tl.sum(v0_rows, 0) / 64).to(old_v_ptr.dtype.element_ty).to(tl.float32)
+    x = tl.sum(q0.to(tl.float32) * k0[None, :], 1)
+    return x, v0
+
+
+@triton.jit
 def decode_scores_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live,
-    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
+    newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, lost, TOKEN_PAGE: tl.constexpr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 64 * s <= t - 63"""
     s = s0 + tl.arange(0, BN)
     inside = s < n
     row = device.known_tile_rows(table_ptr, pages, page0, page1, page2, page3, s0, s, n, BN, PAGE, 0, 0, 0)
     there = device.of_cache(table_ptr, row, inside)  # a key of no page is zero
+    if newest is not None:
+        late = there & (s == newest)  # no row has it yet, and someone may be writing it
+        there = there & (s != newest)
+        x_late = tl.zeros([t.shape[0]], dtype=tl.float32)
+        v_late0 = tl.zeros([128], dtype=tl.float32)
+        if (newest >= s0) & (newest < s0 + BN):
+            x_late, v_late0 = decode_scores_newest(
+                q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, newest * 64, past, lost, TOKEN_PAGE, OLD_SINKS, OLD_RING,
+            )
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
     k = tl.load(k_ptr + row[None, :] * k_st + d, mask=there[None, :], other=0.0)  # [128, BN]
     x = tl.dot(q0, k.to(q0.dtype), x, input_precision=PRECISION)
     x = device.scaled(x, k_scales_ptr, row, there, 4)
+    if newest is not None:
+        x = tl.where(late[None, :], x_late[:, None], x)
     seen = inside[None, :]
     s = s[None, :]
     if C0:
@@ -2183,17 +2212,21 @@ def decode_scores_step(
     fade = tl.exp2(m - m_new)
     z = z * fade + tl.sum(p, 1)
     tl.store(sums_ptr[:, None] + s, x, mask=live[:, None] & (s < groups))
+    if newest is not None:
+        p_late = tl.sum(tl.where(late[None, :], p, 0.0), 1)
     p, unit = device.weights(p, v_scales_ptr, row, there, 4)
     d = tl.arange(0, 128)[None, :]
     v = tl.load(v_ptr + row[:, None] * v_st + d, mask=there[:, None], other=0.0).to(q0.dtype)  # [BN, 128]
     acc0 = device.weighted(acc0 * fade[:, None], p, v, v_scales_ptr, unit, PRECISION)
+    if newest is not None:
+        acc0 += p_late[:, None] * v_late0[None, :]
     return m_new, z, acc0
 
 
 @triton.jit
 def decode_scores_source(
     m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
+    new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, lost, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
     """A run of a query tile's keys into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = BM // 16
@@ -2212,6 +2245,10 @@ def decode_scores_source(
     t = (past + i)[:, None]
     T = tl.minimum(past + queries, capacity)  # tokens of the sequence
     n = T // 64  # keys, whole blocks only
+    newest = None  # the block that ends with the step's tokens, if it is in no row yet: at most one
+    if new_k_ptr is not None:
+        newest = tl.maximum(past - 0, 0) // 64
+        newest = tl.where(newest * 64 + 64 <= T, newest, -1)
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
     if table_ptr is None:
@@ -2238,7 +2275,7 @@ def decode_scores_source(
         next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 64, 0, 0)
         m, z, acc0 = decode_scores_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live,
-            BN, PRECISION, PAGE // 64, C0=True,
+            newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, lost, PAGE, OLD_SINKS, OLD_RING, BN, PRECISION, PAGE // 64, C0=True,
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
     if KEEP:
@@ -2254,10 +2291,12 @@ def decode_scores(
     q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+    new_k_ptr=None, old_k_ptr=None, new_v_ptr=None, old_v_ptr=None, lost_ptr=None, new_k_sb=0, new_k_st=0, new_k_sh=0, old_k_sb=0, old_k_st=0, old_k_sh=0, new_v_sb=0, new_v_st=0, new_v_sh=0, old_v_sb=0, old_v_st=0, old_v_sh=0, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
+    new_k, old_k: where tokens of a block come from that ends with the step's, of this launch alone (decode_begin).
     """
     device.begin_early(EARLY)
     BT: tl.constexpr = BM // 16
@@ -2269,6 +2308,18 @@ def decode_scores(
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
+    lost = None
+    if lost_ptr is not None:
+        lost = tl.load(lost_ptr + b) != 0
+    if new_k_ptr is not None:
+        new_k_ptr += b * new_k_sb + h.to(tl.int64) * new_k_sh
+        old_k_ptr += h.to(tl.int64) * old_k_sh
+        if RING > 0 or table_ptr is None:
+            old_k_ptr += b * old_k_sb
+        new_v_ptr += b * new_v_sb + h.to(tl.int64) * new_v_sh
+        old_v_ptr += h.to(tl.int64) * old_v_sh
+        if RING > 0 or table_ptr is None:
+            old_v_ptr += b * old_v_sb
     at = pid // 4 % programs
     programs = tiles * splits
     if (at >= 0) & (at < programs):
@@ -2277,7 +2328,7 @@ def decode_scores(
         acc0 = tl.zeros([BM, 128], dtype=tl.float32)
         decode_scores_source(
             m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
-            splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
+            splits, run, part_rows, scale, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, lost, SINKS, RING, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
         )
 
@@ -2679,22 +2730,15 @@ def decode_merge(
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "spare"])
-def cache_append(
-    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+@triton.jit
+def cache_append_job(
+    pid, job, new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
-
-    Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
-    cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
-    """
-    device.begin_early(EARLY)
-    pid = tl.program_id(0)
+    """Rows [past, past + queries) of a store, or the blocks of a pool that end with them, of sequence and KV head `pid`."""
     h = (pid % 4).to(tl.int64)
     b = (pid // 4).to(tl.int64)
-    job = tl.program_id(1)
     past = tl.load(lengths_ptr + b)
     total = tl.minimum(past + queries, capacity)
     if (h == 0) & (job == 0):
@@ -2768,6 +2812,54 @@ def cache_append(
                         if out_scales is not None:
                             out_scales += b * (capacity // 64) * 4
                     device.mean_of_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 64, 32, 128, 128, PAGE, 0, 0)
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "spare"])
+def cache_append(
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+    new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
+
+    Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
+    cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
+    """
+    device.begin_early(EARLY)
+    cache_append_job(
+        tl.program_id(0), tl.program_id(1), new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+        new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+        k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS, PAGE,
+    )
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "spare", "programs", "part_rows", "groups", "splits", "run"])
+def decode_begin(
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+    new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, q_ptr, parts_ptr, lses_ptr, sums_ptr, programs, part_rows, groups, splits, run, scale, q_sb, q_st, q_sh,
+    TOKENS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+):
+    """decode_scores and cache_append in one launch, of the first `programs`, then of the second, jobs slowest.
+
+    Neither waits for the other: a block that ends with the step's tokens is pooled by whoever scores it, too.
+    """
+    pid = tl.program_id(0)
+    if pid < programs:
+        decode_scores(
+            q_ptr, k_cmp_ptr, v_cmp_ptr, parts_ptr, lses_ptr, sums_ptr, lengths_ptr, table_ptr, table_sb, pages, None, None, queries, capacity, part_rows, groups, splits, run, scale,
+            q_sb, q_st, q_sh, k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, BM, BN, PRECISION, PAGE, EARLY,
+            new_k_ptr, k_ptr, new_v_ptr, v_ptr, None, new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh, 0, 0,
+        )
+    else:
+        device.begin_early(EARLY)
+        at = pid - programs
+        each = (tl.num_programs(0) - programs) // 4
+        cache_append_job(
+            at % each, at // each, new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+            new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+            k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS, PAGE,
+        )
 
 
 # The same domains for the path without kernels.
@@ -3442,24 +3534,26 @@ def decode(q, k, v, gates=None, phi=None, cache=None, *, blocks=None, scale=None
     return _step(q, k, v, gates, phi, cache, blocks, scale)
 
 
-def _append(k, v, phi, cache):
-    """Add a step's tokens, and the blocks that end with them -> what came before."""
+def _append(k, v, phi, cache, joins):
+    """Add a step's tokens, and the blocks that end with them -> what came before; if it joins the launch that scores, what that is given for it."""
     queries = k["compressed"].shape[1]
     past = cache.step(k["compressed"])
     staged = cache.staged(phi, queries)
-    tokens = launch.power_of_two(queries, 1)
-    cache_append[(4 * cache.batch, 4)](
+    given = (
         k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
-        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]), tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
+        *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]),
+    )
+    if joins:
+        return past, given
+    cache_append[(4 * cache.batch, 4)](
+        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     cache.close(phi, staged)
-    return past
-
-
-def _decode_scores(q, k, v, past, scale):
-    """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection."""
+    return past, None
+def _decode_scores(q, k, v, past, scale, append=None):
+    """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection. append: what its launch is given for a cache_append."""
     c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 64), 4)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -3471,14 +3565,20 @@ def _decode_scores(q, k, v, past, scale):
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     groups = split.groups(past.capacity // 64, 1)
     sums = launch.empty(q, (*rows, 1, groups), None, torch.float32)
+    sizes = (batch * queries * 64, groups, *runs)
+    if append is not None:
+        programs *= 4 * batch
+        decode_begin[(programs + 16 * batch,)](
+            *append, q, parts, lses, sums, programs, *sizes, scale, *launch.strides(q),
+            launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q.device),
+        )
+        return parts, lses, sums
     decode_scores[(4 * batch * programs,)](
         q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
-        batch * queries * 64, groups, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
+        *sizes, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return parts, lses, sums
-
-
 def _decode_attend(q, k0, v0, k1, v1, sums, lses_compressed, parts_compressed, gates, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4)
@@ -3527,6 +3627,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, lses_compressed, parts_compressed, g
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 5 launches at most -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
-    past = _append(k, v, phi, cache)
-    parts_compressed, lses_compressed, sums = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale)
+    joins = phi.plain_mean and cache.rows("k_cmp").scales is None and split.joins(q, 4, 64)
+    past, append = _append(k, v, phi, cache, joins)
+    parts_compressed, lses_compressed, sums = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append)
     return _decode_attend(q, cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), sums, lses_compressed, parts_compressed, gates, past, cache, scale)

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  1ddbbb5fec04
-runtime  13
+content  a5cb703a7b6e
+runtime  14
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -26,7 +26,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(13, "selected_only")
+version.require(14, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_1ddbbb5fec04"
+_SPACE = "nsagen_selected_only_a5cb703a7b6e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -826,22 +826,15 @@ def decode_merge(
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "spare"])
-def cache_append(
-    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+@triton.jit
+def cache_append_job(
+    pid, job, new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
-
-    Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
-    cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
-    """
-    device.begin_early(EARLY)
-    pid = tl.program_id(0)
+    """Rows [past, past + queries) of a store, or the blocks of a pool that end with them, of sequence and KV head `pid`."""
     h = (pid % 4).to(tl.int64)
     b = (pid // 4).to(tl.int64)
-    job = tl.program_id(1)
     past = tl.load(lengths_ptr + b)
     total = tl.minimum(past + queries, capacity)
     if (h == 0) & (job == 0):
@@ -868,6 +861,25 @@ def cache_append(
             v_scales_ptr += b * (v_sb // v_st) * 4
     if job == 1:
         device.append_rows(new_v, new_v_st, v, v_st, v_scales_ptr, 4, table_ptr, pages, past, total, None, 128, 128, TOKENS, PAGE, 0, 0)
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "spare"])
+def cache_append(
+    new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+    new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Rows [past, past + queries) of every store; `past` is the lengths as they are, kept for the step's other kernels.
+
+    Grid: (sequences × KV heads, jobs: every store's tokens, then every pool's blocks). A pool takes old tokens from the
+    cache and new ones as they come, so that no job waits for another. Tokens past the capacity are dropped.
+    """
+    device.begin_early(EARLY)
+    cache_append_job(
+        tl.program_id(0), tl.program_id(1), new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
+        new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
+        TOKENS, PAGE,
+    )
 
 
 # The same domains for the path without kernels.
@@ -1083,16 +1095,16 @@ def _append(k, v, phi, cache):
     """Add a step's tokens, and the blocks that end with them -> what came before."""
     queries = k["selected"].shape[1]
     past = cache.step(k["selected"])
-    tokens = launch.power_of_two(queries, 1)
-    cache_append[(4 * cache.batch, 2)](
+    given = (
         k["selected"], *cache.rows("k"), v["selected"], *cache.rows("v"), cache.lengths, past.lengths,
         past.table, past.table_stride, past.pages, queries, past.capacity, 0,
         *launch.strides(k["selected"]), *launch.strides(cache["k"]), *launch.strides(v["selected"]), *launch.strides(cache["v"]),
-        tokens, past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
+
+    )
+    cache_append[(4 * cache.batch, 2)](
+        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
     )
     return past
-
-
 def _decode_attend(q, k, v, blocks, past, cache, scale):
     """selected, in runs of keys, merged -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4)

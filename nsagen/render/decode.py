@@ -8,7 +8,7 @@ from nsagen.ir.graph import Graph, Pool, phi
 from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
-from nsagen.render.split_view import RiderView, RidingLane, SelectionView, rider_view, selection_view
+from nsagen.render.split_view import RiderView, RidingLane, SelectionView, pooled_rows, rider_view, selection_view
 from nsagen.render.view import power_of_two
 
 
@@ -44,8 +44,8 @@ class PoolView:
 
     @property
     def rows(self) -> int:
-        """Of a block, loaded at once: all, as far as the registers go."""
-        return 32 if self.block > 16 and self.width <= 128 else 16
+        """Of a block, loaded at once."""
+        return pooled_rows(self.block, self.width)
 
     @property
     def width(self) -> int:
@@ -152,6 +152,16 @@ class DecodeView:
     @property
     def phi_pools(self) -> tuple[PoolView, ...]:
         return tuple(p for p in self.pools if p.by_phi)
+
+    @property
+    def scores(self) -> SplitKernelView | None:
+        return next((s for s in self.splits if s.sums), None)
+
+    @property
+    def scored(self) -> tuple[PoolView, ...]:
+        """The pools of the keys, and values, that are scored."""
+        names = (self.scores.sources[0].k, self.scores.sources[0].v) if self.scores else ()
+        return tuple(p for p in self.pools if p.out in names)
 
     @property
     def attend(self) -> SplitKernelView:

@@ -137,6 +137,8 @@ def _step_context(view: DecodeView, plan: Plan) -> dict[str, Any]:
         "stores": view.stores,
         "pools": view.pools,
         "phi_pools": view.phi_pools,
+        "scores": view.scores,
+        "scored": view.scored,
         "ringed": view.ringed,
         "hkv": plan.heads.kv,
     }

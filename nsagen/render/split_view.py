@@ -61,6 +61,15 @@ class SelectionView:
 
 
 @dataclass(frozen=True)
+class NewestView:
+    """How the block that ends with a step's tokens is pooled by the kernel that scores it, in tokens."""
+
+    block: int
+    stride: int
+    rows: int  # loaded at once
+
+
+@dataclass(frozen=True)
 class SplitView:
     pointers: str  # of keys, values, lists and parts
     group_weights: tuple[tuple[tuple[int, int], ...], ...]  # (key of a group, weight): for its own block, for the next
@@ -70,6 +79,12 @@ class SplitView:
     more: tuple[str, ...]  # operands that come for the sake of what rides
     rider: RiderView | None
     selection: SelectionView | None
+    newest: NewestView | None
+
+
+def pooled_rows(block: int, width: int) -> int:
+    """Rows of a block, loaded at once: all, as far as the registers go."""
+    return 32 if block > 16 and width <= 128 else 16
 
 
 def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
@@ -88,7 +103,16 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         more=tuple(operand for operand, _ in plan.brought(plan.launches(kernel.name)[0])),
         rider=rider_view(kernel, plan),
         selection=selection_view(kernel, plan),
+        newest=_newest_view(kernel, plan),
     )
+
+
+def _newest_view(kernel: Kernel, plan: Plan) -> NewestView | None:
+    """None for kernels that score no blocks."""
+    if not kernel.walks or kernel.select is None:
+        return None
+    axis = kernel.walks[0].axis
+    return NewestView(axis.block, axis.stride, pooled_rows(axis.block, power_of_two(plan.heads.qk_dim)))
 
 
 def rider_view(kernel: Kernel, plan: Plan) -> RiderView | None:

@@ -62,6 +62,12 @@ def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
     return config
 
 
+def joins(q: Tensor, heads: int, stride: int) -> bool:
+    """Whether a step's tokens are appended in the launch that scores: where few programs leave the chip idle, so that
+    others fit beside them; its kernel pools one block that has just ended, at most, one every `stride` tokens."""
+    return q.shape[0] * q.shape[1] * heads < FEW and power_of_two(q.shape[1], 1) <= stride
+
+
 def scattered(past: Past, stride: int) -> bool:
     """Whether keys, one every `stride` tokens, lie in pages of few."""
     return past.table is not None and past.page // stride < SMALL

@@ -50,7 +50,10 @@ def signature_of(function: Any, job: Job, plan: Plan) -> Signature:
     signature, constants = Signature(), _constants(job, plan)
     for index, parameter in enumerate(function.params):
         name: str = parameter.name
-        if parameter.is_constexpr:
+        if parameter.has_default:  # of a launch that does more
+            kind, aligned = "constexpr", False
+            constants[name] = parameter.default
+        elif parameter.is_constexpr:
             if name not in constants:
                 raise CompileError(f"kernel {job.kernel.name}: nothing sets its parameter {name}")
             kind, aligned = "constexpr", False

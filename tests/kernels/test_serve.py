@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import cu_of
-from served import LISTED, SELECTED, SMALL, SPECS, Served, cut, spec
+from served import COMPRESSED, LISTED, SELECTED, SMALL, SPECS, WINDOW, Served, cut, spec
 from torch import Tensor
 
 import nsagen
@@ -108,6 +108,21 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str, monke
     of.step(0, 71)
     of.step(71, 72, decode=True)
     of.step(72, 78, decode=True)
+
+
+@pytest.mark.parametrize("few", [0, split.FEW], ids=["appended", "joined"])
+@pytest.mark.parametrize(("name", "page"), [("shared", 8), ("pooled", None), ("pooled", 16), ("ringed", None)])
+def test_blocks_that_end_with_a_step(
+    name: str, page: int | None, few: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an empty cache on: who scores a block that ends pools it, too, where the append is in the same launch."""
+    monkeypatch.setattr(split, "FEW", few)
+    mean = COMPRESSED | {"pool": "mean"}
+    ringed = spec("serve_ringed", "gated_sum", "per_branch", compressed=mean, selected=SELECTED, window=WINDOW)
+    monkeypatch.setitem(SPECS, "ringed", ringed)
+    of = Served(name, 22, device, page)
+    for first, end in ((0, 3), (3, 5), *((i, i + 1) for i in range(5, 18)), (18, 20), (20, 22)):
+        of.step(first, end, decode=True)
 
 
 @pytest.mark.parametrize(("name", "page"), [(name, 24 if name == "whole" else None) for name in SPECS])

@@ -79,6 +79,18 @@ def test_many_programs_take_four_warps(
         assert split.pick(tiles, q, scattered, 4).label == label
 
 
+@pytest.mark.parametrize(
+    ("batch", "queries", "stride", "joins"),
+    [
+        (1, 1, 16, True), (15, 1, 16, True), (16, 1, 16, False),
+        (1, 8, 16, True), (1, 8, 4, False), (1, 4, 4, True), (1, 3, 2, False),
+    ],
+)  # fmt: skip
+def test_a_short_step_appends_where_it_scores(batch: int, queries: int, stride: int, joins: bool) -> None:
+    """Where at most one block of a sequence can end, and programs leave room beside them."""
+    assert split.joins(torch.empty((batch, queries, 64, 16)), 4, stride) == joins
+
+
 @pytest.mark.parametrize(("page", "stride", "scattered"), [(64, 1, False), (64, 16, True), (256, 16, False)])
 def test_scattered_rows(page: int, stride: int, scattered: bool) -> None:
     lengths = torch.zeros(2, dtype=torch.int32)
