@@ -9,6 +9,7 @@ from typing import Any
 
 from nsagen.errors import CompileError
 from nsagen.ir.plan import Kernel, Launch, Plan
+from nsagen.tools.aot_append import append_kernels
 from nsagen.tools.aot_chips import CHIPS, TENSOR_MEMORY, Chip, candidates
 from nsagen.tools.aot_listing import Listing, amd, nvidia, ptxas_log
 from nsagen.tools.signature import DTYPES, Job, signature_of, warps_of
@@ -33,14 +34,14 @@ class Report:
 
 
 def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> list[Job]:
-    """The first choice (or every surviving candidate) of every kernel."""
+    """The first choice (or every surviving candidate) of every kernel; of those that append the one there is."""
     bits = DTYPES[dtype][1]
     jobs: list[Job] = []
     for kernel in plan.kernels:
         tiles, launch = candidates(kernel, arch, bits), launch_of(plan, kernel)
         kernel, launch = _with_riders(plan, kernel, launch)
         jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else tiles[:1])]
-    return jobs
+    return [*jobs, *(Job(kernel, x, arch, dtype, tile) for kernel, x, tile in append_kernels(plan, arch, bits))]
 
 
 def launch_of(plan: Plan, kernel: Kernel) -> Launch:

@@ -19,6 +19,7 @@ from nsagen.tools.aot_chips import candidates
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
+ABSENT = ("cu", "table", "rows", "starts")  # one sequence a batch entry, its keys in a row, in q's dtype; φ a mean
 INDICES = ("list", "first", "items", "past", "lengths", "arrivals")  # int32: of block lists, or of a cache
 EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap
 MAPS = tuple(a.name for a in ARCHES if a.maps)
@@ -80,6 +81,7 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "PAGE": 1,
         "EARLY": job.arch in EARLY,
         "TILES": 1,  # of a listed block
+        "TOKENS": 1,  # of a step
         "WHOLE": False,
         "ROWS": split.merged_rows(split.MOST_RUNS),
         **dict.fromkeys(_splits(job.kernel), split.MOST_RUNS),
@@ -144,8 +146,10 @@ def _map(stem: str, part: int, job: Job) -> str:
 
 
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
-    if stem in ("cu", "table") or stem.endswith("_scales"):
-        return "constexpr", False  # None: one sequence a batch entry, its keys in a row, in q's dtype
+    if stem in ABSENT or stem.endswith("_scales") or stem.startswith("staged_"):
+        return "constexpr", False  # None
+    if stem == "lost":
+        return "*i1", True
     operand = _operand(stem, job.kernel)
     if stem in INDICES:
         return "*i32", True

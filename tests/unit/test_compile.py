@@ -43,7 +43,7 @@ def test_first_choices_do_not_spill(spec, tmp_path):
     records = json.loads((tmp_path / "found.json").read_text())
     assert {(r["arch"], r["dtype"]) for r in records} == {("sm_90", "bf16")}
     plan = api.compiled_of(api.read(spec)).plan
-    assert {r["kernel"] for r in records} == {k.name for k in plan.kernels}
+    assert {r["kernel"] for r in records} == {k.name for k in plan.kernels} | {"cache_append"}
     assert all(r["registers"] > 0 and r["spill_stores"] == r["spill_loads"] == 0 for r in records)
 
 
@@ -70,13 +70,21 @@ def test_a_first_choice_that_spills_is_found(tmp_path):
     assert "SPILLS" in done.stdout
 
 
+WITH_SELECTION = SMALL | {
+    "name": "compiled_selection",
+    "branches": {
+        "compressed": {"block": 8, "stride": 4, "pool": "mean"},
+        "selected": {"block": 8, "top_n": 3, "initial": 1, "local": 1},
+    },
+    "combine": "gated_sum",
+}
 CHIPS = """
 import json, sys
 from nsagen import api
 from nsagen.tools import aot, compile
 from nsagen.tools.aot_chips import CHIPS
 jobs = aot.jobs_of
-compile.jobs_of = lambda *asked: [j for j in jobs(*asked) if j.kernel.name == "window_fwd"]
+compile.jobs_of = lambda *asked: [j for j in jobs(*asked) if j.kernel.name == sys.argv[3]]
 reports = compile.compile_all(api.compiled_of(api.read(json.loads(sys.argv[1]))), list(CHIPS), "bf16")
 compile.write_json(reports, sys.argv[2])
 print(compile.text(reports))
@@ -84,7 +92,7 @@ print(compile.text(reports))
 
 
 def test_every_chip(tmp_path):
-    done = compiling("-c", CHIPS, json.dumps(SMALL), str(tmp_path / "found.json"))
+    done = compiling("-c", CHIPS, json.dumps(SMALL), str(tmp_path / "found.json"), "window_fwd")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {r["arch"]: r for r in json.loads((tmp_path / "found.json").read_text())}
     assert list(found) == ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -107,6 +115,15 @@ def test_every_chip(tmp_path):
     }
     assert "gfx942: compiled, never run." in done.stdout  # and what else is not known
     assert all(arch in done.stdout for arch in found)
+
+
+def test_an_append_beside_the_scores_on_every_chip(tmp_path):
+    """A kernel that no plan holds."""
+    done = compiling("-c", CHIPS, json.dumps(WITH_SELECTION), str(tmp_path / "found.json"), "decode_begin")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [r["arch"] for r in found] == ["sm_80", "sm_90", "sm_100", "gfx942"]
+    assert all(r["error"] is None and r["registers"] < 255 and r["spill_stores"] == 0 for r in found)
 
 
 # What the texts say.
