@@ -10,6 +10,7 @@ from nsagen.tools.bench_report import NONE, heading, reasons
 from nsagen.tools.console import table
 from nsagen.tools.decode_clock import Row
 from nsagen.tools.decode_grid import PLAIN, Point, Serving, dense_bytes, nsa_bytes
+from nsagen.tools.kernel_times import BETWEEN, shares
 
 DENSE, LIMIT, OURS = "dense at copy bandwidth", "limit: NSA bytes", "nsagen in a graph"
 MILLISECONDS_FROM = 10.0  # below, a column is in microseconds
@@ -41,6 +42,7 @@ def text(rows: Sequence[Row], bandwidth: float) -> str:
             table(head, cells),
             "",
             *_ratios(at, names, points),
+            *_kernels(rows, points),
             f"copy bandwidth {bandwidth / 1e12:.3g} TB/s, bytes read and written",
             *reasons((r.name, r.reason, r.point.label) for r in rows),
         ]
@@ -71,6 +73,17 @@ def _ratios(at: dict[tuple[str, Point], float | None], names: Sequence[str], poi
     known = [[name, *cells] for name, cells in lines if any(c != NONE for c in cells)]
     if known:
         yield table([OURS, *(p.label for p in points)], known)
+        yield ""
+
+
+def _kernels(rows: Sequence[Row], points: Sequence[Point]) -> Iterator[str]:
+    """Of the graphed step, µs of each kernel."""
+    at = {r.point: dict(shares(r.kernels, 1e3 * r.ms)) for r in rows if r.kernels and r.ms is not None}
+    names = dict.fromkeys(name for times in at.values() for name in times)
+    names = [*(name for name in names if name != BETWEEN), *([BETWEEN] if names else [])]
+    if names:
+        cells = [[name, *(_cell(at.get(p, {}).get(name), 1.0, 1) for p in points)] for name in names]
+        yield table(["its kernels by the profiler, µs", *(p.label for p in points)], cells)
         yield ""
 
 

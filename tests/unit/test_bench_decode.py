@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from nsagen.tools.decode_cases import Case, Step, dense, ours
 from nsagen.tools.decode_clock import Clock, Row
 from nsagen.tools.decode_grid import Point, Serving, dense_bytes, grid_of, nsa_bytes
 from nsagen.tools.decode_plot import plot
+from nsagen.tools.kernel_times import kernel_times
 
 H200 = 4.3e12
 
@@ -181,7 +183,7 @@ ROWS = [
     Row(report.LIMIT, "bytes", 8192, 256, 0.25),
     Row("dense FA3 in a graph", "dense", 8192, 256, None, "not installed"),
     Row("nsagen eager", "ours", 8192, 256, 0.75),
-    Row("nsagen in a graph", "ours", 8192, 256, 0.5),
+    Row("nsagen in a graph", "ours", 8192, 256, 0.5, kernels={"scores": 100.0, "attend": 380.5}),
     Row("nsagen in a graph", "ours", 65536, 1, 12.5),
 ]
 
@@ -194,7 +196,27 @@ def test_the_table(tmp_path):
     assert any(line.split() == ["×", "the", "limit", "2.00", "–"] for line in lines)
     assert any(line.startswith("× faster than dense at copy bandwidth") and "2.00" in line for line in lines)
     assert "– dense FA3 in a graph at 8kx256: not installed" in lines
+    at = lines.index("its kernels by the profiler, µs  8kx256  64kx1")
+    told = [line.split() for line in lines[at + 1 : at + 4]]
+    assert told == [["scores", "100.0", "–"], ["attend", "380.5", "–"], ["between", "kernels", "19.5", "–"]]
     assert plot(ROWS, "title", tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_kernels_of_a_step():
+    """In the order of their launches, medians; what else the device did is not told."""
+    device: list[tuple[str, float]] = []
+    step_took, clears = iter([9.0, 1.0, 3.0, 2.0]), iter(range(9))
+
+    def step() -> None:
+        device.extend([("late", 4.0), ("early", next(step_took)), ("late", 6.0)])
+
+    def profiled(run: Callable[[], None]) -> list[tuple[str, float]]:
+        device.clear()
+        run()
+        return list(device)
+
+    found = kernel_times(step, lambda: device.append(("fill", float(next(clears)))), 3, profiled)
+    assert list(found.items()) == [("late", 10.0), ("early", 2.0)]
 
 
 def test_the_command_on_the_cpu(tmp_path):
@@ -242,3 +264,6 @@ def test_in_a_graph():
     rows = Clock("cuda", 5).of(ours(module_of(compiled), setting), Point(2048, 4))
     assert [r.reason for r in rows] == [None, None]
     assert rows[1].ms is not None and rows[0].ms is not None and 0 < rows[1].ms < rows[0].ms
+    assert rows[0].kernels is None and rows[1].kernels is not None
+    assert list(rows[1].kernels)[-1] in ("decode_attend", "decode_merge")
+    assert 0 < sum(rows[1].kernels.values()) < 1.5e3 * rows[1].ms
