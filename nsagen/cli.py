@@ -336,7 +336,8 @@ def bench(
 ) -> None:
     """Time the whole operation and its parts beside dense attention: medians, peak memory, break-even length.
 
-    --decode: one step over a full cache, eager and in a CUDA graph, each of its kernels, beside FA3, SDPA and what the bytes alone take.
+    --decode: one step over a full cache, eager and in a CUDA graph, each of its kernels, beside FA3, SDPA and what the
+    bytes alone take.
 
     What does not fit, is not installed or takes too long is a dash with its reason.
 
