@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b1b6e4d127b6
+content  a7c1d5ce5441
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_b1b6e4d127b6"
+_SPACE = "nsagen_mha_16_a7c1d5ce5441"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3795,10 +3795,10 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
         return out
     counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
-    each = split.merged_rows(*widths)
+    each, warps = split.merged(q, 16, 128, *widths)
     decode_merge[(-(-batch * queries * 16 // each),)](
         parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 16,
-        each, *widths, num_warps=split.MERGE_WARPS, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q.device),
     )
     return out
 

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  cd62c067019f
+content  988441e83aef
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_cd62c067019f"
+_SPACE = "nsagen_nsa_compressed_window_988441e83aef"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2134,10 +2134,10 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
         return out
     counts = [lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
-    each = split.merged_rows(*widths)
+    each, warps = split.merged(q, 4, 128, *widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
-        each, *widths, num_warps=split.MERGE_WARPS, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q.device),
     )
     return out
 

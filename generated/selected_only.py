@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  a5cb703a7b6e
+content  ac5b4d5cf91a
 runtime  14
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_a5cb703a7b6e"
+_SPACE = "nsagen_selected_only_ac5b4d5cf91a"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1126,10 +1126,10 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
         return out
     counts = [lses.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
-    each = split.merged_rows(*widths)
+    each, warps = split.merged(q, 4, 128, *widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
-        each, *widths, num_warps=split.MERGE_WARPS, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q.device),
     )
     return out
 

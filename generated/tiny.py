@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  af3d496247e7
+content  5d5ec2cbb66f
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_af3d496247e7"
+_SPACE = "nsagen_tiny_5d5ec2cbb66f"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3679,10 +3679,10 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
         return out
     counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
-    each = split.merged_rows(*widths)
+    each, warps = split.merged(q, 2, 16, *widths)
     decode_merge[(-(-batch * queries * 6 // each),)](
         parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 6,
-        each, *widths, num_warps=split.MERGE_WARPS, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q.device),
     )
     return out
 

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  27903e9ca695
+content  701028fe8cfb
 runtime  14
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_27903e9ca695"
+_SPACE = "nsagen_window_only_701028fe8cfb"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1084,10 +1084,10 @@ def _decode_attend(q, k, v, past, cache, scale):
         return out
     counts = [lses.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
-    each = split.merged_rows(*widths)
+    each, warps = split.merged(q, 4, 128, *widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
-        each, *widths, num_warps=split.MERGE_WARPS, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q.device),
     )
     return out
 

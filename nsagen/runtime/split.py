@@ -16,6 +16,7 @@ PROGRAMS = 256  # of a launch: about two a multiprocessor stream as fast as eigh
 MOST_RUNS = 32  # more parts of a row would cost as much as its keys
 APPEND_WARPS = 2  # of a program that moves a token's row, or a block of them
 MERGE_WARPS = 4
+WARP_MERGES = 4096  # numbers of a term's parts that a warp adds up without a spill
 MERGED = 32  # parts that a merging program holds at once, unless a single row has more
 MOST_MERGED = 4  # rows: of twice or half as many a launch takes two to four µs more (H200)
 SELECT_WARPS = 8  # of a selection that is launched by itself
@@ -46,10 +47,10 @@ def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
     For a crowd of one-token steps the same in two stages for three, held to a quarter of a multiprocessor's registers
     where four programs fit its shared memory: with three, 512 programs took two rounds, the second one nearly empty.
     """
-    first, rows = launch.pick(tiles, q), q.shape[0] * q.shape[1] * heads
-    if tiles.forced is not None or not q.is_cuda or rows < FEW:
+    first = launch.pick(tiles, q)
+    if tiles.forced is not None or not q.is_cuda or few(q, heads):
         return first
-    crowd = q.shape[1] == 1 and rows > PROGRAMS and not scattered and torch.version.hip is None
+    crowd = q.shape[1] == 1 and q.shape[0] * heads > PROGRAMS and not scattered and torch.version.hip is None
     at = (q.device, q.dtype, scattered, crowd)
     config = tiles.picked.get(at)
     if config is None:
@@ -62,10 +63,15 @@ def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
     return config
 
 
+def few(q: Tensor, heads: int) -> bool:
+    """Whether programs of a query and KV head each leave the chip idle, so that a step is as long as its launches."""
+    return q.shape[0] * q.shape[1] * heads < FEW
+
+
 def joins(q: Tensor, heads: int, stride: int) -> bool:
-    """Whether a step's tokens are appended in the launch that scores: where few programs leave the chip idle, so that
-    others fit beside them; its kernel pools one block that has just ended, at most, one every `stride` tokens."""
-    return q.shape[0] * q.shape[1] * heads < FEW and power_of_two(q.shape[1], 1) <= stride
+    """Whether a step's tokens are appended in the launch that scores: where its programs leave room beside them. Its
+    kernel pools one block that has just ended, at most, one every `stride` tokens."""
+    return few(q, heads) and power_of_two(q.shape[1], 1) <= stride
 
 
 def scattered(past: Past, stride: int) -> bool:
@@ -107,6 +113,14 @@ def together(candidates: int, group: int, warps: int, tile: int = 1) -> int:
 def merged_rows(*widths: int) -> int:
     """Rows of a merging program, of so many parts each at most."""
     return max(1, min(MOST_MERGED, 1 << max(1, MERGED // sum(widths)).bit_length() - 1))
+
+
+def merged(q: Tensor, heads: int, dim: int, *widths: int) -> tuple[int, int]:
+    """Rows and warps of a merging program. Of few rows one each, and one warp where that holds a row's parts: what it
+    adds up lies in a thread, and nothing waits at a barrier."""
+    if not few(q, heads):
+        return merged_rows(*widths), MERGE_WARPS
+    return 1, max(1, min(MERGE_WARPS, max(widths) * power_of_two(dim) // WARP_MERGES))
 
 
 def early(device: torch.device) -> dict[str, bool]:

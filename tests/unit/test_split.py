@@ -41,6 +41,17 @@ def test_rows_of_a_merge(widths: tuple[int, ...], rows: int) -> None:
     assert split.merged_rows(*widths) == rows
 
 
+@pytest.mark.parametrize(
+    ("batch", "dim", "widths", "shape"),
+    [
+        (1, 128, (8, 16, 8), (1, 1)), (1, 128, (32, 16, 8), (1, 1)), (1, 192, (32, 16), (1, 2)),
+        (1, 256, (32, 32), (1, 2)), (15, 16, (1,), (1, 1)), (16, 128, (2, 4, 2), (4, 4)), (16, 128, (32, 16), (1, 4)),
+    ],
+)  # fmt: skip
+def test_of_few_rows_a_warp_merges_one(batch: int, dim: int, widths: tuple[int, ...], shape: tuple[int, int]) -> None:
+    assert split.merged(torch.empty((batch, 1, 64, 16)), 4, dim, *widths) == shape
+
+
 def test_no_cache_without_keys_is_without_runs() -> None:
     assert split.runs(4, 0, 64) == (1, 64)
 
