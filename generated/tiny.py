@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  5d5ec2cbb66f
+content  a11cb1aab40d
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_5d5ec2cbb66f"
+_SPACE = "nsagen_tiny_a11cb1aab40d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2368,14 +2368,30 @@ def decode_select_importance(
 
 
 @triton.jit
-def decode_select_best(score, j, own, blocks_ptr):
-    """The best of the candidates j, by importance; forced ones first, as +inf, and none after `own`.
-
-    Scores are not negative, so their bits sort as integers; ties go to the lower block.
-    """
+def decode_select_bits(score, j, own):
+    """What sorts the candidates j as their importance does: forced ones are +inf, none comes after `own`. Scores are not
+    negative, so their bits sort as integers."""
     score = tl.where((j < 1) | (j > own - 2), float("inf"), score)
-    bits = tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
-    device.store_best(bits, blocks_ptr, 4, 4)
+    return tl.where(j <= own, score.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def decode_select_best(score, j, own, blocks_ptr):
+    """The best of the candidates j, all from 0 on, by importance; ties go to the lower block."""
+    device.store_best(decode_select_bits(score, j, own), blocks_ptr, 4, 4)
+
+
+@triton.jit
+def decode_select_final(best_ptr, blocks_ptr, busy, RUNS: tl.constexpr):
+    """The best of what the busy runs have sent on, in the order of blocks: their bits, then their numbers."""
+    WIDTH: tl.constexpr = 4
+    entry = tl.arange(0, RUNS * WIDTH)
+    there = (entry < busy * WIDTH) & (entry % WIDTH < 4)
+    bits = tl.load(best_ptr + entry, mask=there, other=-1)
+    number = tl.load(best_ptr + RUNS * WIDTH + entry, mask=there, other=-1)
+    chosen, slot, found = device.reached(bits, 4)
+    tl.store(blocks_ptr + slot, number, mask=chosen)
+    device.store_missing(blocks_ptr, found, 4, WIDTH)
 
 
 @triton.jit
@@ -2404,13 +2420,13 @@ def decode_select_row(
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "key_tiles"])
 def decode_select(
     sums_ptr, tops_ptr, lses_scores_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
-    CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
+    CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, HEATS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """the best blocks of a query and KV head, from sums of its scores, −1 for none; one program: a query and KV head, and a run of its candidates.
 
     Grid: rows b·queries + query × KV heads × runs of TOGETHER candidates, runs fastest; those after the query's own
-    block have nothing to do, and the last to arrive of the others finds the best. past int32 [B]: tokens before the
-    step's.
+    block have nothing to do, and the last to arrive of the others finds the best: of all scores, or of the best of
+    each run (HEATS, where a run has room for twice as many). past int32 [B]: tokens before the step's.
     """
     device.begin_early(EARLY)
     RUNS: tl.constexpr = CANDIDATES // TOGETHER
@@ -2423,11 +2439,24 @@ def decode_select(
     if run < busy:
         score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, run * TOGETHER, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
         scores = scores_ptr + (row * 2 + h) * CANDIDATES
-        tl.store(scores + run * TOGETHER + tl.arange(0, TOGETHER), score)
+        blocks = blocks_ptr + (row * 2 + h) * 4
+        j = run * TOGETHER + tl.arange(0, TOGETHER)
+        if HEATS:
+            WIDTH: tl.constexpr = 4
+            best = scores.to(tl.pointer_type(tl.int32))
+            bits = decode_select_bits(score, j, own)
+            chosen, slot, found = device.reached(bits, 4)
+            tl.store(best + run * WIDTH + slot, bits, mask=chosen)
+            tl.store(best + (RUNS + run) * WIDTH + slot, j, mask=chosen)
+            device.store_missing(best + run * WIDTH, found, 4, WIDTH)
+        else:
+            tl.store(scores + j, score)
         if device.arrives_last(arrivals_ptr + row * 2 + h, busy):
-            every = tl.arange(0, CANDIDATES)
-            blocks = blocks_ptr + (row * 2 + h) * 4
-            decode_select_best(tl.load(scores + every, mask=every < busy * TOGETHER, other=0.0), every, own, blocks)
+            if HEATS:
+                decode_select_final(best, blocks, busy, RUNS)
+            else:
+                every = tl.arange(0, CANDIDATES)
+                decode_select_best(tl.load(scores + every, mask=every < busy * TOGETHER, other=0.0), every, own, blocks)
 
 
 @triton.jit
@@ -3662,13 +3691,14 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     splits = launch.power_of_two(before, 1)
     groups, candidates = sums.shape[-1], launch.power_of_two(-(-past.capacity // 16), max(16, tile))
     rides = candidates <= split.MOST_RIDING
-    together = split.together(candidates, 3, c.warps if rides else split.SELECT_WARPS, tile)
+    together = split.together(candidates, 3, c.warps, tile)
     scores = launch.empty(q, (batch, queries, 2, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, queries, 2, 4), None, torch.int32)
     if not rides:
-        decode_select[(2 * batch * queries * (candidates // together),)](
+        of = split.shares(q, 2, candidates, 3, 4, tile)
+        decode_select[(2 * batch * queries * (candidates // of.together),)](
             sums, tops, lses_compressed, scores, blocks0, past.arrivals, past.lengths, queries, past.capacity, batch * queries * 6, groups, tops.shape[-1], before,
-            candidates, together, splits, tile, num_warps=split.SELECT_WARPS, **split.early(q.device),
+            candidates, of.together, splits, tile, of.heats, num_warps=of.warps, **split.early(q.device),
         )
     decode_attend[(2 * batch * (1 if whole else programs),)](
         q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, parts_compressed, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,

@@ -240,6 +240,22 @@ def store_ranked(bits, blocks_ptr, COUNT: tl.constexpr):
 @triton.jit
 def store_reached(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """Those that reach the COUNT-th largest, ascending."""
+    chosen, slot, found = reached(bits, COUNT)  # pyright: ignore[reportGeneralTypeIssues]
+    tl.store(blocks_ptr + slot, tl.arange(0, bits.shape[0]), mask=chosen)
+    store_missing(blocks_ptr, found, COUNT, WIDTH)
+
+
+@triton.jit
+def store_missing(ptr, found, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """−1 in the slots from `found` on, of COUNT."""
+    slot = tl.arange(0, WIDTH)
+    tl.store(ptr + slot, tl.full([WIDTH], -1, dtype=tl.int32), mask=(slot >= found) & (slot < COUNT))
+
+
+@triton.jit
+def reached(bits, COUNT: tl.constexpr):
+    """Which of `bits` (int32, −1 for none) reach the COUNT-th largest, COUNT at most; the place of each among them, in
+    their order; how many there are. Of equal ones the first."""
     least = nth_largest(bits, COUNT)
     both = (bits > least).to(tl.int64) + ((bits == least).to(tl.int64) << 32)
     total = tl.sum(both)
@@ -249,11 +265,7 @@ def store_reached(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     ahead = (upto & 0xFFFFFFFF).to(tl.int32)
     equal = (upto >> 32).to(tl.int32)
     chosen = (bits > least) | ((bits == least) & (equal <= room))
-    number = tl.arange(0, bits.shape[0])
-    tl.store(blocks_ptr + ahead + tl.minimum(equal, room) - 1, number, mask=chosen)
-    slot = tl.arange(0, WIDTH)
-    missing = (slot >= above + tl.minimum((total >> 32).to(tl.int32), room)) & (slot < COUNT)
-    tl.store(blocks_ptr + slot, tl.full([WIDTH], -1, dtype=tl.int32), mask=missing)
+    return chosen, ahead + tl.minimum(equal, room) - 1, above + tl.minimum((total >> 32).to(tl.int32), room)
 
 
 @triton.jit

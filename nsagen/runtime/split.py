@@ -23,6 +23,7 @@ SELECT_WARPS = 8  # of a selection that is launched by itself
 MOST_RIDING = 1024  # candidates of a selection that rides: each run of a list repeats it
 MOST_SUMS = 1024  # sums that a warp of a selection holds, of each kind
 MOST_CANDIDATES = 1024  # whose scores it adds up at once
+MOST_FINALISTS = 1024  # of a row, whose bits one warp holds
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
 FEW = 64  # queries × KV heads: below, programs leave the chip idle, and each should be short
@@ -108,6 +109,25 @@ def together(candidates: int, group: int, warps: int, tile: int = 1) -> int:
     """Candidates whose scores a program of a selection adds up at once; `tile` at least, which share a top."""
     most = MOST_SUMS * warps // power_of_two(group)
     return max(tile, min(candidates, MOST_CANDIDATES, most))
+
+
+class Shares(NamedTuple):
+    """A launched selection: candidates a program, its warps, and whether it sends on its best alone."""
+
+    together: int
+    warps: int
+    heats: bool
+
+
+def shares(q: Tensor, heads: int, candidates: int, group: int, count: int, tile: int = 1) -> Shares:
+    """Of few rows programs of one warp, where nothing waits at a barrier; their best are few enough for one again.
+
+    count: blocks of a list.
+    """
+    one, kept = together(candidates, group, 1, tile), power_of_two(count, 1)
+    if few(q, heads) and 2 * kept <= one and candidates // one * kept <= MOST_FINALISTS:
+        return Shares(one, 1, True)
+    return Shares(together(candidates, group, SELECT_WARPS, tile), SELECT_WARPS, False)
 
 
 def merged_rows(*widths: int) -> int:

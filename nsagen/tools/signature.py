@@ -83,6 +83,7 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "TILES": 1,  # of a listed block
         "TOKENS": 1,  # of a step
         "WHOLE": False,
+        "HEATS": False,
         "ROWS": split.merged_rows(split.MOST_RUNS),
         **dict.fromkeys(_splits(job.kernel), split.MOST_RUNS),
     }

@@ -110,13 +110,18 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str, monke
     of.step(72, 78, decode=True)
 
 
-@pytest.mark.parametrize("few", [0, split.FEW], ids=["appended", "joined"])
+@pytest.mark.parametrize(
+    ("few", "riding"),
+    [(0, split.MOST_RIDING), (split.FEW, split.MOST_RIDING), (split.FEW, 0)],
+    ids=["appended", "joined", "joined, in heats"],
+)
 @pytest.mark.parametrize(("name", "page"), [("shared", 8), ("pooled", None), ("pooled", 16), ("ringed", None)])
 def test_blocks_that_end_with_a_step(
-    name: str, page: int | None, few: int, device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, page: int | None, few: int, riding: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From an empty cache on: who scores a block that ends pools it, too, where the append is in the same launch."""
     monkeypatch.setattr(split, "FEW", few)
+    monkeypatch.setattr(split, "MOST_RIDING", riding)
     mean = COMPRESSED | {"pool": "mean"}
     ringed = spec("serve_ringed", "gated_sum", "per_branch", compressed=mean, selected=SELECTED, window=WINDOW)
     monkeypatch.setitem(SPECS, "ringed", ringed)
@@ -136,18 +141,25 @@ def test_one_run_a_source(name: str, page: int | None, device: str, monkeypatch:
     of.step(43, 44, decode=True)
 
 
-@pytest.mark.parametrize("riding", [0, split.MOST_RIDING], ids=["launched", "riding"])
+@pytest.mark.parametrize(
+    ("few", "riding"),
+    [(0, 0), (split.FEW, 0), (split.FEW, split.MOST_RIDING)],
+    ids=["launched", "in heats", "riding"],
+)
 @pytest.mark.parametrize("block", [1, 2], ids=["keys", "groups"])
-def test_candidates_some_at_a_time(block: int, riding: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_some_at_a_time(
+    block: int, few: int, riding: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More candidates than a program holds from the first sum to the best, and it is let add up sixteen at once.
 
     Then a step beside a sequence that is full, as a replayed graph may run it: nothing is written behind the scores.
     """
     monkeypatch.setattr(split, "MOST_CANDIDATES", 16)
+    monkeypatch.setattr(split, "FEW", few)
     monkeypatch.setattr(split, "MOST_RIDING", riding)
     compressed, selected = {"block": block, "stride": 1, "pool": "mean"}, SELECTED | {"block": block}
-    few = spec(f"serve_some_{block}", "gated_sum", compressed=compressed, selected=selected)
-    monkeypatch.setitem(SPECS, "some", few | {"heads": SMALL})
+    some = spec(f"serve_some_{block}", "gated_sum", compressed=compressed, selected=selected)
+    monkeypatch.setitem(SPECS, "some", some | {"heads": SMALL})
     tokens, room = 140 * block, 160 * block
     of = Served("some", tokens, device, None, room=room)
     of.step(0, tokens - 3)

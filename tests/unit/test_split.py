@@ -42,6 +42,21 @@ def test_rows_of_a_merge(widths: tuple[int, ...], rows: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("batch", "candidates", "group", "count", "shares"),
+    [
+        (1, 2048, 16, 16, (64, 1, True)), (1, 4096, 16, 16, (64, 1, True)), (1, 8192, 16, 16, (512, 8, False)),
+        (1, 2048, 4, 16, (64, 1, True)), (1, 2048, 64, 16, (128, 8, False)), (1, 2048, 16, 40, (512, 8, False)),
+        (16, 2048, 16, 16, (512, 8, False)),
+    ],
+)  # fmt: skip
+def test_a_selection_of_few_rows_is_in_heats(
+    batch: int, candidates: int, group: int, count: int, shares: tuple[int, int, bool]
+) -> None:
+    """Where a run sends on less than half of its candidates, and a warp holds what all send on."""
+    assert split.shares(torch.empty((batch, 1, 4 * group, 16)), 4, candidates, group, count, 16) == shares
+
+
+@pytest.mark.parametrize(
     ("batch", "dim", "widths", "shape"),
     [
         (1, 128, (8, 16, 8), (1, 1)), (1, 128, (32, 16, 8), (1, 1)), (1, 192, (32, 16), (1, 2)),
