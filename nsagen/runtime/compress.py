@@ -98,7 +98,7 @@ class Compressor(nn.Module):
         return k_cmp if self.rope is None else self.rope(k_cmp.unsqueeze(0), starts)[0].to(k.dtype), v_cmp
 
     def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Flat, v_cmp: Flat) -> None:
-        """What of_blocks gives, to rows (int64 [N]) of k_cmp and v_cmp."""
+        """What of_blocks gives, to rows (int64 [N]) of k_cmp and v_cmp; their last one is for what nobody wants."""
         for into, x in zip((k_cmp, v_cmp), self.of_blocks(k, v, starts), strict=True):
             into.write(rows, x)
 
@@ -322,7 +322,7 @@ class MLPCompressor(Compressor):
         sides = mlp_pool.Side(k, of_k.weights, k_cmp), mlp_pool.Side(v, of_v.weights, v_cmp)
         if not mlp_pool.fits(*sides):
             return False
-        mlp_pool.pool(*sides, rows)
+        mlp_pool.pool(*sides, rows, len(k_cmp) - 1)
         return True
 
 

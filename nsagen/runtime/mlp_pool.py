@@ -20,6 +20,7 @@ COLUMNS = (16, 64)  # of a program of the first one, if one tile of rows is all 
 WIDE = 64  # columns of one of the second
 DEPTH = 256  # numbers of a hidden row that it holds at once
 WARPS = 4
+FEW = tl.constexpr(16)  # blocks: of fewer it is asked whether one is wanted, of more some are, as a rule
 DEEPEST = 7  # stages of the first one's pipeline: few blocks wait for nothing but the weights
 
 
@@ -60,25 +61,30 @@ def _takes(side: Side) -> bool:
     return launch.use_kernels(side.x) and not wanted and same
 
 
-def pool(k: Side, v: Side, rows: Tensor | None) -> None:
-    """Block n's key and value to row rows[n] (int64 [N]; n without rows) of `into`; sums and the GELU in float32."""
+def pool(k: Side, v: Side, rows: Tensor | None, spare: int | None = None) -> None:
+    """Block n's key and value to row rows[n] (int64 [N]; n without rows) of `into`; sums and the GELU in float32.
+
+    spare: the row of blocks that nobody wants; where all of few are such, no weight is read and nothing written.
+    """
     count, block, heads, _ = k.x.shape
     if not count:
         return
     bm, be, stages = _shape(k, v)
     tiles = -(-count // (bm - 1))
+    asks = rows is not None and spare is not None and count < FEW.value
+    asked = (rows if asks else None, spare if asks else 0)
     hidden = [launch.empty(s.x, (count, heads, s.sizes[2]), None) for s in (k, v)]
     of_k, of_v = (tiles * heads * -(-s.sizes[2] // be) for s in (k, v))
     first: Any = hidden_rows[(of_k + of_v,)]
     first(
-        k.x, *k.weights[:3], hidden[0], v.x, *v.weights[:3], hidden[1], count, of_k, heads, block, *k.sizes, *v.sizes,
-        bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=stages,
+        k.x, *k.weights[:3], hidden[0], v.x, *v.weights[:3], hidden[1], *asked, count, of_k, heads, block,
+        *k.sizes, *v.sizes, bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
     depth = min(DEPTH, launch.power_of_two(max(s.sizes[2] for s in (k, v))))
     of_k, of_v = (-(-count // ROWS[1]) * heads * -(-s.sizes[0] // WIDE) for s in (k, v))
     second: Any = rows_of_hidden[(of_k + of_v,)]
     second(
-        hidden[0], *k.weights[3:], k.into, hidden[1], *v.weights[3:], v.into, rows, count, of_k, heads,
+        hidden[0], *k.weights[3:], k.into, hidden[1], *v.weights[3:], v.into, rows, *asked, count, of_k, heads,
         *k.sizes, *v.sizes, ROWS[1], WIDE, depth, launch.precision(k.x), num_warps=WARPS,
     )  # fmt: skip
 
@@ -99,6 +105,16 @@ def _shape(k: Side, v: Side) -> tuple[int, int, int]:
         if stages >= 2:
             return bm, be, min(DEEPEST, stages)
     return 16, COLUMNS[0], max(1, stages)
+
+
+@triton.jit
+def anyone_wants(asked_ptr, spare, count, ROWS: tl.constexpr):
+    """Whether one of `count` rows, ROWS at most, is another than the spare one; without asked_ptr someone does."""
+    if asked_ptr is None:
+        return True
+    else:
+        n = tl.arange(0, ROWS)
+        return tl.sum((tl.load(asked_ptr + n, mask=n < count, other=spare) != spare).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -138,37 +154,38 @@ def hidden_tile(
     tl.store(to, total.to(hidden_ptr.dtype.element_ty), mask=live[:, None] & (e < HIDDEN)[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "of_k"])
+@triton.jit(do_not_specialize=["spare", "count", "of_k"])
 def hidden_rows(
     k_ptr, k_positions_ptr, k_weight_ptr, k_bias_ptr, k_hidden_ptr, v_ptr, v_positions_ptr, v_weight_ptr, v_bias_ptr,
-    v_hidden_ptr, count, of_k, HEADS: tl.constexpr, BLOCK: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr,
-    K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr, BM: tl.constexpr,
-    BE: tl.constexpr, PRECISION: tl.constexpr,
+    v_hidden_ptr, asked_ptr, spare, count, of_k, HEADS: tl.constexpr, BLOCK: tl.constexpr, K_DIM: tl.constexpr,
+    K_WIDTH: tl.constexpr, K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden_tile of the keys, by the first of_k programs, and of the values."""
     pid = tl.program_id(0)
-    if K_DIM == V_DIM and K_HIDDEN == V_HIDDEN:  # one body, so that one pipeline has all of the shared memory
-        of_v = pid >= of_k
-        if k_positions_ptr is None:
-            positions_ptr = None
+    if anyone_wants(asked_ptr, spare, count, FEW):
+        if K_DIM == V_DIM and K_HIDDEN == V_HIDDEN:  # one body, so that one pipeline has all of the shared memory
+            of_v = pid >= of_k
+            if k_positions_ptr is None:
+                positions_ptr = None
+            else:
+                positions_ptr = tl.where(of_v, v_positions_ptr, k_positions_ptr)
+            hidden_tile(
+                tl.where(of_v, pid - of_k, pid), tl.where(of_v, v_ptr, k_ptr), positions_ptr,
+                tl.where(of_v, v_weight_ptr, k_weight_ptr), tl.where(of_v, v_bias_ptr, k_bias_ptr),
+                tl.where(of_v, v_hidden_ptr, k_hidden_ptr), count, HEADS, BLOCK, K_DIM, K_WIDTH, K_HIDDEN, BM, BE,
+                PRECISION,
+            )  # fmt: skip
+        elif pid < of_k:
+            hidden_tile(
+                pid, k_ptr, k_positions_ptr, k_weight_ptr, k_bias_ptr, k_hidden_ptr, count, HEADS, BLOCK, K_DIM,
+                K_WIDTH, K_HIDDEN, BM, BE, PRECISION,
+            )  # fmt: skip
         else:
-            positions_ptr = tl.where(of_v, v_positions_ptr, k_positions_ptr)
-        hidden_tile(
-            tl.where(of_v, pid - of_k, pid), tl.where(of_v, v_ptr, k_ptr), positions_ptr,
-            tl.where(of_v, v_weight_ptr, k_weight_ptr), tl.where(of_v, v_bias_ptr, k_bias_ptr),
-            tl.where(of_v, v_hidden_ptr, k_hidden_ptr), count, HEADS, BLOCK, K_DIM, K_WIDTH, K_HIDDEN, BM, BE,
-            PRECISION,
-        )  # fmt: skip
-    elif pid < of_k:
-        hidden_tile(
-            pid, k_ptr, k_positions_ptr, k_weight_ptr, k_bias_ptr, k_hidden_ptr, count, HEADS, BLOCK, K_DIM, K_WIDTH,
-            K_HIDDEN, BM, BE, PRECISION,
-        )  # fmt: skip
-    else:
-        hidden_tile(
-            pid - of_k, v_ptr, v_positions_ptr, v_weight_ptr, v_bias_ptr, v_hidden_ptr, count, HEADS, BLOCK, V_DIM,
-            V_WIDTH, V_HIDDEN, BM, BE, PRECISION,
-        )  # fmt: skip
+            hidden_tile(
+                pid - of_k, v_ptr, v_positions_ptr, v_weight_ptr, v_bias_ptr, v_hidden_ptr, count, HEADS, BLOCK, V_DIM,
+                V_WIDTH, V_HIDDEN, BM, BE, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -196,22 +213,23 @@ def row_tile(
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=(n < count)[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "of_k"])
+@triton.jit(do_not_specialize=["spare", "count", "of_k"])
 def rows_of_hidden(
     k_hidden_ptr, k_weight_ptr, k_bias_ptr, k_out_ptr, v_hidden_ptr, v_weight_ptr, v_bias_ptr, v_out_ptr, rows_ptr,
-    count, of_k, HEADS: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr, K_HIDDEN: tl.constexpr,
-    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    BE: tl.constexpr, PRECISION: tl.constexpr,
+    asked_ptr, spare, count, of_k, HEADS: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr,
+    K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_tile of the keys, by the first of_k programs, and of the values."""
     pid = tl.program_id(0)
-    if pid < of_k:
-        row_tile(
-            pid, k_hidden_ptr, k_weight_ptr, k_bias_ptr, k_out_ptr, rows_ptr, count, HEADS, K_DIM, K_HIDDEN,
-            BM, BD, BE, PRECISION,
-        )  # fmt: skip
-    else:
-        row_tile(
-            pid - of_k, v_hidden_ptr, v_weight_ptr, v_bias_ptr, v_out_ptr, rows_ptr, count, HEADS, V_DIM, V_HIDDEN,
-            BM, BD, BE, PRECISION,
-        )  # fmt: skip
+    if anyone_wants(asked_ptr, spare, count, FEW):
+        if pid < of_k:
+            row_tile(
+                pid, k_hidden_ptr, k_weight_ptr, k_bias_ptr, k_out_ptr, rows_ptr, count, HEADS, K_DIM, K_HIDDEN,
+                BM, BD, BE, PRECISION,
+            )  # fmt: skip
+        else:
+            row_tile(
+                pid - of_k, v_hidden_ptr, v_weight_ptr, v_bias_ptr, v_out_ptr, rows_ptr, count, HEADS, V_DIM, V_HIDDEN,
+                BM, BD, BE, PRECISION,
+            )  # fmt: skip

@@ -55,9 +55,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = mlp_pool.pool
 
-    def spy(k: mlp_pool.Side, v: mlp_pool.Side, rows: Tensor | None) -> None:
+    def spy(k: mlp_pool.Side, v: mlp_pool.Side, rows: Tensor | None, spare: int) -> None:
         calls.append(len(k.x))
-        real(k, v, rows)
+        real(k, v, rows, spare)
 
     monkeypatch.setattr(mlp_pool, "pool", spy)
     return calls
@@ -113,3 +113,25 @@ def test_straight_to_their_rows(v_dim: int, device: str, monkeypatch: pytest.Mon
             torch.testing.assert_close(got[rows].double(), rest, rtol=1e-5, atol=1e-5)
             assert bool((got[[1, 2, 4, 6]] == -1).all())
     assert calls == [5, 5]
+
+
+@pytest.mark.parametrize("v_dim", [16, 24])
+@pytest.mark.parametrize(("count", "wanted"), [(1, 0), (5, 0), (5, 1), (15, 0), (16, 0)])
+def test_blocks_that_nobody_wants(count: int, wanted: int, v_dim: int, device: str) -> None:
+    """Most steps of few sequences end none: neither tokens nor weights are read. Of more all are pooled."""
+    phi = MLPCompressor(block=6, stride=3, kv_heads=HEADS, k_dim=16, v_dim=v_dim, device=device)
+    k, v = (torch.randn(count, 6, HEADS, dim, device=device) for dim in (16, v_dim))
+    rows = torch.full((count,), 8, device=device)
+    rows[:wanted] = 3
+    flats = [Flat((9, HEADS, dim), torch.float32, torch.device(device), False) for dim in (16, v_dim)]
+    with torch.no_grad():
+        for flat in flats:
+            flat.all.data.fill_(-1)
+        phi.write_blocks(k, v, torch.arange(count, device=device), rows, *flats)
+        want = phi.double().of_blocks(k.double(), v.double(), torch.arange(count, device=device))
+    for flat, rest in zip(flats, want, strict=True):
+        got = flat.all.data
+        assert bool((got[[0, 1, 2, 4, 5, 6, 7]] == -1).all())
+        assert bool((got[8] == -1).all()) == (wanted == 0 and count < 16)
+        if wanted:
+            torch.testing.assert_close(got[3].double(), rest[0], rtol=1e-5, atol=1e-5)
