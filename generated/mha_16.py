@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  bcbe2be3323d
+content  1d78a21f4a15
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_bcbe2be3323d"
+_SPACE = "nsagen_mha_16_1d78a21f4a15"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -406,7 +406,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "99667a2d340c", {
+    "decode_scores": Tiles("decode_scores", "f5a30fb6f622", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -2277,16 +2277,16 @@ def window_cached(
 
 @triton.jit
 def decode_scores_newest(
-    q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, start, past, lost, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, start, past, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
 ):
     """The block from token `start` on, which ends with the step's tokens, as it is to be kept: scores [BM], values."""
-    k0_rows = tl.zeros([32, 128], dtype=tl.float32)
-    v0_rows = tl.zeros([32, 128], dtype=tl.float32)
-    for first in tl.static_range(0, 32, 32):  # no sum across rows in it: all loads fly at once
-        s = start + first + tl.arange(0, 32)
+    k0_rows = tl.zeros([16, 128], dtype=tl.float32)
+    v0_rows = tl.zeros([16, 128], dtype=tl.float32)
+    for first in range(0, 32, 16):  # no sum across rows in it, for which loads would wait
+        s = start + first + tl.arange(0, 16)
         inside = s < start + 32
-        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, pages, s, inside, past, None, 128, 128, PAGE, SINKS, RING).to(tl.float32)
-        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, pages, s, inside, past, lost, 128, 128, PAGE, SINKS, RING).to(tl.float32)
+        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, pages, s, inside, past, 128, 128, PAGE, SINKS, RING).to(tl.float32)
+        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, pages, s, inside, past, 128, 128, PAGE, SINKS, RING).to(tl.float32)
     k0 = (tl.sum(k0_rows, 0) / 32).to(old_k_ptr.dtype.element_ty).to(tl.float32)
     v0 = (tl.sum(v0_rows, 0) / 32).to(old_v_ptr.dtype.element_ty).to(tl.float32)
     x = tl.sum(q0.to(tl.float32) * k0[None, :], 1)
@@ -2296,7 +2296,7 @@ def decode_scores_newest(
 @triton.jit
 def decode_scores_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live, tops_ptr,
-    newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, lost, TOKEN_PAGE: tl.constexpr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
+    newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, TOKEN_PAGE: tl.constexpr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
@@ -2310,7 +2310,7 @@ def decode_scores_step(
         v_late0 = tl.zeros([128], dtype=tl.float32)
         if (newest >= s0) & (newest < s0 + BN):
             x_late, v_late0 = decode_scores_newest(
-                q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, newest * 16, past, lost, TOKEN_PAGE, OLD_SINKS, OLD_RING,
+                q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, newest * 16, past, TOKEN_PAGE, OLD_SINKS, OLD_RING,
             )
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -2355,7 +2355,7 @@ def decode_scores_step(
 @triton.jit
 def decode_scores_source(
     m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, lost, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
+    new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
     """A run of a query tile's keys into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = BM // 1
@@ -2405,7 +2405,7 @@ def decode_scores_source(
         next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0, 0)
         m, z, acc0 = decode_scores_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live, tops_row,
-            newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, lost, PAGE, OLD_SINKS, OLD_RING, BN, PRECISION, PAGE // 16, C0=True,
+            newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, PAGE, OLD_SINKS, OLD_RING, BN, PRECISION, PAGE // 16, C0=True,
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
     if KEEP:
@@ -2421,7 +2421,7 @@ def decode_scores(
     q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
-    new_k_ptr=None, old_k_ptr=None, new_v_ptr=None, old_v_ptr=None, lost_ptr=None, new_k_sb=0, new_k_st=0, new_k_sh=0, old_k_sb=0, old_k_st=0, old_k_sh=0, new_v_sb=0, new_v_st=0, new_v_sh=0, old_v_sb=0, old_v_st=0, old_v_sh=0, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
+    new_k_ptr=None, old_k_ptr=None, new_v_ptr=None, old_v_ptr=None, new_k_sb=0, new_k_st=0, new_k_sh=0, old_k_sb=0, old_k_st=0, old_k_sh=0, new_v_sb=0, new_v_st=0, new_v_sh=0, old_v_sb=0, old_v_st=0, old_v_sh=0, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 1 queries × the 1 heads of one KV head.
 
@@ -2438,9 +2438,6 @@ def decode_scores(
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    lost = None
-    if lost_ptr is not None:
-        lost = tl.load(lost_ptr + b) != 0
     if new_k_ptr is not None:
         new_k_ptr += b * new_k_sb + h.to(tl.int64) * new_k_sh
         old_k_ptr += h.to(tl.int64) * old_k_sh
@@ -2458,7 +2455,7 @@ def decode_scores(
         acc0 = tl.zeros([BM, 128], dtype=tl.float32)
         decode_scores_source(
             m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
-            splits, run, part_rows, scale, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, lost, SINKS, RING, b, h, q_sb, q_st, q_sh,
+            splits, run, part_rows, scale, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, SINKS, RING, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
         )
 
@@ -3023,7 +3020,7 @@ def decode_begin(
         decode_scores(
             q_ptr, k_cmp_ptr, v_cmp_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, lengths_ptr, table_ptr, table_sb, pages, None, None, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
             q_sb, q_st, q_sh, k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, BM, BN, PRECISION, PAGE, EARLY,
-            new_k_ptr, k_ptr, new_v_ptr, v_ptr, None, new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh, 0, 0,
+            new_k_ptr, k_ptr, new_v_ptr, v_ptr, new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh, 0, 0,
         )
     else:
         device.begin_early(EARLY)
@@ -3757,6 +3754,8 @@ def _append(k, v, phi, cache, joins):
     )
     cache.close(phi, staged)
     return past, None
+
+
 def _decode_scores(q, k, v, past, scale, append=None):
     """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups. append: what its launch is given for a cache_append."""
     c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 16)
@@ -3786,6 +3785,8 @@ def _decode_scores(q, k, v, past, scale, append=None):
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return parts, lses, sums, tops, tile
+
+
 def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 16)

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  a11cb1aab40d
+content  421361a28c83
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_a11cb1aab40d"
+_SPACE = "nsagen_tiny_421361a28c83"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -292,7 +292,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "d4f0649803ab", {
+    "decode_scores": Tiles("decode_scores", "b8b0dfcb0971", {
         ("sm_80", 16): (
             Config(16, 64, 4, 3, 19456), Config(16, 64, 4, 2, 13312), Config(16, 32, 4, 3, 10240), Config(16, 32, 4, 5, 16384),
             Config(16, 32, 4, 2, 7168), Config(16, 16, 4, 3, 5632), Config(16, 64, 4, 1, 7168), Config(16, 16, 4, 2, 4096),
@@ -2141,16 +2141,16 @@ def window_cached(
 
 @triton.jit
 def decode_scores_newest(
-    q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, start, past, lost, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, start, past, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
 ):
     """The block from token `start` on, which ends with the step's tokens, as it is to be kept: scores [BM], values."""
-    k0_rows = tl.zeros([16, 32], dtype=tl.float32)
-    v0_rows = tl.zeros([16, 16], dtype=tl.float32)
-    for first in tl.static_range(0, 8, 16):  # no sum across rows in it: all loads fly at once
-        s = start + first + tl.arange(0, 16)
+    k0_rows = tl.zeros([8, 32], dtype=tl.float32)
+    v0_rows = tl.zeros([8, 16], dtype=tl.float32)
+    for first in range(0, 8, 8):  # no sum across rows in it, for which loads would wait
+        s = start + first + tl.arange(0, 8)
         inside = s < start + 8
-        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, pages, s, inside, past, None, 24, 32, PAGE, SINKS, RING).to(tl.float32)
-        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, pages, s, inside, past, lost, 16, 16, PAGE, SINKS, RING).to(tl.float32)
+        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, pages, s, inside, past, 24, 32, PAGE, SINKS, RING).to(tl.float32)
+        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, pages, s, inside, past, 16, 16, PAGE, SINKS, RING).to(tl.float32)
     k0 = (tl.sum(k0_rows, 0) / 8).to(old_k_ptr.dtype.element_ty).to(tl.float32)
     v0 = (tl.sum(v0_rows, 0) / 8).to(old_v_ptr.dtype.element_ty).to(tl.float32)
     x = tl.sum(q0.to(tl.float32) * k0[None, :], 1)
@@ -2160,7 +2160,7 @@ def decode_scores_newest(
 @triton.jit
 def decode_scores_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live, tops_ptr,
-    newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, lost, TOKEN_PAGE: tl.constexpr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
+    newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, TOKEN_PAGE: tl.constexpr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 4 * s <= t - 7"""
     s = s0 + tl.arange(0, BN)
@@ -2174,7 +2174,7 @@ def decode_scores_step(
         v_late0 = tl.zeros([16], dtype=tl.float32)
         if (newest >= s0) & (newest < s0 + BN):
             x_late, v_late0 = decode_scores_newest(
-                q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, newest * 4, past, lost, TOKEN_PAGE, OLD_SINKS, OLD_RING,
+                q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, newest * 4, past, TOKEN_PAGE, OLD_SINKS, OLD_RING,
             )
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 32)[:, None]
@@ -2219,7 +2219,7 @@ def decode_scores_step(
 @triton.jit
 def decode_scores_source(
     m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, lost, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
+    new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
     """A run of a query tile's keys into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = BM // 3
@@ -2269,7 +2269,7 @@ def decode_scores_source(
         next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 4, 0, 0)
         m, z, acc0 = decode_scores_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live, tops_row,
-            newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, lost, PAGE, OLD_SINKS, OLD_RING, BN, PRECISION, PAGE // 4, C0=True,
+            newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, PAGE, OLD_SINKS, OLD_RING, BN, PRECISION, PAGE // 4, C0=True,
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
     if KEEP:
@@ -2285,7 +2285,7 @@ def decode_scores(
     q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
-    new_k_ptr=None, old_k_ptr=None, new_v_ptr=None, old_v_ptr=None, lost_ptr=None, new_k_sb=0, new_k_st=0, new_k_sh=0, old_k_sb=0, old_k_st=0, old_k_sh=0, new_v_sb=0, new_v_st=0, new_v_sh=0, old_v_sb=0, old_v_st=0, old_v_sh=0, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
+    new_k_ptr=None, old_k_ptr=None, new_v_ptr=None, old_v_ptr=None, new_k_sb=0, new_k_st=0, new_k_sh=0, old_k_sb=0, old_k_st=0, old_k_sh=0, new_v_sb=0, new_v_st=0, new_v_sh=0, old_v_sb=0, old_v_st=0, old_v_sh=0, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 3 queries × the 3 heads of one KV head.
 
@@ -2302,9 +2302,6 @@ def decode_scores(
     past = tl.load(past_ptr + b)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    lost = None
-    if lost_ptr is not None:
-        lost = tl.load(lost_ptr + b) != 0
     if new_k_ptr is not None:
         new_k_ptr += b * new_k_sb + h.to(tl.int64) * new_k_sh
         old_k_ptr += h.to(tl.int64) * old_k_sh
@@ -2322,7 +2319,7 @@ def decode_scores(
         acc0 = tl.zeros([BM, 16], dtype=tl.float32)
         decode_scores_source(
             m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
-            splits, run, part_rows, scale, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, lost, SINKS, RING, b, h, q_sb, q_st, q_sh,
+            splits, run, part_rows, scale, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, SINKS, RING, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
         )
 
@@ -2938,7 +2935,7 @@ def decode_begin(
         decode_scores(
             q_ptr, k_cmp_ptr, v_cmp_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, lengths_ptr, table_ptr, table_sb, pages, None, None, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
             q_sb, q_st, q_sh, k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, BM, BN, PRECISION, PAGE, EARLY,
-            new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, lost_ptr, new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, 0, 15,
+            new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, 0, 15,
         )
     else:
         device.begin_early(EARLY)
@@ -3641,6 +3638,8 @@ def _append(k, v, phi, cache, joins):
     )
     cache.close(phi, staged)
     return past, None
+
+
 def _decode_scores(q, k, v, past, scale, append=None):
     """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups. append: what its launch is given for a cache_append."""
     c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 4), 2)
@@ -3670,6 +3669,8 @@ def _decode_scores(q, k, v, past, scale, append=None):
         launch.precision(q), past.page, **c.options, **split.early(q.device),
     )
     return parts, lses, sums, tops, tile
+
+
 def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 2)

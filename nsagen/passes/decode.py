@@ -1,9 +1,9 @@
 """The forward's variant for mode=decode: few queries a sequence, their keys split over programs.
 
-Up to four launches (another appends, outside of the plan): the scores of a selection, with the attention over the same
-keys if there is one; the selection; every other attention; the merge of all parts, gates and all. The selection rides
-on the attention up to some thousand candidates, and the merge where there are so many sequences that every source is
-one run of keys.
+Up to four launches: the scores of a selection, with the attention over the same keys if there is one; the selection;
+every other attention; the merge of all parts, gates and all. The selection rides on the attention up to some thousand
+candidates, and the merge where there are so many sequences that every source is one run of keys. What appends is
+outside of the plan: a launch before them, or programs beside the first one's.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from nsagen.ir.graph import Graph, Pool, phi
 from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
-from nsagen.render.split_view import RiderView, RidingLane, SelectionView, pooled_rows, rider_view, selection_view
+from nsagen.render.split_view import RiderView, RidingLane, SelectionView, rider_view, selection_view
 from nsagen.render.view import power_of_two
 
 
@@ -44,8 +44,8 @@ class PoolView:
 
     @property
     def rows(self) -> int:
-        """Of a block, loaded at once."""
-        return pooled_rows(self.block, self.width)
+        """Of a block, loaded at once: all, as far as the registers go."""
+        return 32 if self.block > 16 and self.width <= 128 else 16
 
     @property
     def width(self) -> int:

@@ -82,11 +82,6 @@ class SplitView:
     newest: NewestView | None
 
 
-def pooled_rows(block: int, width: int) -> int:
-    """Rows of a block, loaded at once: all, as far as the registers go."""
-    return 32 if block > 16 and width <= 128 else 16
-
-
 def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
     """None for kernels that are none of a decoding step."""
     if not kernel.body.startswith("split_"):
@@ -112,7 +107,7 @@ def _newest_view(kernel: Kernel, plan: Plan) -> NewestView | None:
     if not kernel.walks or kernel.select is None:
         return None
     axis = kernel.walks[0].axis
-    return NewestView(axis.block, axis.stride, pooled_rows(axis.block, power_of_two(plan.heads.qk_dim)))
+    return NewestView(axis.block, axis.stride, min(16, power_of_two(axis.block)))
 
 
 def rider_view(kernel: Kernel, plan: Plan) -> RiderView | None:

@@ -387,17 +387,16 @@ def known_rows(
 
 @triton.jit
 def plain_rows(
-    new, new_st, store, store_st, table_ptr, pages, s, inside, past, lost, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    new, new_st, store, store_st, table_ptr, pages, s, inside, past, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """known_rows of a store without scales, in one load: for a kernel that has no registers for two."""
+    """known_rows of a store without scales, none spoilt, in one load: for a kernel that has no registers for two."""
     d = tl.arange(0, WIDTH)[None, :]
     row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
     late = inside & (s >= past)
     there = late | of_cache(table_ptr, row, inside & (s < past))
     at = tl.where(late[:, None], new + (s - past)[:, None] * new_st, store + row[:, None] * store_st)
-    x = tl.load(at + d, mask=there[:, None] & (d < DIM), other=0.0)
-    return tl.where(late[:, None], spoil(x, lost), x)
+    return tl.load(at + d, mask=there[:, None] & (d < DIM), other=0.0)
 
 
 @triton.jit

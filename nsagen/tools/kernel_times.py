@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 BETWEEN = "between kernels"
-BETWEEN = "between kernels"
 Profiled = Callable[[Callable[[], Any]], list[tuple[str, float]]]
 
 
@@ -21,7 +20,8 @@ def on_device(run: Callable[[], Any]) -> list[tuple[str, float]]:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         run()
         torch.cuda.synchronize()
-    events = sorted(trace.events() or (), key=lambda e: e.time_range.start)
+    events = [e for e in trace.events() or () if e.device_type.name == "CUDA"]  # not the host's launches
+    events.sort(key=lambda e: e.time_range.start)
     return [(e.name, float(e.device_time)) for e in events]  # pyright: ignore[reportArgumentType]
 
 

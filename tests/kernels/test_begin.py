@@ -1,0 +1,136 @@
+"""A short step appends in the launch that scores (decode_begin): the same as in two, over caches of every kind."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from harness import cu_of
+from served import COMPRESSED, SELECTED, SPECS, WINDOW, Served, spec
+
+from nsagen.runtime import device as d
+from nsagen.runtime import split
+
+FEW = split.FEW  # as it is shipped
+MEAN = {"compressed": COMPRESSED | {"pool": "mean"}, "selected": SELECTED}
+BEGIN = {
+    "begin_paged": spec("begin_paged", "gated_sum", **MEAN, window=WINDOW),
+    "begin_ringed": spec("begin_ringed", "gated_sum", "per_branch", **MEAN, window=WINDOW),
+    "begin_union": spec("begin_union", "one_softmax", **MEAN),  # scores keys alone, pools values, too
+    "begin_pooled": spec("begin_pooled", "single", selected=SELECTED | {"from": "pooled"}),
+}
+
+
+class Twins:
+    """A spec with two caches: of a step in one launch, and in two."""
+
+    def __init__(self, name: str, page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(SPECS, name, BEGIN[name])
+        self.monkeypatch, self.device = monkeypatch, device
+        self.joined, self.apart = (Served(name, 33, device, page, room=40) for _ in range(2))
+
+    def both(self, do: Any) -> None:
+        for of in (self.joined, self.apart):
+            do(of)
+
+    def step(self, tokens: int, at: int = 0) -> torch.Tensor:
+        """The same numbers to both: which of a sequence's tokens they are does not matter here. Returns the output."""
+        outs: list[torch.Tensor] = []
+        for of, few in ((self.joined, FEW), (self.apart, 0)):
+            self.monkeypatch.setattr(split, "FEW", few)
+            outs.append(of.outputs(at, at + tokens, decode=True))
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=2e-5, equal_nan=True)
+        self.assert_same_caches()
+        return outs[0]
+
+    def assert_same_caches(self) -> None:
+        assert torch.equal(self.joined.cache.lengths, self.apart.cache.lengths)
+        for name in self.joined.cache._stores:
+            assert torch.equal(self.joined.cache[name].nan_to_num(7.0), self.apart.cache[name].nan_to_num(7.0)), name
+
+    def prefill(self, counts: list[int]) -> None:
+        """Lengths of their own."""
+        ends = [0, counts[0], sum(counts)]
+        spans = [slice(0, n) for n in counts]
+
+        def packed(x: Any) -> Any:
+            if x is None or isinstance(x, dict):
+                return x and {b: packed(one) for b, one in x.items()}
+            return torch.cat([x[i : i + 1, span] for i, span in enumerate(spans)], 1)
+
+        def do(of: Served) -> None:
+            x = [packed(one) for one in (of.q, of.k, of.v, of.gates)]
+            of.module.prefill(*x, of.phi, of.cache, cu_of(ends, self.device))
+
+        assert [b - a for a, b in pairwise(ends)] == counts
+        self.both(do)
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [("begin_paged", 8), ("begin_ringed", None), ("begin_union", 16), ("begin_pooled", 8)]
+)
+def test_ragged_rolled_back_and_full(name: str, page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence of 12 tokens beside one of 3; up to four tokens a step, so that at most one block ends."""
+    of = Twins(name, page, device, monkeypatch)
+    of.prefill([12, 3])
+    for at, tokens in enumerate((1, 4, 3, 1)):
+        of.step(tokens, at)
+    of.both(lambda x: x.cache.truncate(x.cache.lengths - 5))
+    for at, tokens in enumerate((1, 1, 2, 4, 4, 4, 4, 4)):  # the longer one is full: its last tokens are dropped
+        of.both(lambda x: setattr(x.cache, "_most", 0))  # as in a captured step, where the host can't ask
+        of.step(tokens, at)
+    assert of.joined.cache.lengths.tolist()[0] > 30
+
+
+def test_pages_that_are_not_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their keys are zeros, a block that ends there, too."""
+    of = Twins("begin_paged", 8, device, monkeypatch)
+    of.prefill([14, 7])
+
+    def tear(x: Served) -> None:
+        x.cache.table[0, 1] = -1
+        x.cache.table[1, 1] = 10**6
+
+    of.both(tear)
+    for at in range(6):
+        assert bool(of.step(1, at).isfinite().all())
+
+
+def test_a_sequence_that_lost_what_it_needs_is_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Twins("begin_ringed", None, device, monkeypatch)
+    of.prefill([14, 7])
+    of.both(lambda x: x.cache._taken_back.lost.copy_(torch.tensor([True, False])))
+    for at in range(4):
+        out = of.step(1, at)
+        assert bool(out[0].isnan().all()) and bool(out[1].isfinite().all())
+
+
+@triton.jit
+def rows_both_ways(
+    new_ptr, store_ptr, table_ptr, first_ptr, second_ptr, pages, start, past, end, DIM: tl.constexpr,
+    PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    s = start + tl.arange(0, 16)
+    known = d.known_rows(
+        new_ptr, DIM, store_ptr, DIM, None, 1, table_ptr, pages, s, s < end, past, None, DIM, 32, PAGE, SINKS, RING
+    )
+    plain = d.plain_rows(new_ptr, DIM, store_ptr, DIM, table_ptr, pages, s, s < end, past, DIM, 32, PAGE, SINKS, RING)
+    at = tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(first_ptr + at, known)
+    tl.store(second_ptr + at, plain)
+
+
+@pytest.mark.parametrize(("ring", "table"), [((0, 0), None), ((2, 17), None), ((0, 0), [3, -1, 0, 9])])
+def test_one_load_for_two(ring: tuple[int, int], table: list[int] | None, device: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    new, store = (torch.randn(n, 24, generator=g).to(device) for n in (8, 40))
+    pages = None if table is None else torch.tensor(table, dtype=torch.int32, device=device)
+    known, plain = (torch.empty(16, 32, device=device) for _ in range(2))
+    rows_both_ways[(1,)](new, store, pages, known, plain, 4, 9, 17, 23, 24, 8, *ring)
+    torch.testing.assert_close(known, plain, rtol=0, atol=0)
+    assert bool((plain[8:14, :24] == new[:6]).all())
+    assert bool((plain[14:] == 0).all()) and bool((plain[:, 24:] == 0).all())
