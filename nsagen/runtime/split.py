@@ -27,6 +27,7 @@ MOST_FINALISTS = 1024  # of a row, whose bits one warp holds
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
 FEW = 64  # queries × KV heads: below, programs leave the chip idle, and each should be short
+JOINED = 16  # of them at most: two programs a multiprocessor, which are PROGRAMS, then score them in one round
 SMALL = 16  # rows: of smaller pages a tile of 64 keys takes more than the four that are looked up one by one
 QUARTER = 128  # registers a thread, of programs of which four share a multiprocessor
 DEEP = 5  # stages of a pipeline that reads the table as it does the keys, of such pages
@@ -66,13 +67,17 @@ def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
 
 def few(q: Tensor, heads: int) -> bool:
     """Whether programs of a query and KV head each leave the chip idle, so that a step is as long as its launches."""
-    return q.shape[0] * q.shape[1] * heads < FEW
+    return _rows(q, heads) < FEW
+
+
+def _rows(q: Tensor, heads: int) -> int:
+    return q.shape[0] * q.shape[1] * heads
 
 
 def joins(q: Tensor, heads: int, stride: int) -> bool:
-    """Whether a step's tokens are appended in the launch that scores: where its programs leave room beside them. Its
+    """Whether a step's tokens are appended in the launch that scores, whose programs take more registers then. Its
     kernel pools one block that has just ended, at most, one every `stride` tokens."""
-    return few(q, heads) and power_of_two(q.shape[1], 1) <= stride
+    return _rows(q, heads) <= JOINED and power_of_two(q.shape[1], 1) <= stride
 
 
 def scattered(past: Past, stride: int) -> bool:

@@ -15,7 +15,7 @@ from served import COMPRESSED, SELECTED, SPECS, WINDOW, Served, spec
 from nsagen.runtime import device as d
 from nsagen.runtime import split
 
-FEW = split.FEW  # as it is shipped
+JOINED = split.JOINED  # as it is shipped
 MEAN = {"compressed": COMPRESSED | {"pool": "mean"}, "selected": SELECTED}
 BEGIN = {
     "begin_paged": spec("begin_paged", "gated_sum", **MEAN, window=WINDOW),
@@ -40,8 +40,8 @@ class Twins:
     def step(self, tokens: int, at: int = 0) -> torch.Tensor:
         """The same numbers to both: which of a sequence's tokens they are does not matter here. Returns the output."""
         outs: list[torch.Tensor] = []
-        for of, few in ((self.joined, FEW), (self.apart, 0)):
-            self.monkeypatch.setattr(split, "FEW", few)
+        for of, most in ((self.joined, JOINED), (self.apart, 0)):
+            self.monkeypatch.setattr(split, "JOINED", most)
             outs.append(of.outputs(at, at + tokens, decode=True))
         torch.testing.assert_close(*outs, rtol=1e-4, atol=2e-5, equal_nan=True)
         self.assert_same_caches()

@@ -111,16 +111,16 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str, monke
 
 
 @pytest.mark.parametrize(
-    ("few", "riding"),
-    [(0, split.MOST_RIDING), (split.FEW, split.MOST_RIDING), (split.FEW, 0)],
+    ("joined", "riding"),
+    [(0, split.MOST_RIDING), (split.JOINED, split.MOST_RIDING), (split.JOINED, 0)],
     ids=["appended", "joined", "joined, in heats"],
 )
 @pytest.mark.parametrize(("name", "page"), [("shared", 8), ("pooled", None), ("pooled", 16), ("ringed", None)])
 def test_blocks_that_end_with_a_step(
-    name: str, page: int | None, few: int, riding: int, device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, page: int | None, joined: int, riding: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From an empty cache on: who scores a block that ends pools it, too, where the append is in the same launch."""
-    monkeypatch.setattr(split, "FEW", few)
+    monkeypatch.setattr(split, "JOINED", joined)
     monkeypatch.setattr(split, "MOST_RIDING", riding)
     mean = COMPRESSED | {"pool": "mean"}
     ringed = spec("serve_ringed", "gated_sum", "per_branch", compressed=mean, selected=SELECTED, window=WINDOW)

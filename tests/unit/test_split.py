@@ -108,8 +108,8 @@ def test_many_programs_take_four_warps(
 @pytest.mark.parametrize(
     ("batch", "queries", "stride", "joins"),
     [
-        (1, 1, 16, True), (15, 1, 16, True), (16, 1, 16, False),
-        (1, 8, 16, True), (1, 8, 4, False), (1, 4, 4, True), (1, 3, 2, False),
+        (1, 1, 16, True), (4, 1, 16, True), (5, 1, 16, False),
+        (1, 4, 16, True), (1, 8, 16, False), (1, 4, 4, True), (1, 3, 2, False),
     ],
 )  # fmt: skip
 def test_a_short_step_appends_where_it_scores(batch: int, queries: int, stride: int, joins: bool) -> None:
