@@ -67,17 +67,17 @@ def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
 
 def few(q: Tensor, heads: int) -> bool:
     """Whether programs of a query and KV head each leave the chip idle, so that a step is as long as its launches."""
-    return _rows(q, heads) < FEW
+    return _programs(q, heads) < FEW
 
 
-def _rows(q: Tensor, heads: int) -> int:
+def _programs(q: Tensor, heads: int) -> int:
     return q.shape[0] * q.shape[1] * heads
 
 
 def joins(q: Tensor, heads: int, stride: int) -> bool:
     """Whether a step's tokens are appended in the launch that scores, whose programs take more registers then. Its
     kernel pools one block that has just ended, at most, one every `stride` tokens."""
-    return _rows(q, heads) <= JOINED and power_of_two(q.shape[1], 1) <= stride
+    return _programs(q, heads) <= JOINED and power_of_two(q.shape[1], 1) <= stride
 
 
 def scattered(past: Past, stride: int) -> bool:
