@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  8fa4358a801b
+content  ddff38a2ef61
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_8fa4358a801b"
+_SPACE = "nsagen_gqa_llama_ddff38a2ef61"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2522,9 +2522,7 @@ def decode_select_final(best_ptr, blocks_ptr, busy, RUNS: tl.constexpr):
     there = (entry < busy * WIDTH) & (entry % WIDTH < 16)
     bits = tl.load(best_ptr + entry, mask=there, other=-1)
     number = tl.load(best_ptr + RUNS * WIDTH + entry, mask=there, other=-1)
-    chosen, slot, found = device.reached(bits, 16)
-    tl.store(blocks_ptr + slot, number, mask=chosen)
-    device.store_missing(blocks_ptr, found, 16, WIDTH)
+    device.store_reached(bits, number, blocks_ptr, 16, WIDTH)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  421361a28c83
+content  75702b6eb0e5
 runtime  14
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_421361a28c83"
+_SPACE = "nsagen_tiny_75702b6eb0e5"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2386,9 +2386,7 @@ def decode_select_final(best_ptr, blocks_ptr, busy, RUNS: tl.constexpr):
     there = (entry < busy * WIDTH) & (entry % WIDTH < 4)
     bits = tl.load(best_ptr + entry, mask=there, other=-1)
     number = tl.load(best_ptr + RUNS * WIDTH + entry, mask=there, other=-1)
-    chosen, slot, found = device.reached(bits, 4)
-    tl.store(blocks_ptr + slot, number, mask=chosen)
-    device.store_missing(blocks_ptr, found, 4, WIDTH)
+    device.store_reached(bits, number, blocks_ptr, 4, WIDTH)
 
 
 @triton.jit

@@ -224,7 +224,7 @@ def store_best(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     if bits.shape[0] >= COUNT and bits.shape[0] <= 128:
         store_ranked(bits, blocks_ptr, COUNT)
     else:
-        store_reached(bits, blocks_ptr, COUNT, WIDTH)
+        store_reached(bits, tl.arange(0, bits.shape[0]), blocks_ptr, COUNT, WIDTH)
 
 
 @triton.jit
@@ -238,10 +238,10 @@ def store_ranked(bits, blocks_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def store_reached(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Those that reach the COUNT-th largest, ascending."""
+def store_reached(bits, number, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """The numbers of those that reach the COUNT-th largest, in their order."""
     chosen, slot, found = reached(bits, COUNT)  # pyright: ignore[reportGeneralTypeIssues]
-    tl.store(blocks_ptr + slot, tl.arange(0, bits.shape[0]), mask=chosen)
+    tl.store(blocks_ptr + slot, number, mask=chosen)
     store_missing(blocks_ptr, found, COUNT, WIDTH)
 
 

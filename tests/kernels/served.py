@@ -58,6 +58,15 @@ def cut(x: Any, rows: slice) -> Any:
     return {b: one[:, rows] for b, one in x.items()} if isinstance(x, Mapping) else x[:, rows]
 
 
+def packed(x: Any, spans: list[slice]) -> Any:
+    """Of sequence i the tokens spans[i], one sequence after another."""
+    if x is None:
+        return None
+    if isinstance(x, Mapping):
+        return {b: packed(one, spans) for b, one in x.items()}
+    return torch.cat([x[i : i + 1, span] for i, span in enumerate(spans)], 1)
+
+
 class Served:
     """A spec's module with inputs of whole sequences, what attention makes of them, and a cache."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from harness import cu_of
-from served import COMPRESSED, SELECTED, SPECS, WINDOW, Served, spec
+from served import COMPRESSED, SELECTED, SPECS, WINDOW, Served, packed, spec
 
 from nsagen.runtime import device as d
 from nsagen.runtime import split
@@ -54,19 +54,12 @@ class Twins:
 
     def prefill(self, counts: list[int]) -> None:
         """Lengths of their own."""
-        ends = [0, counts[0], sum(counts)]
         spans = [slice(0, n) for n in counts]
 
-        def packed(x: Any) -> Any:
-            if x is None or isinstance(x, dict):
-                return x and {b: packed(one) for b, one in x.items()}
-            return torch.cat([x[i : i + 1, span] for i, span in enumerate(spans)], 1)
-
         def do(of: Served) -> None:
-            x = [packed(one) for one in (of.q, of.k, of.v, of.gates)]
-            of.module.prefill(*x, of.phi, of.cache, cu_of(ends, self.device))
+            x = [packed(one, spans) for one in (of.q, of.k, of.v, of.gates)]
+            of.module.prefill(*x, of.phi, of.cache, cu_of([0, *accumulate(counts)], self.device))
 
-        assert [b - a for a, b in pairwise(ends)] == counts
         self.both(do)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import cu_of
-from served import COMPRESSED, LISTED, SELECTED, SMALL, SPECS, WINDOW, Served, cut, spec
+from served import COMPRESSED, LISTED, SELECTED, SMALL, SPECS, WINDOW, Served, cut, packed, spec
 from torch import Tensor
 
 import nsagen
@@ -56,16 +56,10 @@ def test_ragged_prefill(device: str) -> None:
         counts = [b - a for a, b in pairwise(ends)]
         at = of.cache.lengths.tolist()
         spans = [slice(a, a + n) for a, n in zip(at, counts, strict=True)]
-        x = [_packed(one, spans) for one in (of.q, of.k, of.v, of.gates)]
+        x = [packed(one, spans) for one in (of.q, of.k, of.v, of.gates)]
         out = of.module.prefill(*x, of.phi, of.cache, cu_of(ends, device))
-        torch.testing.assert_close(out, _packed(of.want, spans), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(out, packed(of.want, spans), rtol=1e-4, atol=2e-5)
         assert of.cache.lengths.tolist() == [a + n for a, n in zip(at, counts, strict=True)]
-
-
-def _packed(x: Any, spans: list[slice]) -> Any:
-    if isinstance(x, Mapping):
-        return {b: _packed(one, spans) for b, one in x.items()}
-    return torch.cat([x[i : i + 1, span] for i, span in enumerate(spans)], 1)
 
 
 def test_pages_in_any_order(device: str) -> None:
