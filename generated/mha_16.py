@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b489d182ba29
-runtime  14
+content  4d7bee7d1496
+runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(14, "mha_16")
+version.require(15, "mha_16")
 
 SPEC = {'name': 'mha_16',
  'heads': {'query': 16, 'kv': 16, 'qk_dim': 128, 'v_dim': 128},
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_b489d182ba29"
+_SPACE = "nsagen_mha_16_4d7bee7d1496"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -406,7 +406,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "f5a30fb6f622", {
+    "decode_scores": Tiles("decode_scores", "bd3221d7c864", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -421,7 +421,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "bc5ef9a01287", {
+    "decode_attend": Tiles("decode_attend", "c3786ff06f25", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -2285,8 +2285,9 @@ def decode_scores_newest(
     for first in range(0, 32, 16):  # no sum across rows in it, for which loads would wait
         s = start + first + tl.arange(0, 16)
         inside = s < start + 32
-        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, pages, s, inside, past, 128, 128, PAGE, SINKS, RING).to(tl.float32)
-        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, pages, s, inside, past, 128, 128, PAGE, SINKS, RING).to(tl.float32)
+        row = device.block_rows(table_ptr, pages, start, s, inside & (s < past), 32, PAGE, SINKS, RING)
+        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, row, s, inside, past, 128, 128).to(tl.float32)
+        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, row, s, inside, past, 128, 128).to(tl.float32)
     k0 = (tl.sum(k0_rows, 0) / 32).to(old_k_ptr.dtype.element_ty).to(tl.float32)
     v0 = (tl.sum(v0_rows, 0) / 32).to(old_v_ptr.dtype.element_ty).to(tl.float32)
     x = tl.sum(q0.to(tl.float32) * k0[None, :], 1)
@@ -2400,9 +2401,9 @@ def decode_scores_source(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 16, 0, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, capacity // 16, BN, PAGE // 16, 0, 0)
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, capacity // 16, BN, PAGE // 16, 0, 0)
         m, z, acc0 = decode_scores_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live, tops_row,
             newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, PAGE, OLD_SINKS, OLD_RING, BN, PRECISION, PAGE // 16, C0=True,
@@ -2428,14 +2429,13 @@ def decode_scores(
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
     new_k, old_k: where tokens of a block come from that ends with the step's, of this launch alone (decode_begin).
     """
-    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits
     pid = tl.program_id(0)
     h = pid % 16  # KV head
     b = (pid // 16 // programs).to(tl.int64)
-    past = tl.load(past_ptr + b)
+    past = device.past_of(past_ptr + b, EARLY, False)
     if table_ptr is not None:
         table_ptr += b * table_sb
     if new_k_ptr is not None:
@@ -2511,18 +2511,7 @@ def decode_select_bits(score, j, own):
 @triton.jit
 def decode_select_best(score, j, own, blocks_ptr):
     """The best of the candidates j, all from 0 on, by importance; ties go to the lower block."""
-    device.store_best(decode_select_bits(score, j, own), blocks_ptr, 16, 16)
-
-
-@triton.jit
-def decode_select_final(best_ptr, blocks_ptr, busy, RUNS: tl.constexpr):
-    """The best of what the busy runs have sent on, in the order of blocks: their bits, then their numbers."""
-    WIDTH: tl.constexpr = 16
-    entry = tl.arange(0, RUNS * WIDTH)
-    there = (entry < busy * WIDTH) & (entry % WIDTH < 16)
-    bits = tl.load(best_ptr + entry, mask=there, other=-1)
-    number = tl.load(best_ptr + RUNS * WIDTH + entry, mask=there, other=-1)
-    device.store_reached(bits, number, blocks_ptr, 16, WIDTH)
+    device.store_best(decode_select_bits(score, j, own), j, blocks_ptr, None, 16, 16, 128)
 
 
 @triton.jit
@@ -2548,46 +2537,68 @@ def decode_select_row(
     tl.debug_barrier()
 
 
+@triton.jit
+def decode_select_of_runs(best_ptr, blocks_ptr, busy, RUNS: tl.constexpr, SOME: tl.constexpr):
+    """The best of what the busy ones of the first SOME runs have sent on: their bits, then, after all runs' bits, numbers."""
+    WIDTH: tl.constexpr = 16
+    entry = tl.arange(0, SOME * WIDTH)
+    there = (entry < busy * WIDTH) & (entry % WIDTH < 16)
+    bits = tl.load(best_ptr + entry, mask=there, other=-1)
+    number = tl.load(best_ptr + RUNS * WIDTH + entry, mask=there, other=-1)
+    device.store_best(bits, number, blocks_ptr, None, 16, WIDTH, 256)
+
+
+@triton.jit
+def decode_select_scored(
+    scores_ptr, blocks_ptr, past, row, query, h, capacity, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, HEATS: tl.constexpr,
+):
+    """The same from what decode_select has stored."""
+    own = tl.minimum(past + query, capacity - 1) // 64
+    blocks = blocks_ptr + (row * 16 + h) * 16
+    scores = scores_ptr + (row * 16 + h) * CANDIDATES
+    if HEATS:
+        best = scores.to(tl.pointer_type(tl.int32))
+        busy = own // TOGETHER + 1
+        RUNS: tl.constexpr = CANDIDATES // TOGETHER
+        SOME: tl.constexpr = min(RUNS, 8)
+        if busy <= SOME:
+            decode_select_of_runs(best, blocks, busy, RUNS, SOME)
+        elif RUNS > SOME:
+            decode_select_of_runs(best, blocks, busy, RUNS, RUNS)
+    else:
+        every = tl.arange(0, CANDIDATES)
+        decode_select_best(tl.load(scores + every, mask=every <= own, other=0.0), every, own, blocks)
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "key_tiles"])
 def decode_select(
-    sums_ptr, tops_ptr, lses_scores_ptr, scores_ptr, blocks_ptr, arrivals_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
+    sums_ptr, tops_ptr, lses_scores_ptr, scores_ptr, past_ptr, queries, capacity, part_rows, groups, key_tiles, splits,
     CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, HEATS: tl.constexpr, EARLY: tl.constexpr,
 ):
     """the best blocks of a query and KV head, from sums of its scores, −1 for none; one program: a query and KV head, and a run of its candidates.
 
     Grid: rows b·queries + query × KV heads × runs of TOGETHER candidates, runs fastest; those after the query's own
-    block have nothing to do, and the last to arrive of the others finds the best: of all scores, or of the best of
-    each run (HEATS, where a run has room for twice as many). past int32 [B]: tokens before the step's.
+    block have nothing to do. HEATS: a run stores its best alone, their bits, then their numbers; it has room for twice
+    as many. past int32 [B]: tokens before the step's.
     """
-    device.begin_early(EARLY)
     RUNS: tl.constexpr = CANDIDATES // TOGETHER
     run = tl.program_id(0) % RUNS
     h = tl.program_id(0) // RUNS % 16
     row = (tl.program_id(0) // RUNS // 16).to(tl.int64)
-    t = tl.minimum(tl.load(past_ptr + row // queries) + (row % queries).to(tl.int32), capacity - 1)
+    past = device.past_of(past_ptr + row // queries, EARLY, True)
+    t = tl.minimum(past + (row % queries).to(tl.int32), capacity - 1)
     own = t // 64
-    busy = own // TOGETHER + 1  # runs
-    if run < busy:
+    if run <= own // TOGETHER:
         score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, run * TOGETHER, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
         scores = scores_ptr + (row * 16 + h) * CANDIDATES
-        blocks = blocks_ptr + (row * 16 + h) * 16
         j = run * TOGETHER + tl.arange(0, TOGETHER)
         if HEATS:
             WIDTH: tl.constexpr = 16
             best = scores.to(tl.pointer_type(tl.int32))
-            bits = decode_select_bits(score, j, own)
-            chosen, slot, found = device.reached(bits, 16)
-            tl.store(best + run * WIDTH + slot, bits, mask=chosen)
-            tl.store(best + (RUNS + run) * WIDTH + slot, j, mask=chosen)
-            device.store_missing(best + run * WIDTH, found, 16, WIDTH)
+            device.store_best(decode_select_bits(score, j, own), j, best + (RUNS + run) * WIDTH, best + run * WIDTH, 16, WIDTH, 256)
         else:
             tl.store(scores + j, score)
-        if device.arrives_last(arrivals_ptr + row * 16 + h, busy):
-            if HEATS:
-                decode_select_final(best, blocks, busy, RUNS)
-            else:
-                every = tl.arange(0, CANDIDATES)
-                decode_select_best(tl.load(scores + every, mask=every < busy * TOGETHER, other=0.0), every, own, blocks)
 
 
 @triton.jit
@@ -2752,16 +2763,16 @@ def decode_attend_source1(
 def decode_attend(
     q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, sums_ptr, tops_ptr, lses_compressed_ptr, scores_ptr, parts_compressed_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr, SELECTS: tl.constexpr, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr, SCORED: tl.constexpr, HEATS: tl.constexpr, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 1 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
     WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
     SPLITS: parts that came before, at most.
-    SELECTS: a list's program begins with decode_select, and every run of the list does the same.
+    A list's program begins with the selection, and every run of the list does the same: from sums, or SCORED from what
+    decode_select has stored of runs of TOGETHER candidates (HEATS: their best).
     """
-    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)
     programs = queries * splits0 + tiles * splits1
@@ -2770,7 +2781,7 @@ def decode_attend(
     pid = tl.program_id(0)
     h = pid % 16  # KV head
     b = (pid // 16 // programs).to(tl.int64)
-    past = tl.load(past_ptr + b)
+    past = device.past_of(past_ptr + b, EARLY, not WHOLE)
     if table_ptr is not None:
         table_ptr += b * table_sb
     if WHOLE:
@@ -2786,7 +2797,9 @@ def decode_attend(
         m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
         z = tl.zeros([16], dtype=tl.float32)
         acc0 = tl.zeros([16, 128], dtype=tl.float32)
-        if SELECTS:
+        if SCORED:
+            decode_select_scored(scores_ptr, blocks0_ptr, past, b * queries + 0, 0, h, capacity, CANDIDATES, TOGETHER, HEATS)
+        else:
             decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_compressed_ptr, scores_ptr, blocks0_ptr, past, b * queries + 0, 0, h, capacity, part_rows, groups, splits_compressed, CANDIDATES, TOGETHER, SPLITS, TILE)
         m, z, acc0 = decode_attend_source0(
             m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
@@ -2810,7 +2823,9 @@ def decode_attend(
         at = pid // 16 % programs
         programs = queries * splits0
         if (at >= 0) & (at < programs):
-            if SELECTS:
+            if SCORED:
+                decode_select_scored(scores_ptr, blocks0_ptr, past, b * queries + at % queries, at % queries, h, capacity, CANDIDATES, TOGETHER, HEATS)
+            else:
                 decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_compressed_ptr, scores_ptr, blocks0_ptr, past, b * queries + at % queries, at % queries, h, capacity, part_rows, groups, splits_compressed, CANDIDATES, TOGETHER, SPLITS, TILE)
             m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
             z = tl.zeros([16], dtype=tl.float32)
@@ -3696,7 +3711,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -3748,7 +3763,7 @@ def _append(k, v, phi, cache, joins):
     if joins:
         return past, given
     cache_append[(16 * cache.batch, 4)](
-        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
+        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["compressed"], 16),
     )
     cache.close(phi, staged)
     return past, None
@@ -3774,13 +3789,13 @@ def _decode_scores(q, k, v, past, scale, append=None):
         programs *= 16 * batch
         decode_begin[(programs + 64 * batch,)](
             *append, q, parts, lses, sums, tops, programs, *sizes, scale, *launch.strides(q),
-            launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q.device),
+            launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q, 16),
         )
         return parts, lses, sums, tops, tile
     decode_scores[(16 * batch * programs,)](
         q, k.data, v.data, parts, lses, sums, tops, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         *sizes, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, **c.options, **split.early(q.device),
+        launch.precision(q), past.page, **c.options, **split.early(q, 16),
     )
     return parts, lses, sums, tops, tile
 
@@ -3805,20 +3820,18 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     before = lses_compressed.shape[0]
     splits = launch.power_of_two(before, 1)
     groups, candidates = sums.shape[-1], launch.power_of_two(-(-past.capacity // 64), max(16, tile))
-    rides = candidates <= split.MOST_RIDING
-    together = split.together(candidates, 1, c.warps, tile)
+    of = split.shares(q, 16, candidates, 1, 16, c.warps, tile)
     scores = launch.empty(q, (batch, queries, 16, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, queries, 16, 16), None, torch.int32)
-    if not rides:
-        of = split.shares(q, 16, candidates, 1, 16, tile)
+    if of.launched:
         decode_select[(16 * batch * queries * (candidates // of.together),)](
-            sums, tops, lses_compressed, scores, blocks0, past.arrivals, past.lengths, queries, past.capacity, batch * queries * 16, groups, tops.shape[-1], before,
-            candidates, of.together, splits, tile, of.heats, num_warps=of.warps, **split.early(q.device),
+            sums, tops, lses_compressed, scores, cache.lengths, queries, past.capacity, batch * queries * 16, groups, tops.shape[-1], before,
+            candidates, of.together, splits, tile, of.heats, num_warps=split.SELECT_WARPS, **split.early(q, 16),
         )
     decode_attend[(16 * batch * (1 if whole else programs),)](
-        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, parts_compressed, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, parts_compressed, gates, out, past.lengths if whole else cache.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 16, groups, tops.shape[-1], *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=splits, SELECTS=rides, CANDIDATES=candidates, TOGETHER=together, TILE=tile, **c.options, **split.early(q.device),
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=splits, SCORED=of.launched, HEATS=of.heats, CANDIDATES=candidates, TOGETHER=of.together, TILE=tile, **c.options, **split.early(q, 16),
     )
     if whole:
         return out
@@ -3827,7 +3840,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     each, warps = split.merged(q, 16, 128, *widths)
     decode_merge[(-(-batch * queries * 16 // each),)](
         parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 16,
-        each, *widths, num_warps=warps, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q, 16),
     )
     return out
 

@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  d1aafeef5e38
-runtime  14
+content  99c14542ded2
+runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -35,7 +35,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(14, "nsa_compressed_window")
+version.require(15, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_d1aafeef5e38"
+_SPACE = "nsagen_nsa_compressed_window_99c14542ded2"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -263,7 +263,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "336a113ad625", {
+    "decode_attend": Tiles("decode_attend", "b66ef4e41c17", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -1333,9 +1333,9 @@ def decode_attend_source0(
     c3 = (BN + some_hi - 1) // BN * BN
     lo = c0 + split * run
     hi = tl.where(split == splits - 1, c3, tl.minimum(c3, lo + run))
-    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, n, BN, PAGE // 16, 0, 0)
+    page0, page1, page2, page3 = device.tile_pages(table_ptr, lo, capacity // 16, BN, PAGE // 16, 0, 0)
     for s0 in range(lo, hi, BN):  # edge: 16 * s <= t - 31, s < N
-        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, n, BN, PAGE // 16, 0, 0)
+        next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, capacity // 16, BN, PAGE // 16, 0, 0)
         m, z, acc0 = decode_attend_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr,
             BN, PRECISION, PAGE // 16, 0, 0, C0=True, C1=False, C2=False,
@@ -1416,7 +1416,6 @@ def decode_attend(
     WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
     SPLITS: parts that came before, at most.
     """
-    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits0 + tiles * splits1
@@ -1425,7 +1424,7 @@ def decode_attend(
     pid = tl.program_id(0)
     h = pid % 4  # KV head
     b = (pid // 4 // programs).to(tl.int64)
-    past = tl.load(past_ptr + b)
+    past = device.past_of(past_ptr + b, EARLY, not WHOLE)
     if table_ptr is not None:
         table_ptr += b * table_sb
     if WHOLE:
@@ -2053,7 +2052,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -2103,7 +2102,7 @@ def _append(k, v, phi, cache):
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]),
     )
     cache_append[(4 * cache.batch, 4)](
-        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
+        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["compressed"], 4),
     )
     cache.close(phi, staged)
     return past
@@ -2128,9 +2127,9 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     out = launch.empty(q, (*rows, 128), None)
     whole = queries == 1 and runs0.count == 1 and runs1.count == 1
     decode_attend[(4 * batch * (1 if whole else programs),)](
-        q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+        q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, gates, out, past.lengths if whole else cache.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q.device),
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q, 4),
     )
     if whole:
         return out
@@ -2139,7 +2138,7 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     each, warps = split.merged(q, 4, 128, *widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
-        each, *widths, num_warps=warps, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out
 

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  7b9d02fe197a
-runtime  14
+content  c8412d4c0b54
+runtime  15
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -26,7 +26,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(14, "selected_only")
+version.require(15, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_7b9d02fe197a"
+_SPACE = "nsagen_selected_only_c8412d4c0b54"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "b9eceb93f73e", {
+    "decode_attend": Tiles("decode_attend", "84454f6e006c", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -728,7 +728,6 @@ def decode_attend(
     WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
     SPLITS: parts that came before, at most.
     """
-    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = queries * splits
@@ -737,7 +736,7 @@ def decode_attend(
     pid = tl.program_id(0)
     h = pid % 4  # KV head
     b = (pid // 4 // programs).to(tl.int64)
-    past = tl.load(past_ptr + b)
+    past = device.past_of(past_ptr + b, EARLY, not WHOLE)
     if table_ptr is not None:
         table_ptr += b * table_sb
     if WHOLE:
@@ -1058,7 +1057,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -1102,7 +1101,7 @@ def _append(k, v, phi, cache):
 
     )
     cache_append[(4 * cache.batch, 2)](
-        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
+        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["selected"], 4),
     )
     return past
 
@@ -1120,9 +1119,9 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     out = launch.empty(q, (*rows, 128), None)
     whole = queries == 1 and runs.count == 1
     decode_attend[(4 * batch * (1 if whole else programs),)](
-        q, k.data, v.data, blocks, parts, lses, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        q, k.data, v.data, blocks, parts, lses, out, past.lengths if whole else cache.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q.device),
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q, 4),
     )
     if whole:
         return out
@@ -1131,7 +1130,7 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     each, warps = split.merged(q, 4, 128, *widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
-        each, *widths, num_warps=warps, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out
 

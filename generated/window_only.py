@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  ea9b3c387bc2
-runtime  14
+content  829595dd1614
+runtime  15
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -25,7 +25,7 @@ from torch import Tensor
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(14, "window_only")
+version.require(15, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +39,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_ea9b3c387bc2"
+_SPACE = "nsagen_window_only_829595dd1614"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -134,7 +134,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "9531789cfa92", {
+    "decode_attend": Tiles("decode_attend", "94b418272795", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -699,7 +699,6 @@ def decode_attend(
     WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
     SPLITS: parts that came before, at most.
     """
-    device.begin_early(EARLY)
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits
@@ -708,7 +707,7 @@ def decode_attend(
     pid = tl.program_id(0)
     h = pid % 4  # KV head
     b = (pid // 4 // programs).to(tl.int64)
-    past = tl.load(past_ptr + b)
+    past = device.past_of(past_ptr + b, EARLY, not WHOLE)
     if table_ptr is not None:
         table_ptr += b * table_sb
     if WHOLE:
@@ -1017,7 +1016,7 @@ class KVCache(kv_cache.KVCache):
     """
 
     def __init__(self, batch, max_len, *, device, dtype, page_size=None, num_pages=None, kv_dtype=None):
-        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, 8, kv_dtype)
+        super().__init__(_LAYOUT, batch, max_len, device, dtype, page_size, num_pages, kv_dtype)
 
 
 @torch.no_grad()
@@ -1059,7 +1058,7 @@ def _append(k, v, phi, cache):
 
     )
     cache_append[(4 * cache.batch, 2)](
-        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(cache.device),
+        *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["window"], 4),
     )
     return past
 
@@ -1078,9 +1077,9 @@ def _decode_attend(q, k, v, past, cache, scale):
     out = launch.empty(q, (*rows, 128), None)
     whole = queries == 1 and runs.count == 1
     decode_attend[(4 * batch * (1 if whole else programs),)](
-        q, k.data, v.data, parts, lses, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+        q, k.data, v.data, parts, lses, out, past.lengths if whole else cache.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q.device),
+        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q, 4),
     )
     if whole:
         return out
@@ -1089,7 +1088,7 @@ def _decode_attend(q, k, v, past, cache, scale):
     each, warps = split.merged(q, 4, 128, *widths)
     decode_merge[(-(-batch * queries * 64 // each),)](
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
-        each, *widths, num_warps=warps, **split.early(q.device),
+        each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from nsagen.ir.plan import Kernel, Operand, Plan
 from nsagen.render.view import power_of_two
 
+RANKED = 128  # candidates that are each compared with every other; twice as many of a launched selection
+
 
 @dataclass(frozen=True)
 class LaneView:
@@ -74,6 +76,7 @@ class SplitView:
     pointers: str  # of keys, values, lists and parts
     group_weights: tuple[tuple[tuple[int, int], ...], ...]  # (key of a group, weight): for its own block, for the next
     alone: int  # rows of a tile that holds one query
+    ranked: int  # candidates that are sorted by comparing each with every other
     near: int  # candidates whose scores a selecting program holds from the first sum to the best
     merged: tuple[LaneView, ...]
     more: tuple[str, ...]  # operands that come for the sake of what rides
@@ -93,6 +96,7 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         pointers=", ".join(f"{o.name}_ptr" for o in kernel.operands if o.role not in ("q", "sums")),
         group_weights=tuple(tuple((i, w) for i, w in enumerate(row) if w) for row in weights),
         alone=max(16, group),
+        ranked=RANKED,
         near=max(32, min(128, 4096 // group)),
         merged=tuple(LaneView(o.name.removeprefix("parts_"), o.source) for o in parts),
         more=tuple(operand for operand, _ in plan.brought(plan.launches(kernel.name)[0])),

@@ -74,6 +74,21 @@ def token_row(table_ptr, pages, s, inside, PAGE: tl.constexpr, SINKS: tl.constex
 
 
 @triton.jit
+def block_rows(
+    table_ptr, pages, start, s, inside, BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr,
+):  # fmt: skip
+    """token_row of tokens s of a whole block, start … start + BLOCK − 1: two look-ups where pages are no smaller."""
+    if table_ptr is None or RING > 0 or PAGE < BLOCK:
+        return token_row(table_ptr, pages, s, inside, PAGE, SINKS, RING)
+    else:
+        first = start // PAGE
+        a = tl.load(table_ptr + first)
+        b = tl.load(table_ptr + (start + BLOCK - 1) // PAGE)
+        return row_in_page(tl.where(s // PAGE == first, a, b), pages, s, PAGE)
+
+
+@triton.jit
 def tile_rows(
     table_ptr, pages, s0, s, n, BN: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
     SIZE: tl.constexpr,
@@ -176,25 +191,26 @@ def of_cache(table_ptr, row, inside):
 def begin_early(EARLY: tl.constexpr):
     """The begin of a kernel launched while the one before it may still run (programmatic dependent launch, if EARLY).
 
-    The next kernel's programs may take the places that this one leaves free; nothing is read or written before the
-    kernel before this one has ended, and so all before it.
+    Nothing that the one before writes is read before it has ended, and so all before it. EARLY = 1: the next kernel's
+    programs may then take the places that this one leaves free; 2: those of its programs that have ended.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
+    if EARLY > 0:
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
+    if EARLY == 1:
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
-def arrives_last(counter_ptr, programs):
-    """Whether this is the last of `programs` that share the int32 counter, 0 before the first and again after the last.
-
-    What the others stored before is there for the last one: all threads' stores are out before one thread counts.
-    """
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
+def past_of(past_ptr, EARLY: tl.constexpr, KEPT: tl.constexpr):
+    """Tokens before a step's, after begin_early; if EARLY = 1 and KEPT before it, from lengths that neither the step's
+    first kernel nor this one writes. The one before has begun by then, so all before that have ended."""
+    if EARLY == 1 and KEPT:
+        past = tl.load(past_ptr)
+        begin_early(EARLY)
+    else:
+        begin_early(EARLY)
+        past = tl.load(past_ptr)
+    return past
 
 
 @triton.jit
@@ -216,33 +232,29 @@ def nth_largest(bits, COUNT: tl.constexpr):
 
 
 @triton.jit
-def store_best(bits, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Numbers of the COUNT largest of `bits` (int32, −1 for none), ties to the lower one; −1 for those missing, last.
+def store_best(bits, number, blocks_ptr, bits_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr, RANKED: tl.constexpr):
+    """Numbers of the COUNT largest of `bits` (int32, −1 for none), of equal ones the first; −1 for those missing, last.
 
-    In the order of their size where `bits` are few, else ascending. WIDTH: a power of two, COUNT or more.
+    In the order of their size where bits are RANKED at most, else as they come. bits_ptr: where those bits go, too, if
+    not None. WIDTH: a power of two, COUNT or more.
     """
-    if bits.shape[0] >= COUNT and bits.shape[0] <= 128:
-        store_ranked(bits, blocks_ptr, COUNT)
+    if bits.shape[0] <= RANKED:  # each is compared with every other: two steps across the program, two a bit else
+        place = tl.arange(0, bits.shape[0])
+        mine, other = bits[None, :], bits[:, None]
+        ahead = (other > mine) | ((other == mine) & (place[:, None] < place[None, :]))
+        slot = tl.sum(ahead.to(tl.int32), 0)
+        chosen = slot < COUNT
+        number = tl.where(bits >= 0, number, -1)
+        found = bits.shape[0]
     else:
-        store_reached(bits, tl.arange(0, bits.shape[0]), blocks_ptr, COUNT, WIDTH)
-
-
-@triton.jit
-def store_ranked(bits, blocks_ptr, COUNT: tl.constexpr):
-    """Each is compared with every other: two steps across the program, where a search takes two a bit."""
-    number = tl.arange(0, bits.shape[0])
-    mine, other = bits[None, :], bits[:, None]
-    ahead = (other > mine) | ((other == mine) & (number[:, None] < number[None, :]))
-    rank = tl.sum(ahead.to(tl.int32), 0)
-    tl.store(blocks_ptr + rank, tl.where(bits >= 0, number, -1), mask=rank < COUNT)
-
-
-@triton.jit
-def store_reached(bits, number, blocks_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """The numbers of those that reach the COUNT-th largest, in their order."""
-    chosen, slot, found = reached(bits, COUNT)  # pyright: ignore[reportGeneralTypeIssues]
+        chosen, slot, found = reached(bits, COUNT)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(blocks_ptr + slot, number, mask=chosen)
-    store_missing(blocks_ptr, found, COUNT, WIDTH)
+    if bits_ptr is not None:
+        tl.store(bits_ptr + slot, bits, mask=chosen)
+    if bits.shape[0] > RANKED or bits.shape[0] < COUNT:
+        store_missing(blocks_ptr, found, COUNT, WIDTH)
+        if bits_ptr is not None:
+            store_missing(bits_ptr, found, COUNT, WIDTH)
 
 
 @triton.jit
@@ -369,12 +381,12 @@ def append_rows(
 
 @triton.jit
 def known_rows(
-    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, table_ptr, pages, s, inside, past, lost,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, table_ptr, row, s, inside, past, lost,
+    DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Tokens s of a sequence and KV head, [rows, WIDTH]: old ones from the store, from token `past` on from `new`."""
+    """Tokens s of a sequence and KV head, [rows, WIDTH]: old ones from their `row` of the store, from token `past` on
+    from `new`."""
     d = tl.arange(0, WIDTH)[None, :]
-    row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
     old = of_cache(table_ptr, row, inside & (s < past))
     x = tl.load(store + row[:, None] * store_st + d, mask=old[:, None] & (d < DIM), other=0.0)
     if scales_ptr is not None:
@@ -387,12 +399,10 @@ def known_rows(
 
 @triton.jit
 def plain_rows(
-    new, new_st, store, store_st, table_ptr, pages, s, inside, past, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    new, new_st, store, store_st, table_ptr, row, s, inside, past, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """known_rows of a store without scales, none spoilt, in one load: for a kernel that has no registers for two."""
     d = tl.arange(0, WIDTH)[None, :]
-    row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
     late = inside & (s >= past)
     there = late | of_cache(table_ptr, row, inside & (s < past))
     at = tl.where(late[:, None], new + (s - past)[:, None] * new_st, store + row[:, None] * store_st)
@@ -410,10 +420,10 @@ def mean_of_block(
     for first in range(0, BLOCK, ROWS):
         s = start + first + tl.arange(0, ROWS)
         inside = s < start + BLOCK
+        row = block_rows(table_ptr, pages, start, s, inside & (s < past), BLOCK, PAGE, SINKS, RING)
         x = known_rows(
-            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, pages, s, inside, past, lost,
-            DIM, WIDTH, PAGE, SINKS, RING,
-        )  # fmt: skip
+            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, row, s, inside, past, lost, DIM, WIDTH
+        )
         sums += tl.sum(x.to(tl.float32), 0)
     d = tl.arange(0, WIDTH)[None, :]
     one = tl.zeros([1], dtype=tl.int32)
@@ -431,8 +441,9 @@ def copy_block(
     for first in range(0, BLOCK, 16):
         i = first + tl.arange(0, 16)
         inside = (i < BLOCK) & (start + i < total)
+        s = start + i
+        row = token_row(table_ptr, pages, s, inside & (s < past), PAGE, SINKS, RING)
         x = known_rows(
-            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, pages, start + i, inside, past, lost,
-            DIM, WIDTH, PAGE, SINKS, RING,
-        )  # fmt: skip
+            new, new_st, store, store_st, scales_ptr, HEADS, table_ptr, row, s, inside, past, lost, DIM, WIDTH
+        )
         tl.store(out + i[:, None] * out_st + d, x, mask=(i < BLOCK)[:, None] & (d < DIM))

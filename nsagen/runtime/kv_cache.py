@@ -61,7 +61,6 @@ class KVCache:
         dtype: torch.dtype,
         page_size: int | None,
         num_pages: int | None,
-        most_new: int,
         kv_dtype: torch.dtype | None = None,
         mean_of: str = "",
     ) -> None:
@@ -77,7 +76,6 @@ class KVCache:
             order = torch.arange(batch * per_sequence, dtype=torch.int32, device=device).view(batch, per_sequence)
             self.table = torch.where(order < self._pages, order, -1)
         self._before = torch.zeros_like(self.lengths)  # the lengths before the call that runs
-        self._arrivals = torch.zeros(batch * layout.kv_heads * most_new, dtype=torch.int32, device=device)
         self._most = 0  # no sequence is longer, as far as the host knows
         self.dtype, self.device = dtype, self.lengths.device
         self._stores = {value.name: self._store(value) for value in cache_shape.values(layout, mean_of)}
@@ -101,7 +99,7 @@ class KVCache:
     def past(self) -> Past:
         """Before the last call; the next one overwrites it."""
         lost = self._taken_back and self._taken_back.lost
-        return Past(self._before, self.table, self.page_size or 1, self._pages, self.max_len, self._arrivals, lost)
+        return Past(self._before, self.table, self.page_size or 1, self._pages, self.max_len, lost)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget all tokens from `lengths` (int32 [B], on the device) on; longer ones stay as they are.

@@ -22,8 +22,11 @@ MOST_MERGED = 4  # rows: of twice or half as many a launch takes two to four µs
 SELECT_WARPS = 8  # of a selection that is launched by itself
 MOST_RIDING = 1024  # candidates of a selection that rides: each run of a list repeats it
 MOST_SUMS = 1024  # sums that a warp of a selection holds, of each kind
+MOST_RIDING_SUMS = 512  # of one that rides: more would spill where programs are held to a quarter's registers
 MOST_CANDIDATES = 1024  # whose scores it adds up at once
-MOST_FINALISTS = 1024  # of a row, whose bits one warp holds
+MOST_RIDING_FEW = 256  # of few programs: what the others do meanwhile hides nothing
+MOST_SEARCHED = 4096  # candidates among which a program of the attention finds the best at once
+FINALISTS = 256  # of a row: as many can be compared each with every other
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
 FEW = 64  # queries × KV heads: below, programs leave the chip idle, and each should be short
@@ -32,8 +35,7 @@ SMALL = 16  # rows: of smaller pages a tile of 64 keys takes more than the four 
 QUARTER = 128  # registers a thread, of programs of which four share a multiprocessor
 DEEP = 5  # stages of a pipeline that reads the table as it does the keys, of such pages
 
-# Whether a step's launches overlap (sm_90 on): on an H100 1 to 2 µs less at one sequence, 8 % more at 64k × 32.
-EARLY = False
+EARLY = (1, 2)  # how a step's launches overlap (device.begin_early) of few programs, and of many
 
 
 class Runs(NamedTuple):
@@ -110,29 +112,34 @@ def rows(q: Tensor, group: int) -> int:
     return min(power_of_two(q.shape[1] * group), max(MOST_ROWS[q.element_size()], power_of_two(group)))
 
 
-def together(candidates: int, group: int, warps: int, tile: int = 1) -> int:
-    """Candidates whose scores a program of a selection adds up at once; `tile` at least, which share a top."""
-    most = MOST_SUMS * warps // power_of_two(group)
-    return max(tile, min(candidates, MOST_CANDIDATES, most))
+def together(candidates: int, group: int, sums: int, tile: int = 1) -> int:
+    """Candidates whose scores a program of a selection adds up at once, of `sums` each kind; `tile` at least, which
+    share a top."""
+    return max(tile, min(candidates, MOST_CANDIDATES, sums // power_of_two(group)))
 
 
 class Shares(NamedTuple):
-    """A launched selection: candidates a program, its warps, and whether it sends on its best alone."""
+    """A selection: whether it is launched for what is to be searched, candidates that a program adds up at once, and
+    whether a launched one sends on the best of those alone."""
 
+    launched: bool
     together: int
-    warps: int
     heats: bool
 
 
-def shares(q: Tensor, heads: int, candidates: int, group: int, count: int, tile: int = 1) -> Shares:
-    """Of few rows programs of one warp, where nothing waits at a barrier; their best are few enough for one again.
+def shares(q: Tensor, heads: int, candidates: int, group: int, count: int, warps: int, tile: int = 1) -> Shares:
+    """count: blocks of a list; warps: of the attention's programs, which begin with the rest of the selection."""
+    return shared_out(few(q, heads), candidates, group, count, warps, tile)
 
-    count: blocks of a list.
-    """
-    one, kept = together(candidates, group, 1, tile), power_of_two(count, 1)
-    if few(q, heads) and 2 * kept <= one and candidates // one * kept <= MOST_FINALISTS:
-        return Shares(one, 1, True)
-    return Shares(together(candidates, group, SELECT_WARPS, tile), SELECT_WARPS, False)
+
+def shared_out(alone: bool, candidates: int, group: int, count: int, warps: int, tile: int) -> Shares:
+    """`shares` of few programs (alone), or of many."""
+    if candidates <= (MOST_RIDING_FEW if alone else MOST_RIDING):
+        return Shares(False, together(candidates, group, warps * MOST_RIDING_SUMS, tile), False)
+    most, kept = together(candidates, group, SELECT_WARPS * MOST_SUMS, tile), power_of_two(count, 1)
+    each = min(most, max(2 * kept, tile, candidates * kept // FINALISTS))
+    heats = (alone or candidates > MOST_SEARCHED) and 2 * kept <= each
+    return Shares(True, each if heats else most, heats)
 
 
 def merged_rows(*widths: int) -> int:
@@ -148,9 +155,10 @@ def merged(q: Tensor, heads: int, dim: int, *widths: int) -> tuple[int, int]:
     return 1, max(1, min(MERGE_WARPS, max(widths) * power_of_two(dim) // WARP_MERGES))
 
 
-def early(device: torch.device) -> dict[str, bool]:
+def early(q: Tensor, heads: int) -> dict[str, int | bool]:
     """Arguments of a step's launch that begins before the one before it has ended: programmatic dependent launch."""
-    return {"EARLY": True, "launch_pdl": True} if EARLY and _overlaps(device) else {"EARLY": False}
+    how = EARLY[0 if few(q, heads) else 1]
+    return {"EARLY": how, "launch_pdl": True} if how and _overlaps(q.device) else {"EARLY": 0}
 
 
 @lru_cache(maxsize=64)

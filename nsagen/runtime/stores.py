@@ -22,7 +22,6 @@ class Past(NamedTuple):
     page: int  # tokens of a page, 1 without pages
     pages: int  # that there are: a table's entry outside of [0, pages) names none
     capacity: int  # max_len
-    arrivals: Tensor  # int32, zeros between launches: a count for every query tile of a step and KV head
     lost: Tensor | None = None  # bool [B]: sequences whose values become NaN, since a ring lost what they need
 
     @property

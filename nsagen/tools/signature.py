@@ -20,7 +20,7 @@ DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # n
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
 ABSENT = ("cu", "table", "rows", "starts")  # one sequence a batch entry, its keys in a row, in q's dtype; φ a mean
-INDICES = ("list", "first", "items", "past", "lengths", "arrivals")  # int32: of block lists, or of a cache
+INDICES = ("list", "first", "items", "past", "lengths")  # int32: of block lists, or of a cache
 EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap
 MAPS = tuple(a.name for a in ARCHES if a.maps)
 LENGTH = 65536  # tokens, where a compile-time size depends on them
@@ -83,15 +83,15 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "TILES": 1,  # of a listed block
         "TOKENS": 1,  # of a step
         "WHOLE": False,
-        "HEATS": False,
         "ROWS": split.merged_rows(split.MOST_RUNS),
         **dict.fromkeys(_splits(job.kernel), split.MOST_RUNS),
     }
     if select is None:
         return constants
     count, tile = _candidates(select), _scored_tile(job, select, plan)
-    sizes = {"CANDIDATES": count, "TOGETHER": split.together(count, group, warps_of(job), tile), "TILE": tile}
-    return constants | sizes | {"SELECTS": count <= split.MOST_RIDING}
+    of = split.shared_out(False, count, group, select.count, warps_of(job), tile)
+    sizes = {"CANDIDATES": count, "TOGETHER": of.together, "TILE": tile}
+    return constants | sizes | {"SCORED": of.launched, "HEATS": of.heats}
 
 
 def _scored_tile(job: Job, select: Select, plan: Plan) -> int:

@@ -34,16 +34,11 @@ def add(ptr, value_ptr, mask_ptr, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
-def best_of(bits_ptr, blocks_ptr, SIZE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    d.store_best(tl.load(bits_ptr + tl.arange(0, SIZE)), blocks_ptr, COUNT, WIDTH)
-
-
-@triton.jit
-def sum_by_the_last(x_ptr, parts_ptr, out_ptr, counter_ptr, PROGRAMS: tl.constexpr):
-    i = tl.program_id(0)
-    tl.store(parts_ptr + i, 2 * tl.load(x_ptr + i))
-    if d.arrives_last(counter_ptr, PROGRAMS):
-        tl.store(out_ptr, tl.sum(tl.load(parts_ptr + tl.arange(0, PROGRAMS))))
+def best_of(
+    bits_ptr, blocks_ptr, kept_ptr, SIZE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, RANKED: tl.constexpr
+):
+    i = tl.arange(0, SIZE)
+    d.store_best(tl.load(bits_ptr + i), i, blocks_ptr, kept_ptr, COUNT, WIDTH, RANKED)
 
 
 @triton.jit
@@ -85,29 +80,24 @@ def test_tiles_of_listed_blocks(end: int, want: list[int], device: str) -> None:
 
 
 @pytest.mark.parametrize("values", [1, 3, 50, 1 << 30])  # of few, many are equal to the last one chosen
-@pytest.mark.parametrize("there", [0, 4, 5, 64])
-@pytest.mark.parametrize("size", [64, 256])
-def test_the_best_are_those_of_a_stable_sort(values: int, there: int, size: int, device: str) -> None:
-    """Of few in its order, of many ascending."""
+@pytest.mark.parametrize("there", [0, 1, 4, 5, 64])
+@pytest.mark.parametrize(("size", "ranked"), [(4, 128), (64, 128), (256, 128), (256, 256)])
+def test_the_best_are_those_of_a_stable_sort(values: int, there: int, size: int, ranked: int, device: str) -> None:
+    """Of few in its order, of many ascending. With their bits, or without."""
+    there = min(there, size)
     bits = torch.randint(values, (size,), generator=torch.Generator().manual_seed(there)).to(torch.int32)
     bits[0] = 0x7F800000  # +inf: a forced block
     bits[there:] = -1
     best = bits[:there].argsort(descending=True, stable=True)[:5].tolist()
-    best = best if size == 64 else sorted(best)
-    blocks = torch.full((6,), 7, dtype=torch.int32, device=device)
-    best_of[(1,)](bits.to(device), blocks, size, 5, 8)
-    assert blocks.tolist() == [*best, *[-1] * (5 - len(best)), 7]
-
-
-def test_the_last_to_arrive_finds_what_the_others_left(device: str) -> None:
-    """Launch after launch over the same counter, as a captured graph's replays."""
-    counter = torch.zeros(1, dtype=torch.int32, device=device)
-    for seed in range(3):
-        x = torch.randint(100, (64,), generator=torch.Generator().manual_seed(seed)).float().to(device)
-        parts, out = torch.full_like(x, float("nan")), torch.full((1,), float("nan"), device=device)
-        sum_by_the_last[(64,)](x, parts, out, counter, 64)
-        assert out.item() == 2 * x.sum().item()
-        assert counter.item() == 0
+    best = best if size <= ranked else sorted(best)
+    missing = [-1] * (5 - len(best))
+    blocks, kept = (torch.full((6,), 7, dtype=torch.int32, device=device) for _ in range(2))
+    best_of[(1,)](bits.to(device), blocks, kept, size, 5, 8, ranked)
+    assert blocks.tolist() == [*best, *missing, 7]
+    assert kept.tolist() == [*bits[best].tolist(), *missing, 7]
+    blocks.fill_(7)
+    best_of[(1,)](bits.to(device), blocks, None, size, 5, 8, ranked)
+    assert blocks.tolist() == [*best, *missing, 7]
 
 
 @pytest.mark.parametrize(("stride", "step"), [(1, 4), (1, 16), (4, 2)])

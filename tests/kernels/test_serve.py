@@ -106,7 +106,7 @@ def test_keys_shared_out_in_runs(name: str, page: int | None, device: str, monke
 
 @pytest.mark.parametrize(
     ("joined", "riding"),
-    [(0, split.MOST_RIDING), (split.JOINED, split.MOST_RIDING), (split.JOINED, 0)],
+    [(0, split.MOST_RIDING_FEW), (split.JOINED, split.MOST_RIDING_FEW), (split.JOINED, 0)],
     ids=["appended", "joined", "joined, in heats"],
 )
 @pytest.mark.parametrize(("name", "page"), [("shared", 8), ("pooled", None), ("pooled", 16), ("ringed", None)])
@@ -115,7 +115,7 @@ def test_blocks_that_end_with_a_step(
 ) -> None:
     """From an empty cache on: who scores a block that ends pools it, too, where the append is in the same launch."""
     monkeypatch.setattr(split, "JOINED", joined)
-    monkeypatch.setattr(split, "MOST_RIDING", riding)
+    monkeypatch.setattr(split, "MOST_RIDING_FEW", riding)
     mean = COMPRESSED | {"pool": "mean"}
     ringed = spec("serve_ringed", "gated_sum", "per_branch", compressed=mean, selected=SELECTED, window=WINDOW)
     monkeypatch.setitem(SPECS, "ringed", ringed)
@@ -136,13 +136,13 @@ def test_one_run_a_source(name: str, page: int | None, device: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("few", "riding"),
-    [(0, 0), (split.FEW, 0), (split.FEW, split.MOST_RIDING)],
-    ids=["launched", "in heats", "riding"],
+    ("few", "riding", "searched"),
+    [(0, 0, split.MOST_SEARCHED), (0, 0, 0), (split.FEW, 0, 0), (split.FEW, split.MOST_RIDING, 0)],
+    ids=["launched", "in heats", "few in heats", "riding"],
 )
 @pytest.mark.parametrize("block", [1, 2], ids=["keys", "groups"])
 def test_candidates_some_at_a_time(
-    block: int, few: int, riding: int, device: str, monkeypatch: pytest.MonkeyPatch
+    block: int, few: int, riding: int, searched: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More candidates than a program holds from the first sum to the best, and it is let add up sixteen at once.
 
@@ -151,6 +151,8 @@ def test_candidates_some_at_a_time(
     monkeypatch.setattr(split, "MOST_CANDIDATES", 16)
     monkeypatch.setattr(split, "FEW", few)
     monkeypatch.setattr(split, "MOST_RIDING", riding)
+    monkeypatch.setattr(split, "MOST_RIDING_FEW", riding)
+    monkeypatch.setattr(split, "MOST_SEARCHED", searched)
     compressed, selected = {"block": block, "stride": 1, "pool": "mean"}, SELECTED | {"block": block}
     some = spec(f"serve_some_{block}", "gated_sum", compressed=compressed, selected=selected)
     monkeypatch.setitem(SPECS, "some", some | {"heads": SMALL})
@@ -176,7 +178,6 @@ def test_candidates_some_at_a_time(
     torch.testing.assert_close(out[0], of.want[0, rows], rtol=1e-4, atol=2e-5)
     assert behind and all(x.isnan().all() for x in behind)
     assert of.cache.lengths.tolist() == [tokens, room]
-    assert not of.cache.past.arrivals.any()
 
 
 def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
@@ -189,7 +190,6 @@ def test_a_step_leaves_the_storage_where_it_is(device: str) -> None:
         of.step(first, first + 1, decode=True)
     now = [*(s.view.data for s in of.cache._stores.values()), of.cache.lengths, of.cache.table, of.cache.past.lengths]
     assert [x.data_ptr() for x in now] == places
-    assert not of.cache.past.arrivals.any()
 
 
 def test_a_full_cache_drops_what_has_no_room(device: str) -> None:

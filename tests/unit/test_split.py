@@ -7,6 +7,7 @@ import torch
 from test_launch import OnGpu
 
 from nsagen.ir import plan
+from nsagen.render import split_view
 from nsagen.runtime import launch, split, stores
 
 
@@ -31,7 +32,7 @@ def test_a_large_batch_is_not_shared_out() -> None:
 @pytest.mark.parametrize("group", [1, 3, 16, 64])
 @pytest.mark.parametrize("candidates", [16, 256, 16384])
 def test_a_selection_is_shared_out_in_whole_runs(group: int, candidates: int) -> None:
-    four, eight = (split.together(candidates, group, warps, 16) for warps in (4, 8))
+    four, eight = (split.together(candidates, group, warps * split.MOST_SUMS, 16) for warps in (4, 8))
     assert 16 <= four <= eight <= candidates and candidates % four == candidates % eight == 0
     assert eight * group <= split.MOST_SUMS * 8
 
@@ -44,16 +45,19 @@ def test_rows_of_a_merge(widths: tuple[int, ...], rows: int) -> None:
 @pytest.mark.parametrize(
     ("batch", "candidates", "group", "count", "shares"),
     [
-        (1, 2048, 16, 16, (64, 1, True)), (1, 4096, 16, 16, (64, 1, True)), (1, 8192, 16, 16, (512, 8, False)),
-        (1, 2048, 4, 16, (64, 1, True)), (1, 2048, 64, 16, (128, 8, False)), (1, 2048, 16, 40, (512, 8, False)),
-        (16, 2048, 16, 16, (512, 8, False)),
+        (1, 256, 16, 16, (False, 128, False)), (1, 512, 16, 16, (True, 32, True)), (1, 2048, 16, 16, (True, 128, True)),
+        (1, 4096, 16, 16, (True, 256, True)), (1, 16384, 16, 16, (True, 512, True)),
+        (1, 4096, 64, 16, (True, 128, True)), (1, 2048, 16, 40, (True, 512, True)),
+        (1, 4096, 64, 100, (True, 128, False)),
+        (16, 1024, 16, 16, (False, 128, False)), (16, 2048, 16, 16, (True, 512, False)),
+        (16, 8192, 16, 16, (True, 512, True)),
     ],
 )  # fmt: skip
-def test_a_selection_of_few_rows_is_in_heats(
-    batch: int, candidates: int, group: int, count: int, shares: tuple[int, int, bool]
+def test_a_selection_is_launched_or_rides(
+    batch: int, candidates: int, group: int, count: int, shares: tuple[bool, int, bool]
 ) -> None:
-    """Where a run sends on less than half of its candidates, and a warp holds what all send on."""
-    assert split.shares(torch.empty((batch, 1, 4 * group, 16)), 4, candidates, group, count, 16) == shares
+    """Heats where a run has twice as many candidates as it sends on, and where few are left for the final."""
+    assert split.shares(torch.empty((batch, 1, 4 * group, 16)), 4, candidates, group, count, 4, 16) == shares
 
 
 @pytest.mark.parametrize(
@@ -120,9 +124,13 @@ def test_a_short_step_appends_where_it_scores(batch: int, queries: int, stride: 
 @pytest.mark.parametrize(("page", "stride", "scattered"), [(64, 1, False), (64, 16, True), (256, 16, False)])
 def test_scattered_rows(page: int, stride: int, scattered: bool) -> None:
     lengths = torch.zeros(2, dtype=torch.int32)
-    past = stores.Past(lengths, torch.zeros((2, 3), dtype=torch.int32), page, 6, 3 * page, lengths)
+    past = stores.Past(lengths, torch.zeros((2, 3), dtype=torch.int32), page, 6, 3 * page)
     assert split.scattered(past, stride) == scattered
     assert not split.scattered(past._replace(table=None, page=1), stride)
+
+
+def test_finalists_are_compared_each_with_every_other() -> None:
+    assert split.FINALISTS == 2 * split_view.RANKED
 
 
 def test_a_deep_pipeline_is_what_the_tables_say() -> None:
