@@ -84,6 +84,8 @@ def _kernels(rows: Sequence[Row], points: Sequence[Point]) -> Iterator[str]:
     if names:
         cells = [[name, *(_cell(at.get(p, {}).get(name), 1.0, 1) for p in points)] for name in names]
         yield table(["its kernels by the profiler, µs", *(p.label for p in points)], cells)
+        if any(times[BETWEEN] < 0 for times in at.values()):
+            yield f"{BETWEEN} less than 0: launches overlap, and what one waits for the one before is in its time"
         yield ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-BETWEEN = "between kernels (< 0: they overlap)"
+BETWEEN = "between kernels"
 Profiled = Callable[[Callable[[], Any]], list[tuple[str, float]]]
 
 

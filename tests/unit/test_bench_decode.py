@@ -199,6 +199,11 @@ def test_the_table(tmp_path):
     at = lines.index("its kernels by the profiler, µs  8kx256  64kx1")
     told = [line.split() for line in lines[at + 1 : at + 4]]
     assert told == [["scores", "100.0", "–"], ["attend", "380.5", "–"], ["between", "kernels", "19.5", "–"]]
+    assert not any(line.startswith("between kernels less") for line in lines)
+    overlapping = Row("nsagen in a graph", "ours", 8192, 1, 0.02, kernels={"scores": 15.0, "attend": 9.0})
+    lines = report.text([*ROWS, overlapping], H200).splitlines()
+    assert any(line.split() == ["between", "kernels", "19.5", "–", "-4.0"] for line in lines)
+    assert any(line.startswith("between kernels less than 0") for line in lines)
     assert plot(ROWS, "title", tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
