@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  3ee749f235c6
+content  f2066b8a4f08
 runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_3ee749f235c6"
+_SPACE = "nsagen_fla_f2066b8a4f08"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3595,7 +3595,7 @@ def _append(k, v, phi, cache, joins):
 
 def _decode_scores(q, k, v, past, scale, append=None):
     """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection. append: what its launch is given for a cache_append."""
-    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 64), 4)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 64), 4, k.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
@@ -3624,7 +3624,7 @@ def _decode_scores(q, k, v, past, scale, append=None):
 
 def _decode_attend(q, k0, v0, k1, v1, sums, lses_compressed, parts_compressed, gates, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k0.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0

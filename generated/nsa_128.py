@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  e6ca84b9532f
+content  5073d5ee3e23
 runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -64,7 +64,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_e6ca84b9532f"
+_SPACE = "nsagen_nsa_128_5073d5ee3e23"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3645,7 +3645,7 @@ def _append(k, v, phi, cache, joins):
 
 def _decode_scores(q, k, v, past, scale, append=None):
     """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups. append: what its launch is given for a cache_append."""
-    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 4)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 4, k.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
@@ -3676,7 +3676,7 @@ def _decode_scores(q, k, v, past, scale, append=None):
 
 def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k0.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  99c14542ded2
+content  a3049d0fa718
 runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -50,7 +50,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_99c14542ded2"
+_SPACE = "nsagen_nsa_compressed_window_a3049d0fa718"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2110,7 +2110,7 @@ def _append(k, v, phi, cache):
 
 def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     """compressed, window, in runs of keys, merged -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 16), 4)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 16), 4, k0.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0

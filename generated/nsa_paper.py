@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  1fa349a8e1f7
+content  eceabb086383
 runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_1fa349a8e1f7"
+_SPACE = "nsagen_nsa_paper_eceabb086383"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3797,7 +3797,7 @@ def _append(k, v, phi, cache, joins):
 
 def _decode_scores(q, k, v, past, scale, append=None):
     """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups. append: what its launch is given for a cache_append."""
-    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 4)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 4, k.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
@@ -3828,7 +3828,7 @@ def _decode_scores(q, k, v, past, scale, append=None):
 
 def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k0.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  be16a30716ac
+content  3378301d21b1
 runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_be16a30716ac"
+_SPACE = "nsagen_tiny_3378301d21b1"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3655,7 +3655,7 @@ def _append(k, v, phi, cache, joins):
 
 def _decode_scores(q, k, v, past, scale, append=None):
     """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups. append: what its launch is given for a cache_append."""
-    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 4), 2)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 4), 2, k.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0
@@ -3686,7 +3686,7 @@ def _decode_scores(q, k, v, past, scale, append=None):
 
 def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 2)
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 2, k0.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 3)
     tiles, rows, programs = -(-queries // (bm // 3)), (batch, queries, 6), 0

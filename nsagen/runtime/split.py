@@ -45,16 +45,17 @@ class Runs(NamedTuple):
     length: int
 
 
-def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int) -> Config:
+def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int, scaled: bool) -> Config:
     """The first candidate for few queries; for more one of four warps, and of a deep pipeline if `scattered`.
 
     For a crowd of one-token steps the same in two stages for three, held to a quarter of a multiprocessor's registers
     where four programs fit its shared memory: with three, 512 programs took two rounds, the second one nearly empty.
+    Not if `scaled`: with scales a program needs more registers.
     """
     first = launch.pick(tiles, q)
     if tiles.forced is not None or not q.is_cuda or few(q, heads):
         return first
-    crowd = q.shape[1] == 1 and q.shape[0] * heads > PROGRAMS and not scattered and torch.version.hip is None
+    crowd = q.shape[1] == 1 and q.shape[0] * heads > PROGRAMS and not (scattered or scaled or torch.version.hip)
     at = (q.device, q.dtype, scattered, crowd)
     config = tiles.picked.get(at)
     if config is None:

@@ -106,7 +106,9 @@ def test_many_programs_take_four_warps(
     tiles = launch.Tiles("a", "b", {("sm_90", 16): tuple(launch.Config(16, *shape, 0) for shape in shapes)})
     q = torch.empty((batch, queries, 64, 16), dtype=torch.bfloat16).as_subclass(OnGpu)
     for _ in range(2):
-        assert split.pick(tiles, q, scattered, 4).label == label
+        assert split.pick(tiles, q, scattered, 4, False).label == label
+    scaled = split.pick(tiles, q, scattered, 4, True)
+    assert scaled.label == label.replace("s2r128", "s3")
 
 
 @pytest.mark.parametrize(
