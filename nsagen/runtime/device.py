@@ -192,7 +192,7 @@ def begin_early(EARLY: tl.constexpr):
     """The begin of a kernel launched while the one before it may still run (programmatic dependent launch, if EARLY).
 
     Nothing that the one before writes is read before it has ended, and so all before it. EARLY = 1: the next kernel's
-    programs may then take the places that this one leaves free; 2: those of its programs that have ended.
+    programs may then take the places that this one leaves free; 2: they begin once all of this one's have ended.
     """
     if EARLY > 0:
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]

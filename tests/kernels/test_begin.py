@@ -12,8 +12,8 @@ import triton.language as tl
 from harness import cu_of
 from served import COMPRESSED, SELECTED, SPECS, WINDOW, Served, packed, spec
 
+from nsagen.runtime import cache_shape, split
 from nsagen.runtime import device as d
-from nsagen.runtime import split
 
 JOINED = split.JOINED  # as it is shipped
 MEAN = {"compressed": COMPRESSED | {"pool": "mean"}, "selected": SELECTED}
@@ -32,6 +32,9 @@ class Twins:
         monkeypatch.setitem(SPECS, name, BEGIN[name])
         self.monkeypatch, self.device = monkeypatch, device
         self.joined, self.apart = (Served(name, 33, device, page, room=40) for _ in range(2))
+        kept = cache_shape.values(self.joined.cache.layout, self.joined.cache.mean_of)
+        self.pooled = {value.name for value in kept if value.stride > 1}
+        assert self.pooled
 
     def both(self, do: Any) -> None:
         for of in (self.joined, self.apart):
@@ -50,9 +53,10 @@ class Twins:
     def assert_same_caches(self) -> None:
         assert torch.equal(self.joined.cache.lengths, self.apart.cache.lengths)
         for name in self.joined.cache._stores:
-            # a block's mean is a sum in the order of the launch's warps
+            pooled = name in self.pooled  # a mean is a sum in the order of the launch's warps
+            rtol, atol = (2e-6, 1e-6) if pooled else (0.0, 0.0)
             torch.testing.assert_close(
-                self.joined.cache[name], self.apart.cache[name], rtol=2e-6, atol=1e-6, equal_nan=True, msg=name
+                self.joined.cache[name], self.apart.cache[name], rtol=rtol, atol=atol, equal_nan=True
             )
 
     def prefill(self, counts: list[int]) -> None:
@@ -120,22 +124,22 @@ def rows_both_ways(
     tl.store(second_ptr + at, plain)
 
 
-@pytest.mark.parametrize("block", [8, 14])  # of pages of 8: two look-ups a block, or one a token
+@pytest.mark.parametrize("block", [8, 10])  # of pages of 8: two look-ups a block, or one a token
 @pytest.mark.parametrize(
-    ("ring", "table"), [((0, 0), None), ((2, 17), None), ((0, 0), [3, -1, 0, 9]), ((0, 0), [3, 1, 0, 2])]
+    ("ring", "table"), [((0, 0), None), ((2, 17), None), ((0, 0), [3, 0, -1, 9]), ((0, 0), [3, 1, 0, 2])]
 )
 def test_one_load_for_two(ring: tuple[int, int], table: list[int] | None, block: int, device: str) -> None:
-    """Tokens from 9 on, those from 17 on new, of pages of which four are there."""
+    """A block from token 12 on, in two pages of the four that are there; from 18 on its tokens are new."""
     g = torch.Generator().manual_seed(1)
-    new, store = (torch.randn(n, 24, generator=g).to(device) for n in (10, 40))
+    new, store = (torch.randn(n, 24, generator=g).to(device) for n in (8, 40))
     pages = None if table is None else torch.tensor(table, dtype=torch.int32, device=device)
     known, plain = (torch.empty(16, 32, device=device) for _ in range(2))
-    rows_both_ways[(1,)](new, store, pages, known, plain, 4, 9, 14, 23, 24, 8, *ring, block)
+    rows_both_ways[(1,)](new, store, pages, known, plain, 4, 12, 18, 26, 24, 8, *ring, block)
     torch.testing.assert_close(known, plain, rtol=0, atol=0)
-    assert bool((plain[5:block, :24] == new[: block - 5]).all())
+    assert bool((plain[6:block, :24] == new[: block - 6]).all())
     assert bool((plain[block:] == 0).all()) and bool((plain[:, 24:] == 0).all())
     if table is not None:
-        for i in range(5):
-            page = table[(9 + i) // 8]
-            want = store[page * 8 + (9 + i) % 8] if 0 <= page < 4 else torch.zeros(24, device=device)
+        for i in range(6):
+            page = table[(12 + i) // 8]
+            want = store[page * 8 + (12 + i) % 8] if 0 <= page < 4 else torch.zeros(24, device=device)
             assert bool((plain[i, :24] == want).all())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import nsagen
 from nsagen.errors import InputError
+from nsagen.render import split_view
 from nsagen.runtime import launch, split
 
 
@@ -136,13 +137,19 @@ def test_one_run_a_source(name: str, page: int | None, device: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("few", "riding", "searched"),
-    [(0, 0, split.MOST_SEARCHED), (0, 0, 0), (split.FEW, 0, 0), (split.FEW, split.MOST_RIDING, 0)],
-    ids=["launched", "in heats", "few in heats", "riding"],
+    ("few", "riding", "searched", "ranked"),
+    [
+        (0, 0, split.MOST_SEARCHED, 128),
+        (0, 0, 0, 128),
+        (0, 0, 0, 16),
+        (split.FEW, 0, 0, 128),
+        (split.FEW, split.MOST_RIDING, 0, 128),
+    ],
+    ids=["launched", "in heats", "in heats, a final search", "few in heats", "riding"],
 )
 @pytest.mark.parametrize("block", [1, 2], ids=["keys", "groups"])
 def test_candidates_some_at_a_time(
-    block: int, few: int, riding: int, searched: int, device: str, monkeypatch: pytest.MonkeyPatch
+    block: int, few: int, riding: int, searched: int, ranked: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More candidates than a program holds from the first sum to the best, and it is let add up sixteen at once.
 
@@ -154,7 +161,8 @@ def test_candidates_some_at_a_time(
     monkeypatch.setattr(split, "MOST_RIDING_FEW", riding)
     monkeypatch.setattr(split, "MOST_SEARCHED", searched)
     compressed, selected = {"block": block, "stride": 1, "pool": "mean"}, SELECTED | {"block": block}
-    some = spec(f"serve_some_{block}", "gated_sum", compressed=compressed, selected=selected)
+    monkeypatch.setattr(split_view, "RANKED", ranked)
+    some = spec(f"serve_some_{block}_{ranked}", "gated_sum", compressed=compressed, selected=selected)
     monkeypatch.setitem(SPECS, "some", some | {"heads": SMALL})
     tokens, room = 140 * block, 160 * block
     of = Served("some", tokens, device, None, room=room)
