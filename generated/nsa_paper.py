@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  eceabb086383
+content  792e9bd4d997
 runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -65,7 +65,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_eceabb086383"
+_SPACE = "nsagen_nsa_paper_792e9bd4d997"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -393,7 +393,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "099376d6bd56", {
+    "decode_scores": Tiles("decode_scores", "d43a9c057b45", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 64, 4, 3, 129024), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 2, 88064),
             Config(16, 32, 4, 5, 108544), Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624),
@@ -408,7 +408,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 26624), Config(16, 16, 4, 1, 16384),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "4c14b41fad8e", {
+    "decode_attend": Tiles("decode_attend", "564de1948950", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 129024), Config(16, 64, 8, 2, 88064), Config(16, 32, 4, 3, 67584), Config(16, 32, 4, 2, 47104),
             Config(16, 64, 4, 3, 129024), Config(16, 16, 4, 3, 36864), Config(16, 16, 4, 2, 26624), Config(16, 64, 8, 1, 47104),
