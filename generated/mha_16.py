@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  232f384029c8
+content  827776c0bdb3
 runtime  15
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -66,7 +66,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_232f384029c8"
+_SPACE = "nsagen_mha_16_827776c0bdb3"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2515,6 +2515,13 @@ def decode_select_best(score, j, own, blocks_ptr):
 
 
 @triton.jit
+def decode_select_of_scores(scores_ptr, blocks_ptr, own, CANDIDATES: tl.constexpr):
+    """The best of a row whose importance has been stored, up to its own block's."""
+    every = tl.arange(0, CANDIDATES)
+    decode_select_best(tl.load(scores_ptr + every, mask=every <= own, other=0.0), every, own, blocks_ptr)
+
+
+@triton.jit
 def decode_select_row(
     sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, scores_ptr, blocks_ptr, past, row, query, h, capacity, part_rows, groups, splits,
     CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
@@ -2532,8 +2539,7 @@ def decode_select_row(
             score = decode_select_importance(sums_ptr, tops_ptr, key_tiles, lses_scores_ptr, row, h, t, first, part_rows, groups, splits, TOGETHER, SPLITS, TILE)
             tl.store(scores + first + tl.arange(0, TOGETHER), score)
         tl.debug_barrier()
-        every = tl.arange(0, CANDIDATES)
-        decode_select_best(tl.load(scores + every, mask=every <= own, other=0.0), every, own, blocks)
+        decode_select_of_scores(scores, blocks, own, CANDIDATES)
     tl.debug_barrier()
 
 
@@ -2566,8 +2572,7 @@ def decode_select_scored(
         elif RUNS > SOME:
             decode_select_of_runs(best, blocks, busy, RUNS, RUNS)
     else:
-        every = tl.arange(0, CANDIDATES)
-        decode_select_best(tl.load(scores + every, mask=every <= own, other=0.0), every, own, blocks)
+        decode_select_of_scores(scores, blocks, own, CANDIDATES)
     tl.debug_barrier()
 
 
@@ -3820,7 +3825,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     before = lses_compressed.shape[0]
     splits = launch.power_of_two(before, 1)
     groups, candidates = sums.shape[-1], launch.power_of_two(-(-past.capacity // 64), max(16, tile))
-    of = split.shares(q, 16, candidates, 1, 16, c.warps, tile)
+    of = split.shares(split.few(q, 16), candidates, 1, 16, c.warps, tile)
     scores = launch.empty(q, (batch, queries, 16, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, queries, 16, 16), None, torch.int32)
     if of.launched:

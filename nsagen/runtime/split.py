@@ -128,13 +128,9 @@ class Shares(NamedTuple):
     heats: bool
 
 
-def shares(q: Tensor, heads: int, candidates: int, group: int, count: int, warps: int, tile: int = 1) -> Shares:
-    """count: blocks of a list; warps: of the attention's programs, which begin with the rest of the selection."""
-    return shared_out(few(q, heads), candidates, group, count, warps, tile)
-
-
-def shared_out(alone: bool, candidates: int, group: int, count: int, warps: int, tile: int) -> Shares:
-    """`shares` of few programs (alone), or of many."""
+def shares(alone: bool, candidates: int, group: int, count: int, warps: int, tile: int = 1) -> Shares:
+    """alone: whether programs are `few`; count: blocks of a list; warps: of the attention's programs, which begin with
+    the rest of the selection."""
     if candidates <= (MOST_RIDING_FEW if alone else MOST_RIDING):
         return Shares(False, together(candidates, group, warps * MOST_RIDING_SUMS, tile), False)
     most, kept = together(candidates, group, SELECT_WARPS * MOST_SUMS, tile), power_of_two(count, 1)

@@ -91,7 +91,7 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
     count, tile = _candidates(select), _scored_tile(job, select, plan)
     if job.kernel.body == "split_select":
         count = 2 * split.MOST_RIDING  # of fewer none is launched
-    of = split.shared_out(False, count, group, select.count, warps_of(job), tile)
+    of = split.shares(False, count, group, select.count, warps_of(job), tile)
     sizes = {"CANDIDATES": count, "TOGETHER": of.together, "TILE": tile}
     return constants | sizes | {"SCORED": of.launched, "HEATS": of.heats}
 

@@ -57,7 +57,8 @@ def test_a_selection_is_launched_or_rides(
     batch: int, candidates: int, group: int, count: int, shares: tuple[bool, int, bool]
 ) -> None:
     """Heats where a run has twice as many candidates as it sends on, and where few are left for the final."""
-    assert split.shares(torch.empty((batch, 1, 4 * group, 16)), 4, candidates, group, count, 4, 16) == shares
+    alone = split.few(torch.empty((batch, 1, 4 * group, 16)), 4)
+    assert split.shares(alone, candidates, group, count, 4, 16) == shares
 
 
 @pytest.mark.parametrize(
