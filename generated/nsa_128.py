@@ -6,9 +6,9 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  d84957bfde18
-runtime  15
-compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+content  ba0aba151d86
+runtime  16
+compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
@@ -18,7 +18,7 @@ selected_fwd             one_query_a_tile, because every query lists blocks of i
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
-window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
+window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32
@@ -44,11 +44,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(15, "nsa_128")
+version.require(16, "nsa_128")
 
 SPEC = {'name': 'nsa_128',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -64,12 +67,12 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_d84957bfde18"
+_SPACE = "nsagen_nsa_128_ba0aba151d86"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
 _CONFIGS = {
-    "compressed_fwd": Tiles("compressed_fwd", "911176237f89", {
+    "compressed_fwd": Tiles("compressed_fwd", "550f687c9544", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304), Config(64, 32, 4, 3, 65536),
             Config(128, 32, 4, 3, 81920), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536), Config(128, 128, 8, 2, 163840),
@@ -83,9 +86,9 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
+            Config(128, 128, 4, 2, 181248, maps=True, specialised=True), Config(128, 64, 4, 3, 148480, maps=True, specialised=True), Config(128, 64, 4, 4, 181248, maps=True, specialised=True), Config(128, 64, 4, 2, 115712, maps=True, specialised=True),
             Config(64, 64, 4, 3, 114688), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304),
             Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536),
-            Config(128, 128, 8, 2, 163840), Config(128, 128, 8, 3, 229376), Config(128, 32, 8, 3, 81920), Config(128, 32, 8, 2, 65536),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_90", 32): (
@@ -93,6 +96,12 @@ _CONFIGS = {
             Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(16, 32, 4, 2, 73728),
             Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 1, 49152), Config(32, 32, 8, 2, 81920), Config(32, 32, 8, 3, 114688),
             Config(16, 16, 4, 1, 24576),
+        ),
+        ("sm_100", 16): (
+            Config(64, 64, 4, 3, 114688), Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304),
+            Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 3, 81920), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536),
+            Config(128, 128, 8, 2, 163840), Config(128, 128, 8, 3, 229376), Config(128, 32, 8, 3, 81920), Config(128, 32, 8, 2, 65536),
+            Config(16, 16, 4, 1, 12288),
         ),
     }),
     "compressed_dq": Tiles("compressed_dq", "686b37068143", {
@@ -260,7 +269,7 @@ _CONFIGS = {
             Config(1, 16, 4, 1, 0),
         ),
     }),
-    "window_fwd": Tiles("window_fwd", "82c33ea3e0e3", {
+    "window_fwd": Tiles("window_fwd", "2628e1721654", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
             Config(128, 32, 4, 3, 81920), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536), Config(128, 32, 8, 3, 81920),
@@ -274,9 +283,9 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
+            Config(128, 64, 4, 3, 148480, maps=True, specialised=True), Config(128, 64, 4, 4, 181248, maps=True, specialised=True), Config(128, 64, 4, 2, 115712, maps=True, specialised=True), Config(128, 128, 4, 2, 181248, maps=True, specialised=True),
             Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
             Config(128, 32, 4, 3, 81920), Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536),
-            Config(128, 32, 8, 3, 81920), Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_90", 32): (
@@ -284,6 +293,12 @@ _CONFIGS = {
             Config(64, 16, 8, 2, 65536), Config(64, 16, 8, 3, 81920), Config(16, 32, 4, 1, 40960), Config(32, 32, 8, 1, 49152),
             Config(16, 32, 4, 2, 73728), Config(32, 32, 8, 2, 81920), Config(16, 32, 4, 3, 106496), Config(32, 32, 8, 3, 114688),
             Config(16, 16, 4, 1, 24576),
+        ),
+        ("sm_100", 16): (
+            Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
+            Config(128, 32, 4, 3, 81920), Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536),
+            Config(128, 32, 8, 3, 81920), Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344),
+            Config(16, 16, 4, 1, 12288),
         ),
     }),
     "window_dq": Tiles("window_dq", "e5fb13689d93", {
@@ -521,6 +536,203 @@ def compressed_fwd(
     if rest_ptr is not None:
         rest = (acc0 - rounded.to(tl.float32)).to(rest_ptr.dtype.element_ty)
         tl.store(rest_ptr + out + out_row[:, None] + d, rest, mask=live[:, None])
+
+
+@gluon.jit
+def compressed_fwd_cuts(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = max(0, T - 16) // 16
+    # ended: 16 * s <= t - 31
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    all_hi = min(max(0, t0 - 15) // 16, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    return 0, c2, c3, n
+
+
+@gluon.jit
+def compressed_fwd_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return tiles - 1 - number % tiles, number // tiles % 4, number // tiles // 4
+
+
+@gluon.jit
+def compressed_fwd_rows(first, h, T, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Query and head of each of a warpgroup's rows, on their way to or from memory, and which of them there are [64, 1]."""
+    row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)))
+    t = first + row // 16
+    return t, h * 16 + row % 16, gl.expand_dims((t < T), 1)
+
+
+@gluon.jit
+def compressed_fwd_softmax(x, m, z, time, s0, n, scale, C0: gl.constexpr, EXTENT: gl.constexpr, LAYOUT: gl.constexpr):
+    """p, and the running m and z, in log2 units, with the factor by which they fade. C0: 16 * s <= t - 31"""
+    BN: gl.constexpr = x.shape[1]
+    if EXTENT or C0:
+        # A lane's columns are constants apart: only the row's bound, less where the tile and the lane begin, is a number
+        # to keep, where the columns themselves would take a register each throughout.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - 16 * (s0 + lane)
+        if C0:
+            x = gl.where(16 * s <= t - 31, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), LAYOUT)
+    m_new = gl.maximum(m, gl.max(x, 1) * scale)
+    p = gl.exp2(x * scale - gl.expand_dims(m_new, 1))
+    fade = gl.exp2(m - m_new)
+    return p, m_new, z * fade + gl.sum(p, 1), fade
+
+
+@gluon.jit
+def compressed_fwd_scores(q0, k0, number, zero, STAGES: gl.constexpr):
+    """Start q·kᵀ with the tile of keys of that number."""
+    at = number % STAGES
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return x
+
+
+@gluon.jit
+def compressed_fwd_turn(
+    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale,
+    C0: gl.constexpr, EXTENT: gl.constexpr, LAYOUT: gl.constexpr, STAGES: gl.constexpr,
+):
+    """The scores of this tile start beside p·v of the one before, whose values are there."""
+    before = (number - 1) % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = compressed_fwd_scores(q0, k0, number, zero, STAGES)
+    acc0 = warpgroup_mma(p, v0.index(before), acc0, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    hopper.release(k_empty, number, STAGES)
+    p_new, m, z, fade = compressed_fwd_softmax(x, m, z, time, s0, n, scale, C0, EXTENT, LAYOUT)
+    p_new = gl.convert_layout(p_new.to(p.dtype), p.type.layout)
+    # A branch between the softmax and the wait for p·v: ptxas puts the wait before the exponentials, but past no branch.
+    hopper.wait_full(v_full, number, STAGES)
+    acc0, z, p_new = warpgroup_mma_wait(0, deps=(acc0, z, p_new))
+    hopper.release(v_empty, number - 1, STAGES)
+    acc0 = acc0 * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, acc0.type.layout)), 1)
+    return number + 1, m, z, p_new, acc0
+
+
+@gluon.jit
+def compressed_fwd_multiply(
+    q0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, rest_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 16
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    OUT0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    programs = gl.num_programs(0)
+    for round in range(0, (total + programs - 1) // programs):
+        work = hopper.turn(round)
+        if work < total:
+            row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+            tile, h, b = compressed_fwd_place(work, tiles)
+            t0 = tile * BT
+            first = HALF * QUERIES + t0  # of the warpgroup's queries
+            cut0, cut1, cut2, n = compressed_fwd_cuts(t0, T, BT, BN)
+            at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
+            q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+            q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
+            fence_async_shared()
+            hopper.sync()
+            time = first + row // 16
+            m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
+            z = gl.full([64], 0.0, gl.float32, layout=ROWS)
+            acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
+            if cut2 > cut0:
+                hopper.wait_full(k_full, number, STAGES)
+                x = compressed_fwd_scores(q0, k0, number, zero, STAGES)
+                x = warpgroup_mma_wait(0, deps=(x,))
+                hopper.release(k_empty, number, STAGES)
+                p, m, z, fade = compressed_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, LAYOUT)
+                p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
+                hopper.wait_full(v_full, number, STAGES)
+                number += 1
+                for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # mid: no mask
+                    number, m, z, p, acc0 = compressed_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        False, False, LAYOUT, STAGES,
+                    )
+                for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # hi: 16 * s <= t - 31, s < N
+                    number, m, z, p, acc0 = compressed_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        True, True, LAYOUT, STAGES,
+                    )
+                acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
+                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+                hopper.release(v_empty, number - 1, STAGES)
+            some = z > 0  # a row that sees nothing: output 0, lse −inf
+            z = gl.where(some, z, 1.0)
+            lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
+            start = b.to(gl.int64) * T
+            gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
+            at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
+            out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
+            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+            acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
+            rounded = acc0.to(out_ptr.dtype.element_ty)
+            gl.store(out_ptr + out_row + d, gl.convert_layout(rounded, MEMORY), mask=there)
+            if rest_ptr is not None:
+                rest = (acc0 - rounded.to(gl.float32)).to(out_ptr.dtype.element_ty)
+                gl.store(rest_ptr + out_row + d, gl.convert_layout(rest, MEMORY), mask=there)
+
+
+@gluon.jit
+def compressed_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    programs = gl.num_programs(0)
+    for round in range(0, (total + programs - 1) // programs):
+        work = hopper.turn(round)
+        if work < total:
+            tile, h, b = compressed_fwd_place(work, tiles)
+            cut0, cut1, cut2, n = compressed_fwd_cuts(tile * BT, T, BT, BN)
+            for s0 in range(cut0, cut2, BN):
+                at = number % STAGES
+                hopper.wait_empty(k_empty, number, STAGES)
+                mbarrier.expect(k_full.index(at), BN * 128 * 2)
+                hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+                hopper.wait_empty(v_empty, number, STAGES)
+                mbarrier.expect(v_full.index(at), BN * 128 * 2)
+                hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+                number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def compressed_fwd_specialised(
+    q_ptr, k_map0, v_map0, out_ptr, lse_ptr, rest_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (compressed_fwd_multiply, (
+            q0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, rest_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 0, BN, STAGES,
+        )),
+        (compressed_fwd_multiply, (
+            q0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, rest_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 1, BN, STAGES,
+        )),
+        (compressed_fwd_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit
@@ -1321,6 +1533,211 @@ def window_fwd(
     acc0 = acc0 / z[:, None]
     rounded = acc0.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+
+
+@gluon.jit
+def window_fwd_cuts(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = T
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    all_lo = max(0, BT + t0 - 512)
+    all_hi = min(T, t0 + 1)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    c1 = max(c0, min((BN + all_lo - 1) // BN * BN, c3))
+    c2 = max(all_hi // BN * BN, c1)
+    return c0, c1, c2, c3, n
+
+
+@gluon.jit
+def window_fwd_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return number % tiles, number // tiles % 4, number // tiles // 4
+
+
+@gluon.jit
+def window_fwd_rows(first, h, T, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Query and head of each of a warpgroup's rows, on their way to or from memory, and which of them there are [64, 1]."""
+    row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)))
+    t = first + row // 16
+    return t, h * 16 + row % 16, gl.expand_dims((t < T), 1)
+
+
+@gluon.jit
+def window_fwd_softmax(x, m, z, time, s0, n, scale, C0: gl.constexpr, C1: gl.constexpr, EXTENT: gl.constexpr, LAYOUT: gl.constexpr):
+    """p, and the running m and z, in log2 units, with the factor by which they fade. C0: s <= t; C1: s > t - 512"""
+    BN: gl.constexpr = x.shape[1]
+    if EXTENT or C0 or C1:
+        # A lane's columns are constants apart: only the row's bound, less where the tile and the lane begin, is a number
+        # to keep, where the columns themselves would take a register each throughout.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - 1 * (s0 + lane)
+        if C0:
+            x = gl.where(s <= t, x, float("-inf"))
+        if C1:
+            x = gl.where(s > t - 512, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), LAYOUT)
+    m_new = gl.maximum(m, gl.max(x, 1) * scale)
+    p = gl.exp2(x * scale - gl.expand_dims(m_new, 1))
+    fade = gl.exp2(m - m_new)
+    return p, m_new, z * fade + gl.sum(p, 1), fade
+
+
+@gluon.jit
+def window_fwd_scores(q0, k0, number, zero, STAGES: gl.constexpr):
+    """Start q·kᵀ with the tile of keys of that number."""
+    at = number % STAGES
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return x
+
+
+@gluon.jit
+def window_fwd_turn(
+    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale,
+    C0: gl.constexpr, C1: gl.constexpr, EXTENT: gl.constexpr, LAYOUT: gl.constexpr, STAGES: gl.constexpr,
+):
+    """The scores of this tile start beside p·v of the one before, whose values are there."""
+    before = (number - 1) % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = window_fwd_scores(q0, k0, number, zero, STAGES)
+    acc0 = warpgroup_mma(p, v0.index(before), acc0, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    hopper.release(k_empty, number, STAGES)
+    p_new, m, z, fade = window_fwd_softmax(x, m, z, time, s0, n, scale, C0, C1, EXTENT, LAYOUT)
+    p_new = gl.convert_layout(p_new.to(p.dtype), p.type.layout)
+    # A branch between the softmax and the wait for p·v: ptxas puts the wait before the exponentials, but past no branch.
+    hopper.wait_full(v_full, number, STAGES)
+    acc0, z, p_new = warpgroup_mma_wait(0, deps=(acc0, z, p_new))
+    hopper.release(v_empty, number - 1, STAGES)
+    acc0 = acc0 * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, acc0.type.layout)), 1)
+    return number + 1, m, z, p_new, acc0
+
+
+@gluon.jit
+def window_fwd_multiply(
+    q0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 16
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    OUT0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    programs = gl.num_programs(0)
+    for round in range(0, (total + programs - 1) // programs):
+        work = hopper.turn(round)
+        if work < total:
+            row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+            tile, h, b = window_fwd_place(work, tiles)
+            t0 = tile * BT
+            first = HALF * QUERIES + t0  # of the warpgroup's queries
+            cut0, cut1, cut2, cut3, n = window_fwd_cuts(t0, T, BT, BN)
+            at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
+            q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+            q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
+            fence_async_shared()
+            hopper.sync()
+            time = first + row // 16
+            m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
+            z = gl.full([64], 0.0, gl.float32, layout=ROWS)
+            acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
+            if cut3 > cut0:
+                hopper.wait_full(k_full, number, STAGES)
+                x = window_fwd_scores(q0, k0, number, zero, STAGES)
+                x = warpgroup_mma_wait(0, deps=(x,))
+                hopper.release(k_empty, number, STAGES)
+                p, m, z, fade = window_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, True, LAYOUT)
+                p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
+                hopper.wait_full(v_full, number, STAGES)
+                number += 1
+                for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # lo: s <= t, s > t - 512, s < T
+                    number, m, z, p, acc0 = window_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
+                    )
+                for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # mid: no mask
+                    number, m, z, p, acc0 = window_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        False, False, False, LAYOUT, STAGES,
+                    )
+                for s0 in range(max(cut2, cut0 + BN), cut3, BN):  # hi: s <= t, s > t - 512, s < T
+                    number, m, z, p, acc0 = window_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        True, BN + BT > 514, True, LAYOUT, STAGES,
+                    )
+                acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
+                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+                hopper.release(v_empty, number - 1, STAGES)
+            some = z > 0  # a row that sees nothing: output 0, lse −inf
+            z = gl.where(some, z, 1.0)
+            lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
+            start = b.to(gl.int64) * T
+            gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
+            at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
+            out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
+            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+            acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
+            rounded = acc0.to(out_ptr.dtype.element_ty)
+            gl.store(out_ptr + out_row + d, gl.convert_layout(rounded, MEMORY), mask=there)
+
+
+@gluon.jit
+def window_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    programs = gl.num_programs(0)
+    for round in range(0, (total + programs - 1) // programs):
+        work = hopper.turn(round)
+        if work < total:
+            tile, h, b = window_fwd_place(work, tiles)
+            cut0, cut1, cut2, cut3, n = window_fwd_cuts(tile * BT, T, BT, BN)
+            for s0 in range(cut0, cut3, BN):
+                at = number % STAGES
+                hopper.wait_empty(k_empty, number, STAGES)
+                mbarrier.expect(k_full.index(at), BN * 128 * 2)
+                hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+                hopper.wait_empty(v_empty, number, STAGES)
+                mbarrier.expect(v_full.index(at), BN * 128 * 2)
+                hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+                number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def window_fwd_specialised(
+    q_ptr, k_map0, v_map0, out_ptr, lse_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (window_fwd_multiply, (
+            q0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 0, BN, STAGES,
+        )),
+        (window_fwd_multiply, (
+            q0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 1, BN, STAGES,
+        )),
+        (window_fwd_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit
@@ -3009,10 +3426,18 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
     if not launch.use_kernels(q):
         return *torch_path.attend(q, (k,), (v,), _COMPRESSED, scale, cu_seqlens, (None,)), launch.rest(q)
     batch, length = q.shape[:2]
-    c = launch.pick(_CONFIGS["compressed_fwd"], q)
+    c = launch.pick(_CONFIGS["compressed_fwd"], q, launch.mapped(cu_seqlens, k, v))
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     rest = launch.rest(q, out.shape if keep_rest else None, cu_seqlens)
+    if c.specialised:
+        tiles = -(-length // (2 * (64 // 16)))
+        total = tiles * 4 * batch
+        compressed_fwd_specialised[(hopper.programs(total, q),)](
+            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
+            *launch.strides(q), c.bn, c.stages, **c.options,
+        )
+        return out, lse, rest
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_fwd[(tiles * 4 * batch,)](
         q, k, v, out, lse, launch.kept(rest), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3030,7 +3455,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dq"], q)
+    c = launch.pick(_CONFIGS["compressed_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3111,9 +3536,17 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _WINDOW, scale, cu_seqlens, (None,))
     batch, length = q.shape[:2]
-    c = launch.pick(_CONFIGS["window_fwd"], q)
+    c = launch.pick(_CONFIGS["window_fwd"], q, launch.mapped(cu_seqlens, k, v))
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
+    if c.specialised:
+        tiles = -(-length // (2 * (64 // 16)))
+        total = tiles * 4 * batch
+        window_fwd_specialised[(hopper.programs(total, q),)](
+            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, length, tiles, total, scale,
+            *launch.strides(q), c.bn, c.stages, **c.options,
+        )
+        return out, lse
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_fwd[(tiles * 4 * batch,)](
         q, k, v, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3131,7 +3564,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dq"], q)
+    c = launch.pick(_CONFIGS["window_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3491,7 +3924,7 @@ def attention(q, k, v, gates=None, phi=None, *, blocks=None, k_raw=None, scale=N
 
 def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
-    c = launch.pick(_CONFIGS["compressed_fwd"], q)
+    c = launch.pick(_CONFIGS["compressed_fwd"], q, False)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
@@ -3519,7 +3952,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
 
 def _window_cached(q, k, v, past, cu_seqlens, scale):
     """out [B, m, 64, 128], lse of queries that continue the cached sequences."""
-    c = launch.pick(_CONFIGS["window_fwd"], q)
+    c = launch.pick(_CONFIGS["window_fwd"], q, False)
     batch, length = q.shape[:2]
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Piece, Select
-from nsagen.sym import Conjunct, Expr, Interval, Symbol, count
+from nsagen.sym import Conjunct, Expr, Interval, Symbol, count, moves_along
 
 # Tile symbols: a query tile is BM rows = BT queries × the heads of one group, a key tile is BN keys.
 BM, BT, BN = count("BM"), count("BT"), count("BN")
@@ -150,11 +150,13 @@ class TileConfig:
     cost: float  # estimated, relative to the useful work at the peak rate
     dropped: str | None = None  # the reason, for a candidate that does not survive
     cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
-    maps: bool = False  # only by tensor maps: by pointers it would spill
+    maps: bool = False  # only by tensor maps: by pointers it would spill, or a warp copies by them
+    specialised: bool = False  # a warp copies, two warpgroups multiply (Gluon); `warps` are one warpgroup's
 
     @property
     def label(self) -> str:
-        return f"{self.bm}x{self.bn} w{self.warps} s{self.stages}" + (f" r{self.cap}" if self.cap else "")
+        more = (f" r{self.cap}" if self.cap else "") + (" ws" if self.specialised else "")
+        return f"{self.bm}x{self.bn} w{self.warps} s{self.stages}{more}"
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,21 @@ class Kernel:
         """Whether the source's tiles of bn keys can come by tensor maps: boxes of listed blocks, in no pages."""
         sizes = [w.listed.size for w in self.walks if w.source == source and w.listed]
         return self.follows_lists(source) and not self.cached and all(size % bn == 0 for size in sizes)
+
+    def may_specialise(self) -> bool:
+        """Whether a warp of its own could copy its keys: those of one source, walked once, in a row in memory.
+
+        And their masks speak of distances: a tile then compares constants with a bound a row.
+        """
+        if self.body != "attend_fwd" or self.cached or len(self.walks) != 1 or self.walks[0].listed:
+            return False
+        walk = self.walks[0]
+        return all(moves_along(c, walk.axis.stride) for c in walk.piece.where)
+
+    @property
+    def specialised(self) -> bool:
+        """Whether some of its tiles have a warp that only copies."""
+        return any(c.specialised and c.dropped is None for t in self.tiles for c in t.configs)
 
 
 FACTS = {

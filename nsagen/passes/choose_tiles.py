@@ -6,12 +6,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from nsagen.ir.graph import Heads
-from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Kernel, Plan, TileConfig, TileTable
+from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
+from nsagen.passes.specialise import GROUP_ROWS, specialised_shapes, specialised_speed, specialised_use
 
 BITS = (16, 32)
 MOST_REGISTERS = 255  # a thread
 THIRD = 168  # registers a thread, of 64 Ki for three programs of 128 threads
+SPECIALISED = Choice(
+    "warp_specialised",
+    "a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)",
+)
 UNROLLED = 128  # float32 scores a warp: more, and a kernel spills and takes minutes to compile
 
 
@@ -45,7 +50,8 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     tables = tuple(TileTable(a.name, bits, _ranked(kernel, heads, a, bits)) for a in ARCHES for bits in BITS)
     even = 128 % heads.group == 0
     facts = (*kernel.facts, *(("group_fills_tile",) if even and kernel.walks else ()))
-    return replace(kernel, tiles=tables, facts=facts)
+    kernel = replace(kernel, tiles=tables, facts=facts)
+    return replace(kernel, choices=(*kernel.choices, SPECIALISED)) if kernel.specialised else kernel
 
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
@@ -54,6 +60,8 @@ def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileCo
     shapes = _shared_shapes(kernel, heads, bits) if kernel.body == "split_attend" else _shapes(kernel, heads)
     candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in shapes]
     candidates += [_capped(c) for c in candidates if _gains_by_a_cap(kernel, arch, bits, c)]
+    if arch.specialises and bits == 16 and kernel.may_specialise() and heads.group <= GROUP_ROWS:
+        candidates += [_judge_specialised(kernel, heads, arch, *shape) for shape in specialised_shapes()]
     return tuple(sorted(candidates, key=lambda c: (c.dropped is not None, c.cost, c.smem)))
 
 
@@ -129,6 +137,13 @@ def _judge(
     dropped = _dropped(use, arch, bits, bm * bn, warps)
     only_maps = by_map and by_pointers.registers > MOST_REGISTERS
     return TileConfig(bm, bn, warps, stages, use.smem, use.registers, cost, dropped, maps=only_maps)
+
+
+def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bm: int, bn: int, stages: int) -> TileConfig:
+    use, (waste, trips) = specialised_use(kernel, bn, stages), loop_shape(kernel, heads, bm, bn)
+    cost = round(waste / specialised_speed(use, bn, stages, trips), 3)
+    dropped = _dropped(use, arch, 16, bm * bn, 4)
+    return TileConfig(bm, bn, 4, stages, use.smem, use.registers, cost, dropped, maps=True, specialised=True)
 
 
 def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | None:

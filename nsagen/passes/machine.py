@@ -17,6 +17,7 @@ class Arch:
     sm: int  # bytes a multiprocessor has, of which every block takes 1 KiB more than it asks for
     wgmma: bool  # tensor cores read both operands from shared memory, from 64 rows on
     maps: bool  # a copy engine takes boxes out of tensors (TMA)
+    specialises: bool = False  # kernels whose warps have tasks of their own are written for it (runtime/hopper.py)
 
     def efficiency(self, body: Body, bits: int, bm: int, bn: int, warps: int, stages: int, trips: float) -> float:
         """Fraction of the peak rate that a tile reaches; constants fitted on an H200 (docs/performance.md).
@@ -64,7 +65,7 @@ class Arch:
 
 ARCHES = (
     Arch("sm_80", 163 << 10, 164 << 10, False, False),
-    Arch("sm_90", 227 << 10, 228 << 10, True, True),
+    Arch("sm_90", 227 << 10, 228 << 10, True, True, True),
     Arch("sm_100", 227 << 10, 228 << 10, True, True),
 )
 

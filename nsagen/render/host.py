@@ -76,6 +76,7 @@ class BranchView:
     column: int  # of its gate, where there are gates
     mapped: tuple[str, ...]  # keys and values that fwd and dq can take by tensor maps
     maps: tuple[str, ...]  # those, as a launch makes them for its config c
+    boxes: tuple[str, ...]  # the maps of the forward whose warp copies, where it has that form
 
     @property
     def listed(self) -> bool:
@@ -84,7 +85,8 @@ class BranchView:
     @property
     def by_maps(self) -> str:
         """What `launch.pick` is told, where it matters."""
-        return f", launch.mapped(cu_seqlens, {', '.join(self.mapped)})" if self.mapped else ""
+        operands = self.mapped or (self.keys if self.boxes else ())
+        return f", launch.mapped(cu_seqlens, {', '.join(operands)})" if operands else ""
 
     @property
     def keys(self) -> list[str]:
@@ -179,6 +181,7 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         column=column,
         mapped=tuple(x for x, _ in maps),
         maps=tuple(made for _, made in maps),
+        boxes=tuple(_boxes(plan, f"{node.branch}_fwd", sources)),
     )
 
 
@@ -190,6 +193,14 @@ def _maps(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator
         for operand, widths in ((s.k, kernel.qk_parts), (s.v, kernel.v_parts)):
             if operand in mapped and s.listed:
                 yield operand, f"launch.maps({operand}, {widths}, c.bn, {s.listed.size}, cu_seqlens)"
+
+
+def _boxes(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator[str]:
+    """Keys and values of a forward whose warp copies, as its launch maps them for its config c."""
+    kernel = plan.kernel(name)
+    for s in sources if kernel.specialised else ():
+        for operand, widths in ((s.k, kernel.qk_parts), (s.v, kernel.v_parts)):
+            yield f"hopper.boxes({operand}, {widths}, c.bn)"
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:

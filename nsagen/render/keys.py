@@ -15,7 +15,7 @@ DIGITS = 12
 def kernel_key(source: str) -> str:
     """The hash of a kernel's text, helpers and all, and of the device functions it calls, and those they call."""
     library = _library()
-    wanted, found = set(re.findall(r"\bdevice\.(\w+)", source)), set[str]()
+    wanted, found = library.keys() & set(re.findall(r"\b(?:device|hopper)\.(\w+)", source)), set[str]()
     while wanted - found:
         name = min(wanted - found)
         found.add(name)
@@ -26,7 +26,10 @@ def kernel_key(source: str) -> str:
 
 @lru_cache(maxsize=1)
 def _library() -> dict[str, str]:
-    """Text of every function of runtime/device.py, which is read and not imported."""
-    text = (PACKAGE / "runtime" / "device.py").read_text(encoding="utf-8")
-    functions = [x for x in ast.parse(text).body if isinstance(x, ast.FunctionDef)]
-    return {x.name: ast.get_source_segment(text, x) or "" for x in functions}
+    """Text of every function of the runtime's modules for the device, which are read and not imported."""
+    found: dict[str, str] = {}
+    for name in ("device", "hopper"):
+        text = (PACKAGE / "runtime" / f"{name}.py").read_text(encoding="utf-8")
+        functions = [x for x in ast.parse(text).body if isinstance(x, ast.FunctionDef)]
+        found |= {x.name: ast.get_source_segment(text, x) or "" for x in functions}
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
 from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Access, Kernel, Mask, Plan, Ring, Segment, Walk
@@ -78,6 +79,17 @@ class WalkView:
     listed: ListView | None = None
 
     @property
+    def ends(self) -> list[str]:
+        """Where the first segment begins, and each of them ends: the next one begins there."""
+        assert all(a.hi == b.lo for a, b in pairwise(self.segments)), self.segments
+        return [self.segments[0].lo, *(s.hi for s in self.segments)]
+
+    @property
+    def cut_names(self) -> list[str]:
+        """Names for them, where an end may be a constant."""
+        return [f"cut{i}" for i in range(len(self.ends))]
+
+    @property
     def extent(self) -> str:
         """Where keys end: with the sequence, or with the listed block."""
         return f"min(n, block * {self.listed.size} + {self.listed.size})" if self.listed else "n"
@@ -150,6 +162,7 @@ class KernelView:
     size: int  # tokens of a listed block
     count: int  # blocks of a list
     parted: bool  # leaves parts of a result in the queries' lists
+    specialised: bool  # has a second form, in which a warp only copies
 
     maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
@@ -234,6 +247,21 @@ class KernelView:
         return f"{', '.join(given)}, map_b, h, "
 
     @property
+    def doc_of_specialised(self) -> str:
+        of = f"2 · (64 // {self.group}) queries × the {self.group} heads of one KV head"
+        return f"{self.doc.partition(';')[0]}; a program takes tiles of {of} in turn, until there are none."
+
+    @property
+    def box_arguments(self) -> list[str]:
+        """Of the kernel whose warp copies: the tensor maps of keys and values, a part each."""
+        return [f"{side}_map{p.i}" for side, parts in (("k", self.qk_parts), ("v", self.v_parts)) for p in parts]
+
+    def half_live(self, time: str, row: str) -> str:
+        """Which of a warpgroup's 64 rows are queries."""
+        whole = "" if 64 % self.group == 0 else f" & ({row} < QUERIES * {self.group})"
+        return f"({time} < T){whole}"
+
+    @property
     def step_maps(self) -> str:
         """The same as the step's parameters: k_map0, v_map0, …"""
         names = [f"{side}_map{p.i}" for side, parts in (("k", self.qk_parts), ("v", self.v_parts)) for p in parts]
@@ -283,6 +311,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         size=_listed(plan)[0],
         count=_listed(plan)[1],
         parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
+        specialised=kernel.specialised and not kernel.cached,
         maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},

@@ -24,7 +24,8 @@ class Config(NamedTuple):
     stages: int
     smem: int  # bytes it needs
     cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
-    maps: bool = False  # only by tensor maps: by pointers it would spill
+    maps: bool = False  # only by tensor maps: by pointers it would spill, or a warp copies by them
+    specialised: bool = False  # a warp copies, two warpgroups of `warps` multiply: kernels of its own (hopper.py)
 
     @property
     def options(self) -> dict[str, int]:
@@ -33,7 +34,8 @@ class Config(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.bm}x{self.bn}w{self.warps}s{self.stages}" + (f"r{self.cap}" if self.cap else "")
+        more = (f"r{self.cap}" if self.cap else "") + ("ws" if self.specialised else "")
+        return f"{self.bm}x{self.bn}w{self.warps}s{self.stages}{more}"
 
 
 Configs = dict[tuple[str, int], tuple[Config, ...]]  # (from this architecture on, operand bits) -> best first

@@ -52,6 +52,11 @@ def multiple(a: Expr, modulus: int) -> Multiple:
     return Multiple(expand(a), modulus)
 
 
+def moves_along(c: Conjunct, stride: int) -> bool:
+    """Whether it says the same of a key one further and a query `stride` tokens later: of their distance alone."""
+    return int(c.expr.coeff(KEY, 1)) + stride * int(c.expr.coeff(QUERY, 1)) == 0
+
+
 def conjunct_text(c: Conjunct) -> str:
     """`s <= t`, `s > t - 512`: solved for s where its coefficient is ±1, so that it reads like the paper."""
     if isinstance(c, Multiple):

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from nsagen.errors import CompileError
-from nsagen.ir.plan import Kernel, Launch, Plan
+from nsagen.ir.plan import Kernel, Launch, Plan, TileConfig
 from nsagen.tools.aot_append import append_kernels
 from nsagen.tools.aot_chips import CHIPS, TENSOR_MEMORY, Chip, candidates
 from nsagen.tools.aot_listing import Listing, amd, nvidia, ptxas_log
@@ -34,14 +34,19 @@ class Report:
 
 
 def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> list[Job]:
-    """The first choice (or every surviving candidate) of every kernel; of those that append the one there is."""
+    """The first choice of a kernel, in each form, or all that survive; of those that append the one there is."""
     bits = DTYPES[dtype][1]
     jobs: list[Job] = []
     for kernel in plan.kernels:
         tiles, launch = candidates(kernel, arch, bits), launch_of(plan, kernel)
         kernel, launch = _with_riders(plan, kernel, launch)
-        jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else tiles[:1])]
+        jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else _first(tiles))]
     return [*jobs, *(Job(kernel, x, arch, dtype, tile) for kernel, x, tile in append_kernels(plan, arch, bits))]
+
+
+def _first(tiles: list[TileConfig]) -> list[TileConfig]:
+    """The first choice, and the first without warps of their own tasks, for launches that cannot take that one."""
+    return [*tiles[:1], *next(([c] for c in tiles if not c.specialised), [])] if tiles[0].specialised else tiles[:1]
 
 
 def launch_of(plan: Plan, kernel: Kernel) -> Launch:
@@ -66,10 +71,12 @@ def compile_job(module: ModuleType, job: Job, plan: Plan) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    chip, function = CHIPS[job.arch], getattr(module, job.kernel.name)
+    chip, form = CHIPS[job.arch], "_specialised" if job.tile.specialised else ""
+    function = getattr(module, job.kernel.name + form)
     s = signature_of(function, job, plan)
-    source = ASTSource(function, s.types, s.constants, s.attributes)
+    source = (GluonASTSource if form else ASTSource)(function, s.types, s.constants, s.attributes)
     options = {"num_warps": warps_of(job), "num_stages": job.tile.stages}
     options |= {"maxnreg": job.tile.cap} if job.tile.cap else {}
     try:

@@ -76,6 +76,7 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
     constants = {
         "BM": tile.bm,
         "BN": tile.bn,
+        "STAGES": tile.stages,
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
         "PAGE": 1,
@@ -142,10 +143,20 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
 def _map(stem: str, part: int, job: Job) -> str:
     operand = _operand(stem, job.kernel)
     known = job.arch in MAPS and DTYPES[job.dtype][1] == 16
+    width = (job.kernel.v_parts if stem.startswith("v") else job.kernel.qk_parts)[part]
+    if job.tile.specialised:
+        return _boxes(DTYPES[job.dtype][0], [1, job.tile.bn, 1, width])
     if not known or operand is None or not job.kernel.mapped(operand.source, job.tile.bn):
         return "constexpr"  # None
-    width = (job.kernel.v_parts if stem.startswith("v") else job.kernel.qk_parts)[part]
     return f"tensordesc<{DTYPES[job.dtype][0]}[1, {job.tile.bn}, 1, {width}]>"
+
+
+def _boxes(dtype: str, box: list[int]) -> str:
+    """A tensor map in Gluon, which says how its boxes lie in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.float16 if dtype == "fp16" else gl.bfloat16)
+    return f"tensordesc<{dtype}{box},{layout!r}>"
 
 
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:

@@ -1,0 +1,34 @@
+"""The tiles of a warp-specialised kernel: a warp copies, two warpgroups of 64 rows multiply."""
+
+from __future__ import annotations
+
+from nsagen.ir.plan import Kernel
+from nsagen.passes.machine import Use
+
+GROUP_ROWS = 64  # rows of a warpgroup, of whole queries
+WARPGROUPS = 2
+REGISTERS = 240  # of a warpgroup's thread: two of them, and 24 for the copying one's
+SHAPES = ((64, 2), (64, 3), (64, 4), (128, 2))  # keys of a tile, stages
+
+
+def specialised_shapes() -> list[tuple[int, int, int]]:
+    """(BM, BN, stages)"""
+    return [(WARPGROUPS * GROUP_ROWS, bn, stages) for bn, stages in SHAPES]
+
+
+def specialised_use(kernel: Kernel, bn: int, stages: int) -> Use:
+    """Queries, a ring of keys and values, and room for a warpgroup's output on its way to memory, all of two bytes.
+
+    Registers of a warpgroup's thread: the output, the scores of a tile, and the weights of that and the one before.
+    """
+    qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
+    smem = 2 * (WARPGROUPS * GROUP_ROWS * qk + stages * bn * (qk + v) + GROUP_ROWS * max(kernel.v_parts)) + 1024
+    more = 16 * (len(kernel.qk_parts) - 1)  # places of the parts
+    return Use(smem, round(GROUP_ROWS * (v + 2 * bn) / 128) + 40 + more)
+
+
+def specialised_speed(use: Use, bn: int, stages: int, trips: float) -> float:
+    """Fraction of the peak rate, fitted on an H200: wide tiles read a query's rows less often from shared memory."""
+    depth = 0.97 if stages * bn < 192 else 1.0
+    spills = 0.9 if use.registers > REGISTERS else 1.0
+    return depth * spills * bn / (bn + 18) * trips / (trips + 1)
