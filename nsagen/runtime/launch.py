@@ -115,6 +115,13 @@ def chip(index: int) -> Chip:
     return Chip(arch, getattr(properties, "shared_memory_per_block_optin", 99 << 10), properties.name)
 
 
+@lru_cache(maxsize=64)
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it still runs (programmatic dependent launch)."""
+    known = device.type == "cuda" and torch.version.hip is None
+    return known and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def precision(x: torch.Tensor) -> str:
     """tl.dot's precision for x's dtype: torch.get_float32_matmul_precision() for float32 operands."""
     if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":

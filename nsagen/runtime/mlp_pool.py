@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import launch
+from nsagen.runtime import device, launch
 
 ROWS = (64, 16)  # of a program of the two kernels, one of the first's the positions'
 COLUMNS = (16, 64)  # of a program of the first one, if one tile of rows is all and if not
@@ -74,18 +74,20 @@ def pool(k: Side, v: Side, rows: Tensor | None, spare: int | None = None) -> Non
     asks = rows is not None and spare is not None and count < FEW.value
     asked = (rows if asks else None, spare if asks else 0)
     hidden = [launch.empty(s.x, (count, heads, s.sizes[2]), None) for s in (k, v)]
+    overlaps = launch.overlaps(k.x.device) and count >= FEW.value  # few blocks' kernels took 4 µs longer so
+    early = {"EARLY": 2, "launch_pdl": True} if overlaps else {"EARLY": 0}
     of_k, of_v = (tiles * heads * -(-s.sizes[2] // be) for s in (k, v))
     first: Any = hidden_rows[(of_k + of_v,)]
     first(
         k.x, *k.weights[:3], hidden[0], v.x, *v.weights[:3], hidden[1], *asked, count, of_k, heads, block,
-        *k.sizes, *v.sizes, bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=stages,
+        *k.sizes, *v.sizes, bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=stages, **early,
     )  # fmt: skip
     depth = min(DEPTH, launch.power_of_two(max(s.sizes[2] for s in (k, v))))
     of_k, of_v = (-(-count // ROWS[1]) * heads * -(-s.sizes[0] // WIDE) for s in (k, v))
     second: Any = rows_of_hidden[(of_k + of_v,)]
     second(
         hidden[0], *k.weights[3:], k.into, hidden[1], *v.weights[3:], v.into, rows, *asked, count, of_k, heads,
-        *k.sizes, *v.sizes, ROWS[1], WIDE, depth, launch.precision(k.x), num_warps=WARPS,
+        *k.sizes, *v.sizes, ROWS[1], WIDE, depth, launch.precision(k.x), num_warps=WARPS, **early,
     )  # fmt: skip
 
 
@@ -159,9 +161,10 @@ def hidden_rows(
     k_ptr, k_positions_ptr, k_weight_ptr, k_bias_ptr, k_hidden_ptr, v_ptr, v_positions_ptr, v_weight_ptr, v_bias_ptr,
     v_hidden_ptr, asked_ptr, spare, count, of_k, HEADS: tl.constexpr, BLOCK: tl.constexpr, K_DIM: tl.constexpr,
     K_WIDTH: tl.constexpr, K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr,
-    BM: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """hidden_tile of the keys, by the first of_k programs, and of the values."""
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     if anyone_wants(asked_ptr, spare, count, FEW):
         if K_DIM == V_DIM and K_HIDDEN == V_HIDDEN:  # one body, so that one pipeline has all of the shared memory
@@ -218,9 +221,10 @@ def rows_of_hidden(
     k_hidden_ptr, k_weight_ptr, k_bias_ptr, k_out_ptr, v_hidden_ptr, v_weight_ptr, v_bias_ptr, v_out_ptr, rows_ptr,
     asked_ptr, spare, count, of_k, HEADS: tl.constexpr, K_DIM: tl.constexpr, K_WIDTH: tl.constexpr,
     K_HIDDEN: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, V_HIDDEN: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """row_tile of the keys, by the first of_k programs, and of the values."""
+    device.begin_early(EARLY)
     pid = tl.program_id(0)
     if anyone_wants(asked_ptr, spare, count, FEW):
         if pid < of_k:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -155,10 +154,4 @@ def merged(q: Tensor, heads: int, dim: int, *widths: int) -> tuple[int, int]:
 def early(q: Tensor, heads: int) -> dict[str, int | bool]:
     """Arguments of a step's launch that begins before the one before it has ended: programmatic dependent launch."""
     how = EARLY[0 if few(q, heads) else 1]
-    return {"EARLY": how, "launch_pdl": True} if how and _overlaps(q.device) else {"EARLY": 0}
-
-
-@lru_cache(maxsize=64)
-def _overlaps(device: torch.device) -> bool:
-    known = device.type == "cuda" and torch.version.hip is None
-    return known and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": how, "launch_pdl": True} if how and launch.overlaps(q.device) else {"EARLY": 0}
