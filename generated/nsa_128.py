@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  ba0aba151d86
+content  dd621173c0d3
 runtime  16
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -21,7 +21,7 @@ selected_sum             items, because a hot block (the first: every query list
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32
+combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32; rides, because the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
 compressed_gate          one_branch, because recompute: one branch's output at a time is made again, read once and dropped
@@ -67,12 +67,12 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_ba0aba151d86"
+_SPACE = "nsagen_nsa_128_dd621173c0d3"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
 _CONFIGS = {
-    "compressed_fwd": Tiles("compressed_fwd", "550f687c9544", {
+    "compressed_fwd": Tiles("compressed_fwd", "8724f34dc167", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(128, 64, 8, 3, 131072), Config(128, 64, 8, 2, 98304), Config(64, 32, 4, 3, 65536),
             Config(128, 32, 4, 3, 81920), Config(64, 32, 4, 2, 49152), Config(128, 32, 4, 2, 65536), Config(128, 128, 8, 2, 163840),
@@ -269,7 +269,7 @@ _CONFIGS = {
             Config(1, 16, 4, 1, 0),
         ),
     }),
-    "window_fwd": Tiles("window_fwd", "2628e1721654", {
+    "window_fwd": Tiles("window_fwd", "8dbb9102d643", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
             Config(128, 32, 4, 3, 81920), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536), Config(128, 32, 8, 3, 81920),
@@ -300,7 +300,7 @@ _CONFIGS = {
             Config(128, 32, 8, 3, 81920), Config(128, 64, 8, 3, 131072), Config(64, 16, 4, 3, 40960), Config(128, 16, 4, 3, 57344),
             Config(16, 16, 4, 1, 12288),
         ),
-    }),
+    }, carries="combine_fwd"),
     "window_dq": Tiles("window_dq", "e5fb13689d93", {
         ("sm_80", 16): (
             Config(64, 32, 4, 2, 65536), Config(64, 32, 4, 3, 81920), Config(128, 64, 8, 2, 131072), Config(128, 32, 8, 2, 98304),
@@ -631,82 +631,77 @@ def compressed_fwd_multiply(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
     number = 0  # of a tile of keys
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
-            tile, h, b = compressed_fwd_place(work, tiles)
-            t0 = tile * BT
-            first = HALF * QUERIES + t0  # of the warpgroup's queries
-            cut0, cut1, cut2, n = compressed_fwd_cuts(t0, T, BT, BN)
-            at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
-            q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
-            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
-            q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
-            fence_async_shared()
-            hopper.sync()
-            time = first + row // 16
-            m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
-            z = gl.full([64], 0.0, gl.float32, layout=ROWS)
-            acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
-            if cut2 > cut0:
-                hopper.wait_full(k_full, number, STAGES)
-                x = compressed_fwd_scores(q0, k0, number, zero, STAGES)
-                x = warpgroup_mma_wait(0, deps=(x,))
-                hopper.release(k_empty, number, STAGES)
-                p, m, z, fade = compressed_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, LAYOUT)
-                p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
-                hopper.wait_full(v_full, number, STAGES)
-                number += 1
-                for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # mid: no mask
-                    number, m, z, p, acc0 = compressed_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        False, False, LAYOUT, STAGES,
-                    )
-                for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # hi: 16 * s <= t - 31, s < N
-                    number, m, z, p, acc0 = compressed_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        True, True, LAYOUT, STAGES,
-                    )
-                acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
-                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                hopper.release(v_empty, number - 1, STAGES)
-            some = z > 0  # a row that sees nothing: output 0, lse −inf
-            z = gl.where(some, z, 1.0)
-            lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
-            start = b.to(gl.int64) * T
-            gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
-            at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
-            out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
-            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
-            acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
-            rounded = acc0.to(out_ptr.dtype.element_ty)
-            gl.store(out_ptr + out_row + d, gl.convert_layout(rounded, MEMORY), mask=there)
-            if rest_ptr is not None:
-                rest = (acc0 - rounded.to(gl.float32)).to(out_ptr.dtype.element_ty)
-                gl.store(rest_ptr + out_row + d, gl.convert_layout(rest, MEMORY), mask=there)
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        tile, h, b = compressed_fwd_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, n = compressed_fwd_cuts(t0, T, BT, BN)
+        at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
+        q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
+        fence_async_shared()
+        hopper.sync()
+        time = first + row // 16
+        m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
+        z = gl.full([64], 0.0, gl.float32, layout=ROWS)
+        acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
+        if cut2 > cut0:
+            hopper.wait_full(k_full, number, STAGES)
+            x = compressed_fwd_scores(q0, k0, number, zero, STAGES)
+            x = warpgroup_mma_wait(0, deps=(x,))
+            hopper.release(k_empty, number, STAGES)
+            p, m, z, fade = compressed_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, LAYOUT)
+            p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
+            hopper.wait_full(v_full, number, STAGES)
+            number += 1
+            for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # mid: no mask
+                number, m, z, p, acc0 = compressed_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    False, False, LAYOUT, STAGES,
+                )
+            for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # hi: 16 * s <= t - 31, s < N
+                number, m, z, p, acc0 = compressed_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    True, True, LAYOUT, STAGES,
+                )
+            acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
+            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+            hopper.release(v_empty, number - 1, STAGES)
+        some = z > 0  # a row that sees nothing: output 0, lse −inf
+        z = gl.where(some, z, 1.0)
+        lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
+        start = b.to(gl.int64) * T
+        gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
+        at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
+        out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
+        rounded = acc0.to(out_ptr.dtype.element_ty)
+        if rest_ptr is not None:
+            rest = (acc0 - rounded.to(gl.float32)).to(out_ptr.dtype.element_ty)
+            gl.store(rest_ptr + out_row + d, gl.convert_layout(rest, MEMORY), mask=there)
+        rounded = gl.convert_layout(rounded, MEMORY)
+        gl.store(out_ptr + out_row + d, rounded, mask=there)
 
 
 @gluon.jit
 def compressed_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
     number = 0
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            tile, h, b = compressed_fwd_place(work, tiles)
-            cut0, cut1, cut2, n = compressed_fwd_cuts(tile * BT, T, BT, BN)
-            for s0 in range(cut0, cut2, BN):
-                at = number % STAGES
-                hopper.wait_empty(k_empty, number, STAGES)
-                mbarrier.expect(k_full.index(at), BN * 128 * 2)
-                hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
-                hopper.wait_empty(v_empty, number, STAGES)
-                mbarrier.expect(v_full.index(at), BN * 128 * 2)
-                hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
-                number += 1
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_fwd_place(work, tiles)
+        cut0, cut1, cut2, n = compressed_fwd_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut2, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
 
 
 @gluon.jit(do_not_specialize=["T", "tiles", "total"])
@@ -1620,7 +1615,7 @@ def window_fwd_turn(
 
 @gluon.jit
 def window_fwd_multiply(
-    q0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    q0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
     HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):
     """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
@@ -1634,89 +1629,103 @@ def window_fwd_multiply(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
     number = 0  # of a tile of keys
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
-            tile, h, b = window_fwd_place(work, tiles)
-            t0 = tile * BT
-            first = HALF * QUERIES + t0  # of the warpgroup's queries
-            cut0, cut1, cut2, cut3, n = window_fwd_cuts(t0, T, BT, BN)
-            at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
-            q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        tile, h, b = window_fwd_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, cut3, n = window_fwd_cuts(t0, T, BT, BN)
+        at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
+        q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
+        if combined_ptr is not None and BN <= 64:  # with registers to spare, the other terms come beside the products
+            term_row = gl.expand_dims(((b.to(gl.int64) * T + at) * 64 + head) * 128, 1)
             d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
-            q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
-            fence_async_shared()
-            hopper.sync()
-            time = first + row // 16
-            m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
-            z = gl.full([64], 0.0, gl.float32, layout=ROWS)
-            acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
-            if cut3 > cut0:
-                hopper.wait_full(k_full, number, STAGES)
-                x = window_fwd_scores(q0, k0, number, zero, STAGES)
-                x = warpgroup_mma_wait(0, deps=(x,))
-                hopper.release(k_empty, number, STAGES)
-                p, m, z, fade = window_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, True, LAYOUT)
-                p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
-                hopper.wait_full(v_full, number, STAGES)
-                number += 1
-                for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # lo: s <= t, s > t - 512, s < T
-                    number, m, z, p, acc0 = window_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
-                    )
-                for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # mid: no mask
-                    number, m, z, p, acc0 = window_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        False, False, False, LAYOUT, STAGES,
-                    )
-                for s0 in range(max(cut2, cut0 + BN), cut3, BN):  # hi: s <= t, s > t - 512, s < T
-                    number, m, z, p, acc0 = window_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        True, BN + BT > 514, True, LAYOUT, STAGES,
-                    )
-                acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
-                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                hopper.release(v_empty, number - 1, STAGES)
-            some = z > 0  # a row that sees nothing: output 0, lse −inf
-            z = gl.where(some, z, 1.0)
-            lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
-            start = b.to(gl.int64) * T
-            gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
-            at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
-            out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
-            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
-            acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
-            rounded = acc0.to(out_ptr.dtype.element_ty)
-            gl.store(out_ptr + out_row + d, gl.convert_layout(rounded, MEMORY), mask=there)
+            term0_0 = gl.load(term0_ptr + term_row + d, mask=there, other=0.0)
+            term1_0 = gl.load(term1_ptr + term_row + d, mask=there, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        time = first + row // 16
+        m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
+        z = gl.full([64], 0.0, gl.float32, layout=ROWS)
+        acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
+        if cut3 > cut0:
+            hopper.wait_full(k_full, number, STAGES)
+            x = window_fwd_scores(q0, k0, number, zero, STAGES)
+            x = warpgroup_mma_wait(0, deps=(x,))
+            hopper.release(k_empty, number, STAGES)
+            p, m, z, fade = window_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, True, LAYOUT)
+            p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
+            hopper.wait_full(v_full, number, STAGES)
+            number += 1
+            for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # lo: s <= t, s > t - 512, s < T
+                number, m, z, p, acc0 = window_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
+                )
+            for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # mid: no mask
+                number, m, z, p, acc0 = window_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    False, False, False, LAYOUT, STAGES,
+                )
+            for s0 in range(max(cut2, cut0 + BN), cut3, BN):  # hi: s <= t, s > t - 512, s < T
+                number, m, z, p, acc0 = window_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    True, BN + BT > 514, True, LAYOUT, STAGES,
+                )
+            acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
+            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+            hopper.release(v_empty, number - 1, STAGES)
+        some = z > 0  # a row that sees nothing: output 0, lse −inf
+        z = gl.where(some, z, 1.0)
+        lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
+        start = b.to(gl.int64) * T
+        gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
+        at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
+        out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
+        rounded = acc0.to(out_ptr.dtype.element_ty)
+        rounded = gl.convert_layout(rounded, MEMORY)
+        gl.store(out_ptr + out_row + d, rounded, mask=there)
+        if combined_ptr is not None:
+            gate = gl.expand_dims(gates_ptr + ((start + at) * 64 + head) * 3, 1)
+            whole = gl.zeros([64, 128], gl.float32, layout=MEMORY)
+            g = gl.load(gate + 0, mask=there, other=0.0).to(gl.float32)
+            if BN > 64:
+                term0_0 = gl.load(term0_ptr + out_row + d, mask=there, other=0.0)
+            whole += g * term0_0.to(gl.float32)
+            g = gl.load(gate + 1, mask=there, other=0.0).to(gl.float32)
+            if BN > 64:
+                term1_0 = gl.load(term1_ptr + out_row + d, mask=there, other=0.0)
+            whole += g * term1_0.to(gl.float32)
+            g = gl.load(gate + 2, mask=there, other=0.0).to(gl.float32)
+            whole += g * rounded.to(gl.float32)
+            gl.store(combined_ptr + out_row + d, whole.to(out_ptr.dtype.element_ty), mask=there)
 
 
 @gluon.jit
 def window_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
     number = 0
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            tile, h, b = window_fwd_place(work, tiles)
-            cut0, cut1, cut2, cut3, n = window_fwd_cuts(tile * BT, T, BT, BN)
-            for s0 in range(cut0, cut3, BN):
-                at = number % STAGES
-                hopper.wait_empty(k_empty, number, STAGES)
-                mbarrier.expect(k_full.index(at), BN * 128 * 2)
-                hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
-                hopper.wait_empty(v_empty, number, STAGES)
-                mbarrier.expect(v_full.index(at), BN * 128 * 2)
-                hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
-                number += 1
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = window_fwd_place(work, tiles)
+        cut0, cut1, cut2, cut3, n = window_fwd_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut3, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
 
 
 @gluon.jit(do_not_specialize=["T", "tiles", "total"])
 def window_fwd_specialised(
-    q_ptr, k_map0, v_map0, out_ptr, lse_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    q_ptr, k_map0, v_map0, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
     BN: gl.constexpr, STAGES: gl.constexpr,
 ):
     """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
@@ -1729,11 +1738,11 @@ def window_fwd_specialised(
     fence_async_shared()
     gl.warp_specialize([
         (window_fwd_multiply, (
-            q0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, T, tiles, total, scale,
+            q0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale,
             q_sb, q_st, q_sh, 0, BN, STAGES,
         )),
         (window_fwd_multiply, (
-            q0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, T, tiles, total, scale,
+            q0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale,
             q_sb, q_st, q_sh, 1, BN, STAGES,
         )),
         (window_fwd_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
@@ -3431,12 +3440,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     rest = launch.rest(q, out.shape if keep_rest else None, cu_seqlens)
     if c.specialised:
-        tiles = -(-length // (2 * (64 // 16)))
-        total = tiles * 4 * batch
-        compressed_fwd_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, **c.options,
-        )
+        _compressed_specialised(c, q, k, v, out, lse, rest, scale)
         return out, lse, rest
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_fwd[(tiles * 4 * batch,)](
@@ -3444,6 +3448,17 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     return out, lse, rest
+
+
+def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
+    """The launch whose programs copy by a warp of their own."""
+    batch, length = q.shape[:2]
+    tiles = -(-length // (2 * (64 // 16)))
+    total = tiles * 4 * batch
+    compressed_fwd_specialised[(hopper.programs(total, q),)](
+        q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
+        *launch.strides(q), c.bn, c.stages, **c.options,
+    )
 
 
 def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
@@ -3540,12 +3555,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     if c.specialised:
-        tiles = -(-length // (2 * (64 // 16)))
-        total = tiles * 4 * batch
-        window_fwd_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, **c.options,
-        )
+        _window_specialised(c, q, k, v, out, lse, scale)
         return out, lse
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_fwd[(tiles * 4 * batch,)](
@@ -3553,6 +3563,30 @@ def _window_forward(q, k, v, cu_seqlens, scale):
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     return out, lse
+
+
+def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, None)):
+    """The launch whose programs copy by a warp of their own; beside: other terms, gates, and where their sum with this one goes."""
+    batch, length = q.shape[:2]
+    tiles = -(-length // (2 * (64 // 16)))
+    total = tiles * 4 * batch
+    window_fwd_specialised[(hopper.programs(total, q),)](
+        q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, *beside, length, tiles, total, scale,
+        *launch.strides(q), c.bn, c.stages, **c.options,
+    )
+
+
+def _window_combined(q, k, v, term0, term1, gates, cu_seqlens, scale):
+    """The same, and out = Σ_c gate_c·term_c with this as a term: in its programs where they are specialised, else a pass."""
+    if launch.use_kernels(q):
+        c = launch.pick(_CONFIGS["window_fwd"], q, launch.mapped(cu_seqlens, k, v))
+        if c.specialised:
+            out, whole = (launch.empty(q, (*q.shape[:3], 128), None) for _ in range(2))
+            lse = launch.empty(q, q.shape[:3], None, torch.float32)
+            _window_specialised(c, q, k, v, out, lse, scale, (term0, term1, gates, whole))
+            return out, lse, whole
+    out, lse = _window_forward(q, k, v, cu_seqlens, scale)
+    return out, lse, _combine(term0, term1, out, gates)
 
 
 def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
@@ -3763,8 +3797,7 @@ def _attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, ga
     out_compressed, lse_compressed, rest_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
     blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
     out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
-    out_window, lse_window = _window_forward(q, k, v, cu_seqlens, scale)
-    out = _combine(out_compressed, out_selected, out_window, gates)
+    out_window, lse_window, out = _window_combined(q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale)
     return out, out_compressed, lse_compressed, rest_compressed, out_selected, lse_selected, out_window, lse_window, blocks
 
 
@@ -3788,8 +3821,7 @@ def _attention_lean(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tenso
     out_compressed, lse_compressed, _ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale, keep_rest=False)
     blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
     out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
-    out_window, lse_window = _window_forward(q, k, v, cu_seqlens, scale)
-    out = _combine(out_compressed, out_selected, out_window, gates)
+    out_window, lse_window, out = _window_combined(q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale)
     return out, blocks
 
 

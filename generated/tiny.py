@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  cf9950eee2b9
+content  fdc4080d8332
 runtime  16
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -68,12 +68,12 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_cf9950eee2b9"
+_SPACE = "nsagen_tiny_fdc4080d8332"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
 _CONFIGS = {
-    "compressed_fwd": Tiles("compressed_fwd", "2dc8cbd0cd23", {
+    "compressed_fwd": Tiles("compressed_fwd", "b6471129911f", {
         ("sm_80", 16): (
             Config(64, 64, 4, 3, 22528), Config(128, 64, 4, 3, 26624), Config(64, 128, 4, 3, 40960), Config(64, 64, 4, 2, 16384),
             Config(128, 64, 4, 2, 20480), Config(128, 64, 8, 3, 26624), Config(64, 128, 4, 2, 28672), Config(128, 128, 8, 3, 45056),
@@ -521,82 +521,77 @@ def compressed_fwd_multiply(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
     number = 0  # of a tile of keys
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
-            tile, h, b = compressed_fwd_place(work, tiles)
-            t0 = tile * BT
-            first = HALF * QUERIES + t0  # of the warpgroup's queries
-            cut0, cut1, cut2, n = compressed_fwd_cuts(t0, T, BT, BN)
-            at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
-            q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
-            d = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, MEMORY)), 0)
-            q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there & (d < 24), other=0.0))
-            fence_async_shared()
-            hopper.sync()
-            time = first + row // 3
-            m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
-            z = gl.full([64], 0.0, gl.float32, layout=ROWS)
-            acc0 = gl.zeros([64, 16], gl.float32, layout=OUT0)
-            if cut2 > cut0:
-                hopper.wait_full(k_full, number, STAGES)
-                x = compressed_fwd_scores(q0, k0, number, zero, STAGES)
-                x = warpgroup_mma_wait(0, deps=(x,))
-                hopper.release(k_empty, number, STAGES)
-                p, m, z, fade = compressed_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, LAYOUT)
-                p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
-                hopper.wait_full(v_full, number, STAGES)
-                number += 1
-                for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # mid: no mask
-                    number, m, z, p, acc0 = compressed_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        False, False, LAYOUT, STAGES,
-                    )
-                for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # hi: 4 * s <= t - 7, s < N
-                    number, m, z, p, acc0 = compressed_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        True, True, LAYOUT, STAGES,
-                    )
-                acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
-                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                hopper.release(v_empty, number - 1, STAGES)
-            some = z > 0  # a row that sees nothing: output 0, lse −inf
-            z = gl.where(some, z, 1.0)
-            lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
-            start = b.to(gl.int64) * T
-            gl.store(lse_ptr + (start + time) * 6 + h * 3 + row % 3, lse, mask=(time < T) & (row < QUERIES * 3))
-            at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
-            out_row = gl.expand_dims((start + at) * 6 + head, 1) * 16
-            d = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, MEMORY)), 0)
-            acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
-            rounded = acc0.to(out_ptr.dtype.element_ty)
-            gl.store(out_ptr + out_row + d, gl.convert_layout(rounded, MEMORY), mask=there)
-            if rest_ptr is not None:
-                rest = (acc0 - rounded.to(gl.float32)).to(out_ptr.dtype.element_ty)
-                gl.store(rest_ptr + out_row + d, gl.convert_layout(rest, MEMORY), mask=there)
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        tile, h, b = compressed_fwd_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, n = compressed_fwd_cuts(t0, T, BT, BN)
+        at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
+        q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+        d = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there & (d < 24), other=0.0))
+        fence_async_shared()
+        hopper.sync()
+        time = first + row // 3
+        m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
+        z = gl.full([64], 0.0, gl.float32, layout=ROWS)
+        acc0 = gl.zeros([64, 16], gl.float32, layout=OUT0)
+        if cut2 > cut0:
+            hopper.wait_full(k_full, number, STAGES)
+            x = compressed_fwd_scores(q0, k0, number, zero, STAGES)
+            x = warpgroup_mma_wait(0, deps=(x,))
+            hopper.release(k_empty, number, STAGES)
+            p, m, z, fade = compressed_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, LAYOUT)
+            p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
+            hopper.wait_full(v_full, number, STAGES)
+            number += 1
+            for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # mid: no mask
+                number, m, z, p, acc0 = compressed_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    False, False, LAYOUT, STAGES,
+                )
+            for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # hi: 4 * s <= t - 7, s < N
+                number, m, z, p, acc0 = compressed_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    True, True, LAYOUT, STAGES,
+                )
+            acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
+            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+            hopper.release(v_empty, number - 1, STAGES)
+        some = z > 0  # a row that sees nothing: output 0, lse −inf
+        z = gl.where(some, z, 1.0)
+        lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
+        start = b.to(gl.int64) * T
+        gl.store(lse_ptr + (start + time) * 6 + h * 3 + row % 3, lse, mask=(time < T) & (row < QUERIES * 3))
+        at, head, there = compressed_fwd_rows(first, h, T, QUERIES, MEMORY)
+        out_row = gl.expand_dims((start + at) * 6 + head, 1) * 16
+        d = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, MEMORY)), 0)
+        acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
+        rounded = acc0.to(out_ptr.dtype.element_ty)
+        if rest_ptr is not None:
+            rest = (acc0 - rounded.to(gl.float32)).to(out_ptr.dtype.element_ty)
+            gl.store(rest_ptr + out_row + d, gl.convert_layout(rest, MEMORY), mask=there)
+        rounded = gl.convert_layout(rounded, MEMORY)
+        gl.store(out_ptr + out_row + d, rounded, mask=there)
 
 
 @gluon.jit
 def compressed_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
     number = 0
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            tile, h, b = compressed_fwd_place(work, tiles)
-            cut0, cut1, cut2, n = compressed_fwd_cuts(tile * BT, T, BT, BN)
-            for s0 in range(cut0, cut2, BN):
-                at = number % STAGES
-                hopper.wait_empty(k_empty, number, STAGES)
-                mbarrier.expect(k_full.index(at), BN * 32 * 2)
-                hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
-                hopper.wait_empty(v_empty, number, STAGES)
-                mbarrier.expect(v_full.index(at), BN * 16 * 2)
-                hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
-                number += 1
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_fwd_place(work, tiles)
+        cut0, cut1, cut2, n = compressed_fwd_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut2, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 32 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 16 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
 
 
 @gluon.jit(do_not_specialize=["T", "tiles", "total"])
@@ -3236,12 +3231,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     rest = launch.rest(q, out.shape if keep_rest else None, cu_seqlens)
     if c.specialised:
-        tiles = -(-length // (2 * (64 // 3)))
-        total = tiles * 2 * batch
-        compressed_fwd_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (32,), c.bn), *hopper.boxes(v, (16,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, **c.options,
-        )
+        _compressed_specialised(c, q, k, v, out, lse, rest, scale)
         return out, lse, rest
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     compressed_fwd[(tiles * 2 * batch,)](
@@ -3249,6 +3239,17 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     return out, lse, rest
+
+
+def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
+    """The launch whose programs copy by a warp of their own."""
+    batch, length = q.shape[:2]
+    tiles = -(-length // (2 * (64 // 3)))
+    total = tiles * 2 * batch
+    compressed_fwd_specialised[(hopper.programs(total, q),)](
+        q, *hopper.boxes(k, (32,), c.bn), *hopper.boxes(v, (16,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
+        *launch.strides(q), c.bn, c.stages, **c.options,
+    )
 
 
 def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):

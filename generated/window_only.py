@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  b5f95c69ca6a
+content  1e0891281873
 runtime  16
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -42,12 +42,12 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_b5f95c69ca6a"
+_SPACE = "nsagen_window_only_1e0891281873"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
 _CONFIGS = {
-    "window_fwd": Tiles("window_fwd", "2628e1721654", {
+    "window_fwd": Tiles("window_fwd", "07a5e7b23be7", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
             Config(128, 32, 4, 3, 81920), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536), Config(128, 32, 8, 3, 81920),
@@ -367,84 +367,79 @@ def window_fwd_multiply(
     scale2 = scale * 1.4426950408889634  # scores in log2 units
     zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
     number = 0  # of a tile of keys
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
-            tile, h, b = window_fwd_place(work, tiles)
-            t0 = tile * BT
-            first = HALF * QUERIES + t0  # of the warpgroup's queries
-            cut0, cut1, cut2, cut3, n = window_fwd_cuts(t0, T, BT, BN)
-            at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
-            q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
-            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
-            q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
-            fence_async_shared()
-            hopper.sync()
-            time = first + row // 16
-            m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
-            z = gl.full([64], 0.0, gl.float32, layout=ROWS)
-            acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
-            if cut3 > cut0:
-                hopper.wait_full(k_full, number, STAGES)
-                x = window_fwd_scores(q0, k0, number, zero, STAGES)
-                x = warpgroup_mma_wait(0, deps=(x,))
-                hopper.release(k_empty, number, STAGES)
-                p, m, z, fade = window_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, True, LAYOUT)
-                p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
-                hopper.wait_full(v_full, number, STAGES)
-                number += 1
-                for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # lo: s <= t, s > t - 512, s < T
-                    number, m, z, p, acc0 = window_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
-                    )
-                for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # mid: no mask
-                    number, m, z, p, acc0 = window_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        False, False, False, LAYOUT, STAGES,
-                    )
-                for s0 in range(max(cut2, cut0 + BN), cut3, BN):  # hi: s <= t, s > t - 512, s < T
-                    number, m, z, p, acc0 = window_fwd_turn(
-                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                        True, BN + BT > 514, True, LAYOUT, STAGES,
-                    )
-                acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
-                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                hopper.release(v_empty, number - 1, STAGES)
-            some = z > 0  # a row that sees nothing: output 0, lse −inf
-            z = gl.where(some, z, 1.0)
-            lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
-            start = b.to(gl.int64) * T
-            gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
-            at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
-            out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
-            d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
-            acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
-            rounded = acc0.to(out_ptr.dtype.element_ty)
-            gl.store(out_ptr + out_row + d, gl.convert_layout(rounded, MEMORY), mask=there)
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        tile, h, b = window_fwd_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, cut3, n = window_fwd_cuts(t0, T, BT, BN)
+        at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
+        q_row = b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d, mask=there, other=0.0))
+        fence_async_shared()
+        hopper.sync()
+        time = first + row // 16
+        m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
+        z = gl.full([64], 0.0, gl.float32, layout=ROWS)
+        acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
+        if cut3 > cut0:
+            hopper.wait_full(k_full, number, STAGES)
+            x = window_fwd_scores(q0, k0, number, zero, STAGES)
+            x = warpgroup_mma_wait(0, deps=(x,))
+            hopper.release(k_empty, number, STAGES)
+            p, m, z, fade = window_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, True, LAYOUT)
+            p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
+            hopper.wait_full(v_full, number, STAGES)
+            number += 1
+            for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # lo: s <= t, s > t - 512, s < T
+                number, m, z, p, acc0 = window_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
+                )
+            for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # mid: no mask
+                number, m, z, p, acc0 = window_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    False, False, False, LAYOUT, STAGES,
+                )
+            for s0 in range(max(cut2, cut0 + BN), cut3, BN):  # hi: s <= t, s > t - 512, s < T
+                number, m, z, p, acc0 = window_fwd_turn(
+                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                    True, BN + BT > 514, True, LAYOUT, STAGES,
+                )
+            acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
+            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+            hopper.release(v_empty, number - 1, STAGES)
+        some = z > 0  # a row that sees nothing: output 0, lse −inf
+        z = gl.where(some, z, 1.0)
+        lse = gl.where(some, (m + gl.log2(z)) * 0.6931471805599453, float("-inf"))
+        start = b.to(gl.int64) * T
+        gl.store(lse_ptr + (start + time) * 64 + h * 16 + row % 16, lse, mask=(time < T))
+        at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
+        out_row = gl.expand_dims((start + at) * 64 + head, 1) * 128
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        acc0 = acc0 / gl.expand_dims(gl.convert_layout(z, gl.SliceLayout(1, OUT0)), 1)
+        rounded = acc0.to(out_ptr.dtype.element_ty)
+        rounded = gl.convert_layout(rounded, MEMORY)
+        gl.store(out_ptr + out_row + d, rounded, mask=there)
 
 
 @gluon.jit
 def window_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
     number = 0
-    programs = gl.num_programs(0)
-    for round in range(0, (total + programs - 1) // programs):
-        work = hopper.turn(round)
-        if work < total:
-            tile, h, b = window_fwd_place(work, tiles)
-            cut0, cut1, cut2, cut3, n = window_fwd_cuts(tile * BT, T, BT, BN)
-            for s0 in range(cut0, cut3, BN):
-                at = number % STAGES
-                hopper.wait_empty(k_empty, number, STAGES)
-                mbarrier.expect(k_full.index(at), BN * 128 * 2)
-                hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
-                hopper.wait_empty(v_empty, number, STAGES)
-                mbarrier.expect(v_full.index(at), BN * 128 * 2)
-                hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
-                number += 1
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = window_fwd_place(work, tiles)
+        cut0, cut1, cut2, cut3, n = window_fwd_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut3, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
 
 
 @gluon.jit(do_not_specialize=["T", "tiles", "total"])
@@ -1092,12 +1087,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     if c.specialised:
-        tiles = -(-length // (2 * (64 // 16)))
-        total = tiles * 4 * batch
-        window_fwd_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, **c.options,
-        )
+        _window_specialised(c, q, k, v, out, lse, scale)
         return out, lse
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_fwd[(tiles * 4 * batch,)](
@@ -1105,6 +1095,17 @@ def _window_forward(q, k, v, cu_seqlens, scale):
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     return out, lse
+
+
+def _window_specialised(c, q, k, v, out, lse, scale):
+    """The launch whose programs copy by a warp of their own."""
+    batch, length = q.shape[:2]
+    tiles = -(-length // (2 * (64 // 16)))
+    total = tiles * 4 * batch
+    window_fwd_specialised[(hopper.programs(total, q),)](
+        q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, length, tiles, total, scale,
+        *launch.strides(q), c.bn, c.stages, **c.options,
+    )
 
 
 def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):

@@ -17,6 +17,10 @@ SPECIALISED = Choice(
     "warp_specialised",
     "a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)",
 )
+RIDES = Choice(
+    "rides",
+    "the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less",
+)
 UNROLLED = 128  # float32 scores a warp: more, and a kernel spills and takes minutes to compile
 
 
@@ -32,7 +36,14 @@ class ChooseTiles:
     name = "choose_tiles"
 
     def run(self, plan: Plan) -> Plan:
-        return replace(plan, kernels=tuple(_with_tiles(k, plan.heads) for k in plan.kernels))
+        kernels = tuple(_with_tiles(k, plan.heads) for k in plan.kernels)
+        carriers = {k.name for k in kernels if k.specialised}
+        carried = {x.kernel for name in carriers for x in plan.riders(name)}
+        return replace(plan, kernels=tuple(_riding(k) if k.name in carried else k for k in kernels))
+
+
+def _riding(kernel: Kernel) -> Kernel:
+    return replace(kernel, choices=(*kernel.choices, RIDES))
 
 
 def split_dim(dim: int) -> tuple[int, ...]:

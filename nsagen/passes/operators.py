@@ -218,6 +218,15 @@ def _combination(combine: Combine) -> Launch:
     return Launch("combine_fwd", (*_terms(combine), ("gates", combine.gates), ("out", combine.out)))
 
 
+def carrier(attends: list[Attend]) -> str | None:
+    """The forward whose programs may combine their rows: the last, if its keys lie in a row.
+
+    Where they are warp-specialised they have the registers for it, and products beside which memory is idle.
+    """
+    last = attends[-1]
+    return None if any(s.listed for s in last.sources) else f"{last.branch}_fwd"
+
+
 def _terms(combine: Combine) -> Binds:
     return tuple((f"term{i}", t) for i, t in enumerate(combine.terms))
 
@@ -230,7 +239,7 @@ def _whole(graph: Graph, attends: list[Attend], combine: Combine) -> Op:
             launches += _forwards(node, graph.heads)
         elif isinstance(node, Select) and node not in ahead:
             launches += _select(node)
-    launches.append(_combination(combine))
+    launches.append(replace(_combination(combine), rides=carrier(attends)))
     outputs = (combine.out, *graph.saved)
     return Op("attention", "whole", _whole_inputs(graph, attends, combine), outputs, tuple(launches))
 

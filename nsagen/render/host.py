@@ -23,7 +23,7 @@ from nsagen.ir.graph import (
 from nsagen.ir.plan import BT, T0, Launch, N, Op, Plan, Ring, Walk
 from nsagen.passes.operators import cached_name, suffixes
 from nsagen.passes.rings import rings
-from nsagen.render.view import Named
+from nsagen.render.view import Combined, Named, combined_view
 from nsagen.sym import Expr, Symbol, conjunct_text, expand, substitute, symbol, to_text
 
 
@@ -77,6 +77,7 @@ class BranchView:
     mapped: tuple[str, ...]  # keys and values that fwd and dq can take by tensor maps
     maps: tuple[str, ...]  # those, as a launch makes them for its config c
     boxes: tuple[str, ...]  # the maps of the forward whose warp copies, where it has that form
+    combined: Combined | None  # what may ride on that form
 
     @property
     def listed(self) -> bool:
@@ -182,6 +183,7 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         mapped=tuple(x for x, _ in maps),
         maps=tuple(made for _, made in maps),
         boxes=tuple(_boxes(plan, f"{node.branch}_fwd", sources)),
+        combined=combined_view(plan.kernel(f"{node.branch}_fwd"), plan),
     )
 
 
@@ -306,6 +308,11 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
             drops = "rest" not in bind and not cached and _attend(kernel.branch, graph).rest
             outs, keep = (f"{outs}, _", ", keep_rest=False") if drops else (outs, "")
             function = f"_{kernel.branch}{name or '_forward'}"
+            carried = _carried(op, launch, plan)
+            if carried:  # what rides comes out, too
+                outs, function = f"{outs}, {carried['out']}", f"_{kernel.branch}_combined"
+                others = [b for o, b in carried.items() if o.startswith("term") and b != bind["out"]]
+                arguments = ", ".join([arguments, *others, carried["gates"]])
             lines.append(f"{outs} = {function}(q, {arguments}, {past}cu_seqlens, scale{keep})")
         elif kernel.body in ("attend_dq", "sum_lists"):
             lines += _backward(op, launch, kernel.branch, bind, graph, plan)
@@ -314,7 +321,7 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
         elif kernel.body == "select_scores":
             chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
             lines.append(f"{chosen} = _select{name}(q, {bind['k']}, {bind['lse']}, {past}cu_seqlens, scale)")
-        elif kernel.body == "combine_fwd":
+        elif kernel.body == "combine_fwd" and not rides(launch, plan):
             lines.append(f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})")
         elif kernel.body == "combine_bwd" and kernel.branch:
             lines += _gate(launch, kernel.branch, first=not gated)
@@ -324,6 +331,17 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
         elif kernel.body == "combine_bwd":
             lines.append(f"{bind['delta']} = _delta(d_out, {bind['term']}, {bind.get('rest', 'None')})")
     return lines
+
+
+def rides(launch: Launch, plan: Plan) -> bool:
+    """Whether the function of the kernel that it rides on does its work."""
+    return launch.rides is not None and combined_view(plan.kernel(launch.rides), plan) is not None
+
+
+def _carried(op: Op, launch: Launch, plan: Plan) -> dict[str, str] | None:
+    """What is bound in the op's combination, where that rides on the launch."""
+    riders = [x for x in op.launches if x.rides == launch.kernel and rides(x, plan)]
+    return dict(riders[0].binds) if riders else None
 
 
 def _gate(launch: Launch, branch: str, first: bool) -> list[str]:

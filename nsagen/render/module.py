@@ -28,7 +28,7 @@ from nsagen.render.host import (
 from nsagen.render.keys import kernel_key
 from nsagen.render.split_view import split_view
 from nsagen.render.standalone import link
-from nsagen.render.view import Named, kernel_view
+from nsagen.render.view import Named, combined_view, kernel_view
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
 COMPRESSORS = {
@@ -43,6 +43,7 @@ class KernelText:
     source: str
     configs: tuple[TileTable, ...]
     lengths: tuple[int, int | None] | None  # queries from and below which it runs, if not always
+    carries: str | None = None  # the kernel that rides on its specialised form
 
 
 @lru_cache(maxsize=1)
@@ -158,7 +159,9 @@ def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     source = _source(kernel, plan)
     # A kernel over a cache runs with the tiles of the one that it is made from.
     configs = () if kernel.cached else _distinct(kernel.tiles)
-    return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan))
+    riders = plan.riders(kernel.name) if combined_view(kernel, plan) else ()
+    carries = riders[0].kernel if riders else None
+    return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan), carries)
 
 
 def _lengths(kernel: Kernel, plan: Plan) -> tuple[int, int | None] | None:

@@ -129,6 +129,23 @@ class SourceView:
 
 
 @dataclass(frozen=True)
+class Combined:
+    """What rides on a forward whose warp copies: its output times a gate, and the other terms times theirs."""
+
+    own: int  # its own term, of all
+    terms: tuple[int, ...]
+    columns: int  # of the gates
+
+    @property
+    def others(self) -> list[int]:
+        return [i for i in self.terms if i != self.own]
+
+    @property
+    def arguments(self) -> str:
+        return "".join(f"term{i}_ptr, " for i in self.others) + "gates_ptr, combined_ptr, "
+
+
+@dataclass(frozen=True)
 class KernelView:
     name: str
     body: str
@@ -163,6 +180,7 @@ class KernelView:
     count: int  # blocks of a list
     parted: bool  # leaves parts of a result in the queries' lists
     specialised: bool  # has a second form, in which a warp only copies
+    combined: Combined | None  # what may ride on that form
 
     maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
@@ -312,10 +330,21 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         count=_listed(plan)[1],
         parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
         specialised=kernel.specialised and not kernel.cached,
+        combined=combined_view(kernel, plan),
         maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
     )
+
+
+def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
+    """None where the kernel has no such form, or nothing to combine rides on it."""
+    rider = next((x for x in plan.riders(kernel.name) if plan.kernel(x.kernel).body == "combine_fwd"), None)
+    if rider is None or not kernel.specialised:
+        return None
+    outs = {buffer for x in plan.launches(kernel.name) for operand, buffer in x.binds if operand == "out"}
+    terms = {int(operand[4:]): buffer for operand, buffer in rider.binds if operand.startswith("term")}
+    return Combined(next(i for i, buffer in terms.items() if buffer in outs), tuple(terms), _columns(plan))
 
 
 def _maps(kernel: Kernel, access: Access) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes
 
-# Names of Triton 3.6 to 3.7, and later ones.
-copy = getattr(tma, "async_copy_global_to_shared", None) or tma.async_load  # pyright: ignore[reportAttributeAccessIssue]
-sync = getattr(gl, "thread_barrier", None) or gl.barrier  # pyright: ignore[reportAttributeAccessIssue]
+# What later versions of Triton call these, or 3.6 does.
+copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the first name from 3.8 on
+sync = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -61,7 +61,7 @@ def release(empty, number, STAGES: gl.constexpr):
 @gluon.jit
 def fetch(boxes, b, s0, h, column, tile, full):
     """Have the keys s0, … of KV head h, columns from `column` on, copied into the tile."""
-    copy(boxes, [b, s0, h, column], full, tile._reinterpret(boxes.dtype, boxes.block_shape, boxes.layout))
+    copy(boxes, [b, s0, h, column], full, tile.reshape(boxes.block_shape))
 
 
 @gluon.jit
@@ -82,14 +82,6 @@ def columns(x, time):
     e = gl.expand_dims(gl.expand_dims(gl.expand_dims(e, 0), 1), 2)
     time = gl.convert_layout(time, gl.SliceLayout(1, gl.SliceLayout(2, OUTER)))
     return 8 * i + e, 2 * j, gl.expand_dims(gl.expand_dims(gl.expand_dims(time, 1), 2), 3)
-
-
-@gluon.jit
-def turn(round):
-    """The number of this program's work in a round: forwards, then backwards, so that late programs get no less."""
-    programs = gl.num_programs(0)
-    at = gl.program_id(0)
-    return round * programs + gl.where(round % 2 == 1, programs - 1 - at, at)
 
 
 def boxes(x: torch.Tensor, widths: tuple[int, ...], rows: int) -> list[Boxes]:

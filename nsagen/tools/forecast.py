@@ -9,6 +9,7 @@ those in benchmarks/results, from 4k to 128k.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nsagen.ir.graph import TOKENS
 from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, S0, T0, Kernel, Launch, N, Op, Plan, Walk
@@ -32,6 +33,8 @@ RATES = {
     "score_lse": Rate(370e12, 9.3e-9),
     "select_scores": Rate(410e12, 1.0e-9),
 }
+SPECIALISED = Rate(560e12, 10e-9, 40e-6)  # of an attend_fwd with a warp that only copies
+RIDING = 0.3  # of its own time, what a combination costs in the epilogue of such a kernel
 LISTED = {"attend_fwd": L2, "attend_dq": 0.87 * L2}  # bytes a second, of the blocks that each query reads
 PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
 BEST = 2.8e12, 0.5e-9  # a selection: bytes of scores a second, seconds a query and KV head
@@ -40,13 +43,18 @@ LAUNCH = 4e-6  # seconds: less does not show
 INVERSE = 10e-6, 33e-12  # seconds for the inverse of the lists: a call, an entry
 SAMPLES = 64  # tiles whose loops are counted
 
-Tile = tuple[int, int]  # BM, BN
+
+class Tile(NamedTuple):
+    bm: int
+    bn: int
+    specialised: bool = False
 
 
 def first_choices(plan: Plan, arch: str = "sm_90", bits: int = 16) -> dict[str, Tile]:
     """The tile of every kernel that the model ranks first."""
     tables = {k.name: next((t for t in k.tiles if (t.arch, t.bits) == (arch, bits)), None) for k in plan.kernels}
-    return {name: (t.configs[0].bm, t.configs[0].bn) for name, t in tables.items() if t}
+    first = {name: t.configs[0] for name, t in tables.items() if t}
+    return {name: Tile(c.bm, c.bn, c.specialised) for name, c in first.items()}
 
 
 def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
@@ -66,12 +74,18 @@ def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
 def of_op(op: Op, plan: Plan, tokens: int, tiles: dict[str, Tile]) -> float:
     """Of an op's launches at that length, with the host's work on block lists between them."""
     launches = taken(op, tokens)
-    total = sum(seconds(x, plan, tokens, tiles[x.kernel]) for x in launches)
+    total = sum(in_op(x, plan, tokens, tiles) for x in launches)
     items = [x for x in launches if "items" in dict(x.binds) and plan.kernel(x.kernel).walks]
     if not items:
         return total
     listed = next(w.listed for w in plan.kernel(items[0].kernel).walks if w.listed)
     return total + len(items) * (INVERSE[0] + INVERSE[1] * tokens * plan.heads.kv * listed.count)
+
+
+def in_op(launch: Launch, plan: Plan, tokens: int, tiles: dict[str, Tile]) -> float:
+    """Of one launch, or what its work adds to the specialised kernel that it rides on."""
+    rides = launch.rides is not None and tiles[launch.rides].specialised
+    return seconds(launch, plan, tokens, tiles[launch.kernel]) * (RIDING if rides else 1.0)
 
 
 def _seen(kernel: Kernel, tokens: int) -> int:
@@ -96,9 +110,10 @@ def _parts(kernel: Kernel, plan: Plan, tokens: int) -> float:
 
 
 def _tiled(kernel: Kernel, plan: Plan, tokens: int, tile: Tile) -> float:
-    heads, (bm, bn) = plan.heads, tile
+    heads, (bm, bn, specialised) = plan.heads, tile
     in_turn = kernel.body in HEADS_IN_TURN
-    rate, bt = RATES[kernel.body], bm if in_turn else max(1, bm // heads.group)
+    rate = SPECIALISED if specialised else RATES[kernel.body]
+    bt = bm if in_turn else max(1, bm // heads.group)
     loops = [_loops(w, bt, bn, tokens) for w in kernel.walks]
     steps = sum(steps for steps, _ in loops) * heads.kv
     elements = steps * bm * bn * (heads.group if in_turn else 1)

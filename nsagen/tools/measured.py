@@ -9,7 +9,7 @@ from nsagen.render.module import kernel_keys
 from nsagen.runtime import tuned
 from nsagen.tools.console import table
 from nsagen.tools.costs import H200, main_ops
-from nsagen.tools.forecast import seconds
+from nsagen.tools.forecast import Tile, seconds
 
 HEAD = ("kernel", "GPU", "triton", "dots", "tokens", "first choice", "predicted", "ms", "fastest", "predicted", "ms")
 
@@ -45,7 +45,7 @@ def _predicted(kernel: Kernel, plan: Plan, tile: TileConfig, place: tuned.Place)
     if H200.name not in place.gpu or place.kind != "16":
         return "-"  # the model knows no other rates
     launches = [x for op in main_ops(plan) for x in op.launches if x.kernel == kernel.name]
-    return _shown(1e3 * sum(seconds(x, plan, place.length, (tile.bm, tile.bn)) for x in launches))
+    return _shown(1e3 * sum(seconds(x, plan, place.length, Tile(tile.bm, tile.bn, tile.specialised)) for x in launches))
 
 
 def _shown(ms: float | None) -> str:

@@ -16,7 +16,7 @@ from nsagen.ir.plan import Kernel, Op
 from nsagen.runtime import launch
 from nsagen.tools.bench_inputs import Setting
 from nsagen.tools.costs import main_ops
-from nsagen.tools.forecast import of_op
+from nsagen.tools.forecast import Tile, of_op
 
 
 class Model:
@@ -42,8 +42,8 @@ class Model:
         taken = {x.kernel: self._tile(self.plan.kernel(x.kernel), tokens) for x in op.launches}
         return 1e3 * of_op(op, self.plan, tokens, taken)
 
-    def _tile(self, kernel: Kernel, tokens: int) -> tuple[int, int]:
+    def _tile(self, kernel: Kernel, tokens: int) -> Tile:
         device = torch.device(self.setting.device)
         like: Any = torch.empty(1, tokens, 0, device=device, dtype=self.setting.dtype)
         config = launch.pick(self.configs[kernel.name], like)
-        return config.bm, config.bn
+        return Tile(config.bm, config.bn, config.specialised)

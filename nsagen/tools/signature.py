@@ -18,7 +18,7 @@ from nsagen.tools.aot_chips import candidates
 
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
-ALIASES = {"do": "d_out", "score": "scores"}  # short names in kernels
+ALIASES = {"do": "d_out", "score": "scores", "combined": "out"}  # short names in kernels
 ABSENT = ("cu", "table", "rows", "starts")  # one sequence a batch entry, its keys in a row, in q's dtype; φ a mean
 INDICES = ("list", "first", "items", "past", "lengths")  # int32: of block lists, or of a cache
 EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap

@@ -84,14 +84,17 @@ class GpuMeasurer:
                 raise CandidateFailed(f"its result is {far:.3g} from the first choice's of norm {size:.3g}")
 
     def _profiled(self, index: int) -> Counter[str]:
-        """Milliseconds by kernel name, all launches together."""
+        """Milliseconds by kernel name, all launches together, with those of what may ride on it."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             self.run(index)
         spent: Counter[str] = Counter()
         for event in trace.events() or ():
-            spent[event.name] += event.device_time / 1e3  # pyright: ignore[reportArgumentType]
+            spent[event.name.removesuffix("_specialised")] += event.device_time / 1e3  # pyright: ignore[reportArgumentType]
+        for kernel, tiles in self.module._CONFIGS.items():
+            if tiles.carries:  # a form that does not do another kernel's work is followed by it
+                spent[kernel] += spent[tiles.carries]
         return spent
 
 

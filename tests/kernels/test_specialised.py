@@ -73,6 +73,31 @@ def test_the_same_as_without(
                 assert oracle.error(whole, right) < 1e-3, (length, form)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_what_rides_is_the_combination(heads: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last branch's programs, gates and all: the bits of a pass over the terms."""
+    module = module_of(heads)
+    forms = specialised(module, "window_fwd")
+    if not forms:
+        pytest.skip("needs a GPU of sm_90")
+    monkeypatch.setattr(launch, "POISON", True)
+    for length in (1, 129, 700):
+        given = inputs(HEADS[heads], "window", length, torch.bfloat16, device)
+        assert given is not None
+        g = torch.Generator().manual_seed(length)
+        term = torch.randn(*given[0].shape[:3], HEADS[heads]["v_dim"], generator=g).to(device, torch.bfloat16)
+        gates = torch.rand(*given[0].shape[:3], 2, generator=g).to(device, torch.bfloat16)
+        for form in forms:
+            module._CONFIGS["window_fwd"].forced = form
+            try:
+                out, lse, whole = module._window_combined(*given, term, gates, None, 0.1)
+                alone, alone_lse = module._window_forward(*given, None, 0.1)
+            finally:
+                module._CONFIGS["window_fwd"].forced = None
+            assert torch.equal(out, alone) and torch.equal(lse, alone_lse)
+            assert torch.equal(whole, module._combine(term, out, gates)), (length, form)
+
+
 def inputs(h: dict[str, int], branch: str, length: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...] | None:
     """q, k, v as rows of wider tensors, so that no stride is what it would be alone; None before the first block."""
     keys = max(0, length - 16) // 16 if branch == "compressed" else length

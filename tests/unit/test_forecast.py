@@ -38,15 +38,15 @@ def measured(spec: str) -> dict[tuple[str, int], tuple[float, str]]:
     return found
 
 
-def tile(label: str) -> tuple[int, int]:
+def tile(label: str) -> forecast.Tile:
     bm, bn = label.split("w")[0].split("x")
-    return int(bm), int(bn)
+    return forecast.Tile(int(bm), int(bn), label.endswith("ws"))
 
 
-def tiles(spec: str) -> dict[str, tuple[int, int]]:
+def tiles(spec: str) -> dict[str, forecast.Tile]:
     """The fastest measured at 64k; the first choice of the others."""
-    chosen = {k.name: (k.tiles[2].configs[0].bm, k.tiles[2].configs[0].bn) for k in compiled(spec).plan.kernels}
-    return chosen | {kernel: tile(label) for (kernel, length), (_, label) in measured(spec).items() if length == 65536}
+    fastest = {kernel: tile(label) for (kernel, length), (_, label) in measured(spec).items() if length == 65536}
+    return forecast.first_choices(compiled(spec).plan) | fastest
 
 
 @pytest.mark.parametrize("spec", ["nsa_128", "nsa_paper"])
@@ -71,7 +71,7 @@ def test_the_selection(tokens: int) -> None:
     launches = {x.kernel: x for op in main_ops(plan) for x in op.launches}
     times = measured["select_scores"][str(tokens)][tile], measured["select_best"][str(tokens)]
     for kernel, ms in zip(("select_scores", "select_best"), times, strict=True):
-        ratio = 1e3 * forecast.seconds(launches[kernel], plan, tokens, (64, 128)) / ms
+        ratio = 1e3 * forecast.seconds(launches[kernel], plan, tokens, forecast.Tile(64, 128)) / ms
         assert abs(ratio - 1) < WITHIN, (kernel, ms, ratio)
 
 

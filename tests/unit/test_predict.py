@@ -10,7 +10,7 @@ from nsagen.runtime import launch
 from nsagen.tools.bench_cases import own_cases
 from nsagen.tools.bench_inputs import Setting
 from nsagen.tools.costs import main_ops
-from nsagen.tools.forecast import seconds
+from nsagen.tools.forecast import Tile, seconds
 from nsagen.tools.predict import Model
 
 
@@ -40,7 +40,7 @@ def test_it_is_the_forecast_with_the_tiles_that_a_launch_takes():
         want = 0.0
         for x in op.launches:
             taken = launch.pick(model.configs[x.kernel], torch.empty(1, 512, 0, dtype=torch.bfloat16))
-            want += 1e3 * seconds(x, model.plan, 512, (taken.bm, taken.bn))
+            want += 1e3 * seconds(x, model.plan, 512, Tile(taken.bm, taken.bn))
         assert found == pytest.approx(want)
 
 
