@@ -8,7 +8,7 @@ from itertools import product
 from nsagen.ir.graph import Heads
 from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
-from nsagen.passes.specialise import GROUP_ROWS, specialised_shapes, specialised_speed, specialised_use
+from nsagen.passes.specialise import GROUP_ROWS, WARPGROUPS, specialised_shapes, specialised_speed, specialised_use
 
 BITS = (16, 32)
 MOST_REGISTERS = 255  # a thread
@@ -151,7 +151,8 @@ def _judge(
 
 
 def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bm: int, bn: int, stages: int) -> TileConfig:
-    use, (waste, trips) = specialised_use(kernel, bn, stages), loop_shape(kernel, heads, bm, bn)
+    queries = WARPGROUPS * (GROUP_ROWS // heads.group)
+    use, (waste, trips) = specialised_use(kernel, bn, stages), loop_shape(kernel, heads, bm, bn, queries)
     cost = round(waste / specialised_speed(use, bn, stages, trips), 3)
     dropped = _dropped(use, arch, 16, bm * bn, 4)
     return TileConfig(bm, bn, 4, stages, use.smem, use.registers, cost, dropped, maps=True, specialised=True)

@@ -120,14 +120,15 @@ def resources(kernel: Kernel, bits: int, bm: int, bn: int, warps: int, stages: i
     return Use(round(smem), round((words + pointers) / threads) + 40)
 
 
-def loop_shape(kernel: Kernel, heads: Heads, bm: int, bn: int) -> tuple[float, float]:
-    """(waste, trips) of the widest walk on a long sequence.
+def loop_shape(kernel: Kernel, heads: Heads, bm: int, bn: int, bt: int | None = None) -> tuple[float, float]:
+    """(waste, trips) of the widest walk on a long sequence; bt: queries of a tile, if not as many as its rows hold.
 
     waste: score elements computed over elements needed, padded rows and edge tiles included. trips: loop iterations.
     """
     if kernel.body in HEADS_IN_TURN:
         return max(_walk_shape(w, bm, bm, 1, bn)[0] for w in kernel.walks), heads.group
-    return max(_walk_shape(w, max(1, bm // heads.group), bm, heads.group, bn) for w in kernel.walks)
+    bt = bt or max(1, bm // heads.group)
+    return max(_walk_shape(w, bt, bm, heads.group, bn) for w in kernel.walks)
 
 
 @lru_cache(maxsize=4096)

@@ -22,8 +22,9 @@ def specialised_use(kernel: Kernel, bn: int, stages: int) -> Use:
     Registers of a warpgroup's thread: the output, the scores of a tile, and the weights of that and the one before.
     """
     qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
-    smem = 2 * (WARPGROUPS * GROUP_ROWS * qk + stages * bn * (qk + v) + GROUP_ROWS * max(kernel.v_parts)) + 1024
-    more = 16 * (len(kernel.qk_parts) - 1)  # places of the parts
+    moved = min(2 * WARPGROUPS * GROUP_ROWS * max(kernel.v_parts), 8192)
+    smem = 2 * (WARPGROUPS * GROUP_ROWS * qk + stages * bn * (qk + v)) + moved + 512
+    more = 16 * (len(kernel.qk_parts) + len(kernel.v_parts) - 2) + (qk + v) // 32  # where parts and rows lie
     return Use(smem, round(GROUP_ROWS * (v + 2 * bn) / 128) + 40 + more)
 
 

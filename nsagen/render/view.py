@@ -135,6 +135,7 @@ class Combined:
     own: int  # its own term, of all
     terms: tuple[int, ...]
     columns: int  # of the gates
+    ahead: int  # keys of a tile up to which the other terms are loaded beside the products; 0: of none
 
     @property
     def others(self) -> list[int]:
@@ -337,6 +338,9 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
     )
 
 
+REGISTERS = 200  # a thread, for the output, terms in two bytes, and a tile's scores and weights, one a key
+
+
 def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
     """None where the kernel has no such form, or nothing to combine rides on it."""
     rider = next((x for x in plan.riders(kernel.name) if plan.kernel(x.kernel).body == "combine_fwd"), None)
@@ -344,7 +348,10 @@ def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
         return None
     outs = {buffer for x in plan.launches(kernel.name) for operand, buffer in x.binds if operand == "out"}
     terms = {int(operand[4:]): buffer for operand, buffer in rider.binds if operand.startswith("term")}
-    return Combined(next(i for i, buffer in terms.items() if buffer in outs), tuple(terms), _columns(plan))
+    own = next(i for i, buffer in terms.items() if buffer in outs)
+    spare = REGISTERS - plan.heads.v_dim // 2 - (len(terms) - 1) * plan.heads.v_dim // 4
+    ahead = 1 << max(spare, 1).bit_length() - 1 if spare >= 16 else 0
+    return Combined(own, tuple(terms), _columns(plan), min(ahead, 128))
 
 
 def _maps(kernel: Kernel, access: Access) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 from functools import lru_cache
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -84,17 +85,21 @@ def columns(x, time):
     return 8 * i + e, 2 * j, gl.expand_dims(gl.expand_dims(gl.expand_dims(time, 1), 2), 3)
 
 
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
 def boxes(x: torch.Tensor, widths: tuple[int, ...], rows: int) -> list[Boxes]:
     """Tensor maps of keys or values [B, N, H, D] for boxes of `rows` rows of one head, one for each part of D."""
     some = x.shape[-1] * x.element_size()  # for the stride of a dim of one, which may be anything
     strides = [stride if size > 1 else some for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    made: list[Boxes] = []
-    for width in widths:
-        box = [1, rows, 1, width]
-        layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-        made.append(Boxes(x, list(x.shape), [*strides, 1], box, layout))
-    return made
+    shape, strides = list(x.shape), [*strides, 1]
+    return [Boxes(x, shape, strides, [1, rows, 1, width], _layout(rows, width, x.dtype)) for width in widths]
+
+
+@lru_cache(maxsize=256)
+def _layout(rows: int, width: int, dtype: torch.dtype) -> Any:
+    """How a box lies in shared memory. Kept, since a launch that asks for it anew takes longer."""
+    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, width], _TYPES[dtype])
 
 
 def programs(total: int, x: torch.Tensor) -> int:

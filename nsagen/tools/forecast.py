@@ -33,8 +33,8 @@ RATES = {
     "score_lse": Rate(370e12, 9.3e-9),
     "select_scores": Rate(410e12, 1.0e-9),
 }
-SPECIALISED = Rate(560e12, 10e-9, 40e-6)  # of an attend_fwd with a warp that only copies
-RIDING = 0.3  # of its own time, what a combination costs in the epilogue of such a kernel
+SPECIALISED = Rate(690e12, 27e-9, 40e-6)  # of an attend_fwd with a warp that only copies
+RIDING = 0.5  # of its own time, what a combination costs in the epilogue of such a kernel
 LISTED = {"attend_fwd": L2, "attend_dq": 0.87 * L2}  # bytes a second, of the blocks that each query reads
 PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
 BEST = 2.8e12, 0.5e-9  # a selection: bytes of scores a second, seconds a query and KV head
