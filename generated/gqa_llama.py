@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  5c86f501e5c1
+content  705f33d67b0d
 runtime  16
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -69,7 +69,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_5c86f501e5c1"
+_SPACE = "nsagen_gqa_llama_705f33d67b0d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3565,7 +3565,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dq"], q, launch.mapped(cu_seqlens, k, v))
+    c = launch.pick(_CONFIGS["compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
     compressed_dq[(tiles * 8 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -3724,7 +3724,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dq"], q, launch.mapped(cu_seqlens, k, v))
+    c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
     window_dq[(tiles * 8 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  fec2f828c5f1
+content  609bebecf22b
 runtime  16
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -53,7 +53,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_fec2f828c5f1"
+_SPACE = "nsagen_nsa_compressed_window_609bebecf22b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2135,7 +2135,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dq"], q, launch.mapped(cu_seqlens, k, v))
+    c = launch.pick(_CONFIGS["compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     compressed_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
@@ -2211,7 +2211,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dq"], q, launch.mapped(cu_seqlens, k, v))
+    c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

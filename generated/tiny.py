@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  f1cf25c92473
+content  f81b07a15cae
 runtime  16
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -68,7 +68,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_f1cf25c92473"
+_SPACE = "nsagen_tiny_f81b07a15cae"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3261,7 +3261,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dq"], q, launch.mapped(cu_seqlens, k, v))
+    c = launch.pick(_CONFIGS["compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
     compressed_dq[(tiles * 2 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  873d8c39f773
+content  c8031fd8b436
 runtime  16
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -42,7 +42,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_873d8c39f773"
+_SPACE = "nsagen_window_only_c8031fd8b436"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1117,7 +1117,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dq"], q, launch.mapped(cu_seqlens, k, v))
+    c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
     window_dq[(tiles * 4 * batch,)](
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from nsagen.ir.graph import Heads
-from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Plan, TileConfig, TileTable
+from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Op, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
-from nsagen.passes.specialise import GROUP_ROWS, WARPGROUPS, specialised_shapes, specialised_speed, specialised_use
+from nsagen.passes.specialise import GROUP_ROWS, queries, specialised_shapes, specialised_speed, specialised_use
 
 BITS = (16, 32)
 MOST_REGISTERS = 255  # a thread
@@ -37,9 +37,15 @@ class ChooseTiles:
 
     def run(self, plan: Plan) -> Plan:
         kernels = tuple(_with_tiles(k, plan.heads) for k in plan.kernels)
-        carriers = {k.name for k in kernels if k.specialised}
-        carried = {x.kernel for name in carriers for x in plan.riders(name)}
-        return replace(plan, kernels=tuple(_riding(k) if k.name in carried else k for k in kernels))
+        plain = {k.name for k in kernels if k.body == "attend_fwd" and not k.specialised}
+        carried = {x.kernel for k in kernels if k.specialised for x in plan.riders(k.name)}
+        kernels = tuple(_riding(k) if k.name in carried else k for k in kernels)
+        return replace(plan, kernels=kernels, ops=tuple(_without_carriers(op, plain) for op in plan.ops))
+
+
+def _without_carriers(op: Op, plain: set[str]) -> Op:
+    """Without the rides on kernels that have no form for it."""
+    return replace(op, launches=tuple(replace(x, rides=None) if x.rides in plain else x for x in op.launches))
 
 
 def _riding(kernel: Kernel) -> Kernel:
@@ -151,8 +157,8 @@ def _judge(
 
 
 def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bm: int, bn: int, stages: int) -> TileConfig:
-    queries = WARPGROUPS * (GROUP_ROWS // heads.group)
-    use, (waste, trips) = specialised_use(kernel, bn, stages), loop_shape(kernel, heads, bm, bn, queries)
+    use = specialised_use(kernel, bn, stages)
+    waste, trips = loop_shape(kernel, heads, bm, bn, queries(heads.group))
     cost = round(waste / specialised_speed(use, bn, stages, trips), 3)
     dropped = _dropped(use, arch, 16, bm * bn, 4)
     return TileConfig(bm, bn, 4, stages, use.smem, use.registers, cost, dropped, maps=True, specialised=True)

@@ -65,7 +65,7 @@ class Arch:
 
 ARCHES = (
     Arch("sm_80", 163 << 10, 164 << 10, False, False),
-    Arch("sm_90", 227 << 10, 228 << 10, True, True, True),
+    Arch("sm_90", 227 << 10, 228 << 10, True, True, specialises=True),
     Arch("sm_100", 227 << 10, 228 << 10, True, True),
 )
 

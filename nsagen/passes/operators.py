@@ -224,7 +224,7 @@ def carrier(attends: list[Attend]) -> str | None:
     Where they are warp-specialised they have the registers for it, and products beside which memory is idle.
     """
     last = attends[-1]
-    return None if any(s.listed for s in last.sources) else f"{last.branch}_fwd"
+    return None if len(attends) == 1 or any(s.listed for s in last.sources) else f"{last.branch}_fwd"
 
 
 def _terms(combine: Combine) -> Binds:

@@ -8,12 +8,27 @@ from nsagen.passes.machine import Use
 GROUP_ROWS = 64  # rows of a warpgroup, of whole queries
 WARPGROUPS = 2
 REGISTERS = 240  # of a warpgroup's thread: two of them, and 24 for the copying one's
+SPARE = 200  # of those, for what a row holds
 SHAPES = ((64, 2), (64, 3), (64, 4), (128, 2))  # keys of a tile, stages
 
 
 def specialised_shapes() -> list[tuple[int, int, int]]:
     """(BM, BN, stages)"""
     return [(WARPGROUPS * GROUP_ROWS, bn, stages) for bn, stages in SHAPES]
+
+
+def queries(group: int) -> int:
+    """Of a tile: whole ones in the rows of each warpgroup."""
+    return WARPGROUPS * (GROUP_ROWS // group)
+
+
+def ahead(v_dim: int, others: int) -> int:
+    """Keys of a tile up to which `others` terms of two bytes fit in registers beside the products; 0: of no tile.
+
+    A thread has half of a row's output, a quarter of each term's, and a number a key for scores and weights.
+    """
+    spare = SPARE - v_dim // 2 - others * v_dim // 4
+    return max((bn for bn, _ in SHAPES if bn <= spare), default=0)
 
 
 def specialised_use(kernel: Kernel, bn: int, stages: int) -> Use:
@@ -31,5 +46,5 @@ def specialised_use(kernel: Kernel, bn: int, stages: int) -> Use:
 def specialised_speed(use: Use, bn: int, stages: int, trips: float) -> float:
     """Fraction of the peak rate, fitted on an H200: wide tiles read a query's rows less often from shared memory."""
     depth = 0.97 if stages * bn < 192 else 1.0
-    spills = 0.9 if use.registers > REGISTERS else 1.0
-    return depth * spills * bn / (bn + 18) * trips / (trips + 1)
+    tight = 0.9 if use.registers > REGISTERS else 1.0  # it may spill
+    return depth * tight * bn / (bn + 18) * trips / (trips + 1)

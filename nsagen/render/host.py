@@ -86,8 +86,12 @@ class BranchView:
     @property
     def by_maps(self) -> str:
         """What `launch.pick` is told, where it matters."""
-        operands = self.mapped or (self.keys if self.boxes else ())
-        return f", launch.mapped(cu_seqlens, {', '.join(operands)})" if operands else ""
+        return f", launch.mapped(cu_seqlens, {', '.join(self.mapped)})" if self.mapped else ""
+
+    @property
+    def by_boxes(self) -> str:
+        """The same of the forward."""
+        return f", launch.mapped(cu_seqlens, {', '.join(self.keys)})" if self.boxes else self.by_maps
 
     @property
     def keys(self) -> list[str]:
@@ -308,7 +312,7 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
             drops = "rest" not in bind and not cached and _attend(kernel.branch, graph).rest
             outs, keep = (f"{outs}, _", ", keep_rest=False") if drops else (outs, "")
             function = f"_{kernel.branch}{name or '_forward'}"
-            carried = _carried(op, launch, plan)
+            carried = _carried(op, launch)
             if carried:  # what rides comes out, too
                 outs, function = f"{outs}, {carried['out']}", f"_{kernel.branch}_combined"
                 others = [b for o, b in carried.items() if o.startswith("term") and b != bind["out"]]
@@ -321,7 +325,7 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
         elif kernel.body == "select_scores":
             chosen = next(n.out for n in graph.nodes if isinstance(n, Select))
             lines.append(f"{chosen} = _select{name}(q, {bind['k']}, {bind['lse']}, {past}cu_seqlens, scale)")
-        elif kernel.body == "combine_fwd" and not rides(launch, plan):
+        elif kernel.body == "combine_fwd" and launch.rides is None:
             lines.append(f"{bind['out']} = _combine({', '.join(terms)}, {bind['gates']})")
         elif kernel.body == "combine_bwd" and kernel.branch:
             lines += _gate(launch, kernel.branch, first=not gated)
@@ -333,15 +337,9 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
     return lines
 
 
-def rides(launch: Launch, plan: Plan) -> bool:
-    """Whether the function of the kernel that it rides on does its work."""
-    return launch.rides is not None and combined_view(plan.kernel(launch.rides), plan) is not None
-
-
-def _carried(op: Op, launch: Launch, plan: Plan) -> dict[str, str] | None:
+def _carried(op: Op, launch: Launch) -> dict[str, str] | None:
     """What is bound in the op's combination, where that rides on the launch."""
-    riders = [x for x in op.launches if x.rides == launch.kernel and rides(x, plan)]
-    return dict(riders[0].binds) if riders else None
+    return next((dict(x.binds) for x in op.launches if x.rides == launch.kernel), None)
 
 
 def _gate(launch: Launch, branch: str, first: bool) -> list[str]:

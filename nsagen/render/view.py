@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
 from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Access, Kernel, Mask, Plan, Ring, Segment, Walk
+from nsagen.passes.specialise import ahead
 from nsagen.render.kernel_doc import kernel_doc
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
 
@@ -134,8 +135,12 @@ class Combined:
 
     own: int  # its own term, of all
     terms: tuple[int, ...]
-    columns: int  # of the gates
     ahead: int  # keys of a tile up to which the other terms are loaded beside the products; 0: of none
+
+    @property
+    def columns(self) -> int:
+        """Of the gates."""
+        return len(self.terms)
 
     @property
     def others(self) -> list[int]:
@@ -338,20 +343,15 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
     )
 
 
-REGISTERS = 200  # a thread, for the output, terms in two bytes, and a tile's scores and weights, one a key
-
-
 def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
-    """None where the kernel has no such form, or nothing to combine rides on it."""
+    """None where no combination rides on the kernel."""
     rider = next((x for x in plan.riders(kernel.name) if plan.kernel(x.kernel).body == "combine_fwd"), None)
-    if rider is None or not kernel.specialised:
+    if rider is None:
         return None
     outs = {buffer for x in plan.launches(kernel.name) for operand, buffer in x.binds if operand == "out"}
     terms = {int(operand[4:]): buffer for operand, buffer in rider.binds if operand.startswith("term")}
     own = next(i for i, buffer in terms.items() if buffer in outs)
-    spare = REGISTERS - plan.heads.v_dim // 2 - (len(terms) - 1) * plan.heads.v_dim // 4
-    ahead = 1 << max(spare, 1).bit_length() - 1 if spare >= 16 else 0
-    return Combined(own, tuple(terms), _columns(plan), min(ahead, 128))
+    return Combined(own, tuple(terms), ahead(plan.heads.v_dim, len(terms) - 1))
 
 
 def _maps(kernel: Kernel, access: Access) -> tuple[str, ...]:

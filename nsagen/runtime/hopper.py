@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes
 
+from nsagen.runtime import launch
+
 # What later versions of Triton call these, or 3.6 does.
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the first name from 3.8 on
 sync = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -90,9 +92,7 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 def boxes(x: torch.Tensor, widths: tuple[int, ...], rows: int) -> list[Boxes]:
     """Tensor maps of keys or values [B, N, H, D] for boxes of `rows` rows of one head, one for each part of D."""
-    some = x.shape[-1] * x.element_size()  # for the stride of a dim of one, which may be anything
-    strides = [stride if size > 1 else some for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    shape, strides = list(x.shape), [*strides, 1]
+    shape, strides = list(x.shape), launch.map_strides(x)
     return [Boxes(x, shape, strides, [1, rows, 1, width], _layout(rows, width, x.dtype)) for width in widths]
 
 
@@ -103,7 +103,7 @@ def _layout(rows: int, width: int, dtype: torch.dtype) -> Any:
 
 
 def programs(total: int, x: torch.Tensor) -> int:
-    """Programs of a launch that do `total` pieces of work in turn: one a multiprocessor, which the ring fills."""
+    """Programs of a launch that do `total` pieces of work in turn: one a multiprocessor, whose registers it takes."""
     return min(total, _multiprocessors(x.device.index or 0))
 
 

@@ -75,7 +75,7 @@ def pick(tiles: Tiles, x: torch.Tensor, by_maps: bool = True) -> Config:
     by_maps: whether the launch brings tensor maps (`mapped`), where its kernel can take them. Under the interpreter the
     smallest, which is the fastest there. Compiles and measures nothing; again, a look-up.
     """
-    if tiles.forced is not None:
+    if tiles.forced is not None and (by_maps or not tiles.forced.specialised):
         return tiles.forced
     at = (x.device, x.dtype, x.dtype == torch.float32 and precision(x), by_maps, tuned.bucket(x.shape[1]))
     config = tiles.picked.get(at)
@@ -174,9 +174,14 @@ def maps(
     """
     if block % rows or not mapped(cu_seqlens, x):
         return [None] * len(widths)
-    some = x.shape[-1] * x.element_size()  # for the stride of a dim of one, which may be anything
-    strides = [stride if size > 1 else some for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return [TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, width]) for width in widths]
+    return [TensorDescriptor(x, list(x.shape), map_strides(x), [1, rows, 1, width]) for width in widths]
+
+
+def map_strides(x: torch.Tensor) -> list[int]:
+    """Strides as a tensor map takes them, which asks for whole 16 bytes of a dim of one, too."""
+    some = x.shape[-1] * x.element_size()
+    strides = (stride if size > 1 else some for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    return [*strides, 1]
 
 
 def _can_map(x: torch.Tensor) -> bool:

@@ -72,10 +72,10 @@ def write_json(reports: list[Report], file: str | Path) -> None:
 
 
 def failed_first_choices(reports: list[Report]) -> list[Report]:
-    """First choices that do not compile, do not fit the chip, or spill."""
-    first: dict[tuple[str, str], Report] = {}
+    """First choices, of each form, that do not compile, do not fit the chip, or spill."""
+    first: dict[tuple[str, str, bool], Report] = {}
     for r in reports:
-        first.setdefault((r.job.kernel.name, r.job.arch), r)
+        first.setdefault((r.job.kernel.name, r.job.arch, r.job.tile.specialised), r)
     return [r for r in first.values() if r.failed]
 
 
@@ -86,7 +86,8 @@ def _name(r: Report) -> str:
 
 def _row(r: Report) -> list[object]:
     t, x = r.job.tile, r.listing
-    start: list[object] = [r.job.kernel.name, r.job.arch, r.job.dtype, f"{t.bm}x{t.bn}", t.warps, t.stages]
+    size = f"{t.bm}x{t.bn}{' ws' if t.specialised else ''}"
+    start: list[object] = [r.job.kernel.name, r.job.arch, r.job.dtype, size, t.warps, t.stages]
     if x is None:
         return [*start, *["-"] * 7, "FAILED"]
     counts = [x.registers, x.stack, f"{x.spill_stores}/{x.spill_loads}", r.smem, x.wgmma, x.mma, x.mfma]
@@ -105,7 +106,7 @@ def _warnings(r: Report) -> tuple[str, ...]:
 def _record(r: Report) -> dict[str, Any]:
     """Null: not known, or nothing was compiled."""
     t = r.job.tile
-    tile = {"bm": t.bm, "bn": t.bn, "warps": t.warps, "stages": t.stages}
+    tile = {"bm": t.bm, "bn": t.bn, "warps": t.warps, "stages": t.stages, "specialised": t.specialised}
     return {
         "kernel": r.job.kernel.name,
         "arch": r.job.arch,

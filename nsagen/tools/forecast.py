@@ -14,6 +14,7 @@ from typing import NamedTuple
 from nsagen.ir.graph import TOKENS
 from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, S0, T0, Kernel, Launch, N, Op, Plan, Walk
 from nsagen.passes.loop_order import L2
+from nsagen.passes.specialise import queries
 from nsagen.sym import evaluate
 from nsagen.tools.costs import flops_of_pair, pairs, taken, work_of
 
@@ -84,8 +85,12 @@ def of_op(op: Op, plan: Plan, tokens: int, tiles: dict[str, Tile]) -> float:
 
 def in_op(launch: Launch, plan: Plan, tokens: int, tiles: dict[str, Tile]) -> float:
     """Of one launch, or what its work adds to the specialised kernel that it rides on."""
-    rides = launch.rides is not None and tiles[launch.rides].specialised
-    return seconds(launch, plan, tokens, tiles[launch.kernel]) * (RIDING if rides else 1.0)
+    return seconds(launch, plan, tokens, tiles[launch.kernel]) * (RIDING if on_another(launch, tiles) else 1.0)
+
+
+def on_another(launch: Launch, tiles: dict[str, Tile]) -> bool:
+    """Whether a specialised kernel does the launch's work."""
+    return launch.rides is not None and tiles[launch.rides].specialised
 
 
 def _seen(kernel: Kernel, tokens: int) -> int:
@@ -113,7 +118,7 @@ def _tiled(kernel: Kernel, plan: Plan, tokens: int, tile: Tile) -> float:
     heads, (bm, bn, specialised) = plan.heads, tile
     in_turn = kernel.body in HEADS_IN_TURN
     rate = SPECIALISED if specialised else RATES[kernel.body]
-    bt = bm if in_turn else max(1, bm // heads.group)
+    bt = bm if in_turn else queries(heads.group) if specialised else max(1, bm // heads.group)
     loops = [_loops(w, bt, bn, tokens) for w in kernel.walks]
     steps = sum(steps for steps, _ in loops) * heads.kv
     elements = steps * bm * bn * (heads.group if in_turn else 1)

@@ -9,7 +9,7 @@ from nsagen.render.module import kernel_keys
 from nsagen.runtime import tuned
 from nsagen.tools.console import table
 from nsagen.tools.costs import H200, main_ops
-from nsagen.tools.forecast import Tile, seconds
+from nsagen.tools.forecast import Tile, first_choices, in_op
 
 HEAD = ("kernel", "GPU", "triton", "dots", "tokens", "first choice", "predicted", "ms", "fastest", "predicted", "ms")
 
@@ -25,7 +25,7 @@ def lines(plan: Plan) -> list[str]:
 
 def _rows(kernel: Kernel, plan: Plan, key: str) -> Iterator[list[str]]:
     for place, times in sorted(tuned.measured(kernel.name, key).items()):
-        tiles = _tiles(kernel, place)
+        tiles = _tiles(kernel, place, set(times))
         best = tuned.best(times, tiles)
         if best is None:
             continue
@@ -35,17 +35,23 @@ def _rows(kernel: Kernel, plan: Plan, key: str) -> Iterator[list[str]]:
         yield row
 
 
-def _tiles(kernel: Kernel, place: tuned.Place) -> dict[str, TileConfig]:
-    """Surviving candidates, best first, on the newest architecture: there, those of the others survive, too."""
-    table = next(t for t in reversed(kernel.tiles) if t.bits == (16 if place.kind == "16" else 32))
-    return {c.label.replace(" ", ""): c for c in table.configs if c.dropped is None}
+def _tiles(kernel: Kernel, place: tuned.Place, measured: set[str]) -> dict[str, TileConfig]:
+    """Surviving candidates, best first, on the newest architecture where most of the measured ones are such."""
+    bits = 16 if place.kind == "16" else 32
+    tables = [
+        {c.label.replace(" ", ""): c for c in t.configs if c.dropped is None}
+        for t in reversed(kernel.tiles)
+        if t.bits == bits
+    ]
+    return max(tables, key=lambda labels: len(measured & labels.keys()))
 
 
 def _predicted(kernel: Kernel, plan: Plan, tile: TileConfig, place: tuned.Place) -> str:
     if H200.name not in place.gpu or place.kind != "16":
         return "-"  # the model knows no other rates
-    launches = [x for op in main_ops(plan) for x in op.launches if x.kernel == kernel.name]
-    return _shown(1e3 * sum(seconds(x, plan, place.length, Tile(tile.bm, tile.bn, tile.specialised)) for x in launches))
+    tiles = first_choices(plan) | {kernel.name: Tile(tile.bm, tile.bn, tile.specialised)}
+    launches = [x for op in main_ops(plan) for x in op.launches if kernel.name in (x.kernel, x.rides)]
+    return _shown(1e3 * sum(in_op(x, plan, place.length, tiles) for x in launches))
 
 
 def _shown(ms: float | None) -> str:
