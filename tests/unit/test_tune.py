@@ -345,7 +345,8 @@ def test_explain_shows_measured_beside_predicted():
     plan = api.compiled_of(api.read("nsa_128")).plan
     assert measured.lines(plan) == []
     key = measured.kernel_keys(plan)["window_fwd"]
-    first, other = list(measured._tiles(plan.kernel("window_fwd"), AT))[:2]
+    first, other = list(measured._tiles(plan.kernel("window_fwd"), AT, {"128x64w4s3ws"}))[:2]
+    assert first == "128x64w4s3ws"  # of the chip that has this form
     tuned.record("window_fwd", key, AT, {first: 0.5, other: 0.4})
     tuned.record("window_fwd", key, AT._replace(gpu="NVIDIA A100"), {other: 0.7})
     a100, h200 = (line.split() for line in measured.lines(plan)[-1].splitlines()[1:])
