@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b7398be02253
+content  2f8117ff001b
 runtime  16
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -67,7 +67,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_b7398be02253"
+_SPACE = "nsagen_fla_2f8117ff001b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3403,7 +3403,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
 def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     """The launch whose programs copy by a warp of their own."""
     batch, length = q.shape[:2]
-    tiles = -(-length // (2 * (64 // 16)))
+    tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
     compressed_fwd_specialised[(hopper.programs(total, q),)](
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
@@ -3518,7 +3518,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
 def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, None)):
     """The launch whose programs copy by a warp of their own; beside: other terms, gates, and where their sum with this one goes."""
     batch, length = q.shape[:2]
-    tiles = -(-length // (2 * (64 // 16)))
+    tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
     window_fwd_specialised[(hopper.programs(total, q),)](
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, *beside, length, tiles, total, scale,

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  f81b07a15cae
+content  0a5221564dc4
 runtime  16
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -68,7 +68,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_f81b07a15cae"
+_SPACE = "nsagen_tiny_0a5221564dc4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3244,7 +3244,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
 def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     """The launch whose programs copy by a warp of their own."""
     batch, length = q.shape[:2]
-    tiles = -(-length // (2 * (64 // 3)))
+    tiles = launch.tiles(length, 2 * (64 // 3), None)
     total = tiles * 2 * batch
     compressed_fwd_specialised[(hopper.programs(total, q),)](
         q, *hopper.boxes(k, (32,), c.bn), *hopper.boxes(v, (16,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,

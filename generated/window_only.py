@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  c8031fd8b436
+content  db01b68cc30a
 runtime  16
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -42,7 +42,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_c8031fd8b436"
+_SPACE = "nsagen_window_only_db01b68cc30a"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1100,7 +1100,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
 def _window_specialised(c, q, k, v, out, lse, scale):
     """The launch whose programs copy by a warp of their own."""
     batch, length = q.shape[:2]
-    tiles = -(-length // (2 * (64 // 16)))
+    tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
     window_fwd_specialised[(hopper.programs(total, q),)](
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, length, tiles, total, scale,

@@ -8,7 +8,7 @@ from itertools import product
 from nsagen.ir.graph import Heads
 from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Op, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
-from nsagen.passes.specialise import GROUP_ROWS, queries, specialised_shapes, specialised_speed, specialised_use
+from nsagen.passes.specialise import GROUP_ROWS, SHAPES, WARPGROUPS, queries, specialised_speed, specialised_use
 
 BITS = (16, 32)
 MOST_REGISTERS = 255  # a thread
@@ -39,7 +39,7 @@ class ChooseTiles:
         kernels = tuple(_with_tiles(k, plan.heads) for k in plan.kernels)
         plain = {k.name for k in kernels if k.body == "attend_fwd" and not k.specialised}
         carried = {x.kernel for k in kernels if k.specialised for x in plan.riders(k.name)}
-        kernels = tuple(_riding(k) if k.name in carried else k for k in kernels)
+        kernels = tuple(_because(k, RIDES) if k.name in carried else k for k in kernels)
         return replace(plan, kernels=kernels, ops=tuple(_without_carriers(op, plain) for op in plan.ops))
 
 
@@ -48,8 +48,8 @@ def _without_carriers(op: Op, plain: set[str]) -> Op:
     return replace(op, launches=tuple(replace(x, rides=None) if x.rides in plain else x for x in op.launches))
 
 
-def _riding(kernel: Kernel) -> Kernel:
-    return replace(kernel, choices=(*kernel.choices, RIDES))
+def _because(kernel: Kernel, choice: Choice) -> Kernel:
+    return replace(kernel, choices=(*kernel.choices, choice))
 
 
 def split_dim(dim: int) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     even = 128 % heads.group == 0
     facts = (*kernel.facts, *(("group_fills_tile",) if even and kernel.walks else ()))
     kernel = replace(kernel, tiles=tables, facts=facts)
-    return replace(kernel, choices=(*kernel.choices, SPECIALISED)) if kernel.specialised else kernel
+    return _because(kernel, SPECIALISED) if kernel.specialised else kernel
 
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
@@ -78,7 +78,7 @@ def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileCo
     candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in shapes]
     candidates += [_capped(c) for c in candidates if _gains_by_a_cap(kernel, arch, bits, c)]
     if arch.specialises and bits == 16 and kernel.may_specialise() and heads.group <= GROUP_ROWS:
-        candidates += [_judge_specialised(kernel, heads, arch, *shape) for shape in specialised_shapes()]
+        candidates += [_judge_specialised(kernel, heads, arch, *shape) for shape in SHAPES]
     return tuple(sorted(candidates, key=lambda c: (c.dropped is not None, c.cost, c.smem)))
 
 
@@ -156,7 +156,8 @@ def _judge(
     return TileConfig(bm, bn, warps, stages, use.smem, use.registers, cost, dropped, maps=only_maps)
 
 
-def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bm: int, bn: int, stages: int) -> TileConfig:
+def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bn: int, stages: int) -> TileConfig:
+    bm = WARPGROUPS * GROUP_ROWS
     use = specialised_use(kernel, bn, stages)
     waste, trips = loop_shape(kernel, heads, bm, bn, queries(heads.group))
     cost = round(waste / specialised_speed(use, bn, stages, trips), 3)

@@ -12,11 +12,6 @@ SPARE = 200  # of those, for what a row holds
 SHAPES = ((64, 2), (64, 3), (64, 4), (128, 2))  # keys of a tile, stages
 
 
-def specialised_shapes() -> list[tuple[int, int, int]]:
-    """(BM, BN, stages)"""
-    return [(WARPGROUPS * GROUP_ROWS, bn, stages) for bn, stages in SHAPES]
-
-
 def queries(group: int) -> int:
     """Of a tile: whole ones in the rows of each warpgroup."""
     return WARPGROUPS * (GROUP_ROWS // group)
