@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  acdb3563a516
-runtime  16
+content  b9c997adafb4
+runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -53,7 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(16, "gqa_llama")
+version.require(17, "gqa_llama")
 
 SPEC = {'name': 'gqa_llama',
  'heads': {'query': 32, 'kv': 8, 'qk_dim': 128, 'v_dim': 128},
@@ -69,7 +69,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_acdb3563a516"
+_SPACE = "nsagen_gqa_llama_b9c997adafb4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -269,7 +269,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "selected_sum": Tiles("selected_sum", "5ecfdc5a2a5b", {
+    "selected_sum": Tiles("selected_sum", "9ebf696022c8", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -1445,7 +1445,7 @@ def selected_dkv(
 @triton.jit(do_not_specialize=["T", "slots", "sequences", "key_rows"])
 def selected_sum(
     parts_ptr, first_ptr, dk_ptr, dv_ptr, cu_ptr, T, slots, sequences, key_rows,
-    BN: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BN: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dk and dv of a key block: its items' parts, added in order; one program: a key block."""
     block = tl.program_id(0)  # (b·8 + h)·slots + slot
@@ -1470,11 +1470,12 @@ def selected_sum(
     dv0 = tl.zeros([BN, 128], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
     for item in range(begin, end):
-        part = parts_ptr + (local_row + item * 64) * 256
+        part = parts_ptr + (local_row + item * 64) * (128 + PIECES * 128)
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
-        d = tl.arange(0, 128)[None, :]
-        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+        for i in tl.static_range(PIECES):  # of dv
+            d = tl.arange(0, 128)[None, :]
+            dv0 += tl.load(part + 128 + i * 128 + d, mask=inside, other=0.0)
     key_row = ((b * key_rows + start + s) * 8 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + key_row * 128 + d, dk0, inside, ACCUMULATE)
@@ -3663,7 +3664,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
         )
         selected_sum[(total, -(-64 // sums.bn))](
             parts, inverse.first[number], dk_sum, dv_sum, cu_seqlens, length, inverse.slots, packed, k.shape[1],
-            sums.bn, adds or number > 0, **sums.options,
+            sums.bn, 1, adds or number > 0, **sums.options,
         )
         selected_dq[(rows * 8 * batch,)](
             dq_parts, blocks, dq, cu_seqlens, length, packed, first, rows, chunk, tiles, adds_dq, **by_query.options,

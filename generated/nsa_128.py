@@ -6,11 +6,13 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  ddd5a4242735
-runtime  16
+content  56602f38281f
+runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_keys          key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
@@ -18,9 +20,13 @@ selected_fwd             one_query_a_tile, because every query lists blocks of i
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
+selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32; rides, because the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
@@ -51,7 +57,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(16, "nsa_128")
+version.require(17, "nsa_128")
 
 SPEC = {'name': 'nsa_128',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -67,7 +73,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_ddd5a4242735"
+_SPACE = "nsagen_nsa_128_56602f38281f"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -129,7 +135,12 @@ _CONFIGS = {
             Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 1, 65536), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
-    }),
+    }, specialised=False),
+    "compressed_queries": Tiles("compressed_queries", "4dc20aab5cda", {
+        ("sm_90", 16): (
+            Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
+        ),
+    }, specialised=True),
     "compressed_dkv": Tiles("compressed_dkv", "520e4eeca614", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 128, 8, 3, 122880), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 2, 106496),
@@ -155,7 +166,12 @@ _CONFIGS = {
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }),
+    }, specialised=False),
+    "compressed_keys": Tiles("compressed_keys", "76fa8912398a", {
+        ("sm_90", 16): (
+            Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
+        ),
+    }, specialised=True),
     "compressed_sum": Tiles("compressed_sum", "7da6c6ccd536", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
@@ -234,7 +250,7 @@ _CONFIGS = {
             Config(16, 32, 2, 3, 81920), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 32768), Config(16, 32, 1, 3, 81920),
             Config(16, 16, 1, 3, 49152), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 49152),
         ),
-    }),
+    }, specialised=False),
     "selected_dkv": Tiles("selected_dkv", "38cb06107315", {
         ("sm_80", 16): (
             Config(32, 64, 4, 2, 69632), Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
@@ -260,8 +276,8 @@ _CONFIGS = {
             Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }),
-    "selected_sum": Tiles("selected_sum", "b214f1ccddb2", {
+    }, specialised=False),
+    "selected_sum": Tiles("selected_sum", "2e130f5b8f6f", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -269,6 +285,19 @@ _CONFIGS = {
             Config(1, 16, 4, 1, 0),
         ),
     }),
+    "selected_grads": Tiles("selected_grads", "7c21109d2f20", {
+        ("sm_90", 16): (
+            Config(64, 64, 4, 4, 183296, maps=True, specialised=True),
+        ),
+    }, specialised=True),
+    "selected_dq_sum": Tiles("selected_dq_sum", "cbd4f2d6eb0b", {
+        ("sm_80", 16): (
+            Config(1, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(1, 1, 4, 1, 0),
+        ),
+    }, specialised=True),
     "window_fwd": Tiles("window_fwd", "8dbb9102d643", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
@@ -326,7 +355,12 @@ _CONFIGS = {
             Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
-    }),
+    }, specialised=False),
+    "window_queries": Tiles("window_queries", "432880640227", {
+        ("sm_90", 16): (
+            Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
+        ),
+    }, specialised=True),
     "window_dkv": Tiles("window_dkv", "a14ada19bc8a", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
@@ -352,7 +386,12 @@ _CONFIGS = {
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }),
+    }, specialised=False),
+    "window_keys": Tiles("window_keys", "1afff57af9f8", {
+        ("sm_90", 16): (
+            Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
+        ),
+    }, specialised=True),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
@@ -825,6 +864,159 @@ def compressed_dq(
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
 
 
+@gluon.jit
+def compressed_queries_cuts(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = max(0, T - 16) // 16
+    # ended: 16 * s <= t - 31
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    all_hi = min(max(0, t0 - 15) // 16, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    return 0, c2, c3, n
+
+
+@gluon.jit
+def compressed_queries_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return tiles - 1 - number % tiles, number // tiles % 4, number // tiles // 4
+
+
+@gluon.jit
+def compressed_queries_turn(
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    C0: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 16 * s <= t - 31"""
+    BN: gl.constexpr = zero.shape[1]
+    at = number % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.wait_full(v_full, number, STAGES)
+    dp = warpgroup_mma(do0, v0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if EXTENT or C0:
+        # A lane's columns are constants apart, as in the forward.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - 16 * (s0 + lane)
+        if C0:
+            x = gl.where(16 * s <= t - 31, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), zero.type.layout)
+    p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    hopper.release(v_empty, number, STAGES)
+    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
+    dq0 = warpgroup_mma_wait(0, deps=(dq0,))
+    hopper.release(k_empty, number, STAGES)
+    return number + 1, dq0
+
+
+@gluon.jit
+def compressed_queries_multiply(
+    q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 16
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    DQ0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_queries_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
+        start = b.to(gl.int64) * T
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        q_row = gl.expand_dims(b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh, 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + q_row + d, mask=there, other=0.0))
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        do0.store(gl.load(do_ptr + place * 128 + d, mask=there, other=0.0))
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        time = first + row // 16
+        some = (time < T)
+        stat = (start + time) * 64 + h * 16 + row % 16
+        lse = gl.load(lse_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        delta = gl.load(delta_ptr + stat, mask=some, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        for s0 in range(cut0, cut1, BN):  # mid: no mask
+            number, dq0 = compressed_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # hi: 16 * s <= t - 31, s < N
+            number, dq0 = compressed_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, True, WEIGHTS, STAGES,
+            )
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        hopper.store_sum(dq_ptr + place * 128 + d, gl.convert_layout(dq0 * scale, MEMORY), there, ACCUMULATE)
+
+
+@gluon.jit
+def compressed_queries_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_queries_place(work, tiles)
+        cut0, cut1, cut2, n = compressed_queries_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut2, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def compressed_queries_specialised(
+    q_ptr, k_map0, v_map0, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dq from the scores recomputed with lse; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    do0 = hopper.tiles(DTYPE, 2, 64, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (compressed_queries_multiply, (
+            q0.index(0), do0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 0, BN, STAGES, ACCUMULATE,
+        )),
+        (compressed_queries_multiply, (
+            q0.index(1), do0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 1, BN, STAGES, ACCUMULATE,
+        )),
+        (compressed_queries_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
+    ], [4, 1], [240, 24])
+
+
 @triton.jit
 def compressed_dkv_step(
     dk0, dv0,
@@ -925,6 +1117,146 @@ def compressed_dkv(
     tl.store(part + (row + d), dk0 * scale, mask=inside)
     d = tl.arange(0, 128)[None, :]
     tl.store(part + (row + d + 128), dv0, mask=inside)
+
+
+@gluon.jit
+def compressed_keys_range(s0, T, run_lo, run_hi, BN: gl.constexpr):
+    """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
+    BT: gl.constexpr = 4
+    some_lo = 16 * s0 + 31
+    some_hi = T
+    all_lo = 16 * BN + 16 * s0 + 15
+    all_hi = T
+    some_lo, some_hi = max(some_lo, run_lo), min(some_hi, run_hi)
+    first = some_lo // BT
+    return first, max(first, (some_hi + 3) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def compressed_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
+    """Steps that none of the warpgroup's keys are seen in."""
+    for number in range(start - first, end - first):
+        hopper.wait_full(full, number, STAGES)
+        hopper.release(empty, number, STAGES)
+
+
+@gluon.jit
+def compressed_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+):
+    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: 16 * s <= t - 31"""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    DTYPE: gl.constexpr = k.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    unscale = -1.0 / scale
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dk = gl.zeros([64, 128], gl.float32, layout=DK)
+    dv = gl.zeros([64, 128], gl.float32, layout=DV)
+    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)  # of the tile's steps
+    own, end, lo, hi = compressed_keys_range(s0 + 64 * HALF, T, run_lo, run_hi, 64)
+    own, end = min(max(own, first), last), min(max(end, first), last)
+    compressed_keys_pass(first, first, own, full, empty, STAGES)
+    mbarrier.wait(arrived, 0)
+    for step in range(own, end):
+        number = step - first
+        at = number % STAGES
+        t0 = step * 4
+        hopper.wait_full(full, number, STAGES)
+        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+        lse = lse_ring.index(at).load(COLUMNS)
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
+        delta = delta_ring.index(at).load(COLUMNS)
+        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (t0 < lo) | (t0 + 4 > hi):
+            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+            x = gl.where(16 * s <= t - 31, x, float("-inf"))
+            x = gl.where(t < T, x, float("-inf"))
+        p = gl.exp2(x * scale2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
+        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
+        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+        hopper.release(empty, number, STAGES)
+    compressed_keys_pass(first, end, last, full, empty, STAGES)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256, 1) + d
+    gl.store(out, dk * scale, mask=inside)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256 + 128, 1) + d
+    gl.store(out, dv, mask=inside)
+
+
+@gluon.jit
+def compressed_keys_copy(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES: gl.constexpr
+):
+    """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
+    mbarrier.expect(arrived, 65536)
+    for half in gl.static_range(2):
+        hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
+        hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
+    row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)
+    for step in range(first, last):
+        number = step - first
+        at = number % STAGES
+        t = gl.minimum(step * 4 + row // 16, T - 1)
+        place = (b.to(gl.int64) * T + t) * 64 + h * 16 + row % 16
+        hopper.wait_empty(empty, number, STAGES)
+        mbarrier.expect(full.index(at), 32768)
+        hopper.fetch_numbers(lse_ptr + place, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + place, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 4, h * 16, 0, q_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 4, h * 16, 64, q_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 4, h * 16, 0, do_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 4, h * 16, 64, do_ring.index(at), 1, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "splits"])
+def compressed_keys_specialised(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, splits, split_st, scale, key_rows,
+    BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 16 heads of one KV head."""
+    tile = gl.program_id(0) % tiles
+    h = gl.program_id(0) // tiles % 4
+    b = gl.program_id(0) // tiles // 4
+    s0 = tile * BN
+    n = max(0, T - 16) // 16
+    key_row = b.to(gl.int64) * key_rows * 4 + h  # of key 0, in rows of one head
+    run = (T + 4 * splits - 1) // (4 * splits) * 4  # queries of a program
+    run_lo = gl.program_id(1) * run
+    run_hi = run_lo + run
+    DTYPE: gl.constexpr = k_map0.dtype
+    k_tiles, v_tiles = hopper.tiles(DTYPE, 2, 64, 128), hopper.tiles(DTYPE, 2, 64, 128)
+    q_ring, do_ring = hopper.tiles(DTYPE, STAGES, 64, 128), hopper.tiles(DTYPE, STAGES, 64, 128)
+    lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+    full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+    arrived = hopper.barriers(1, 1).index(0)
+    fence_async_shared()
+    gl.warp_specialize([
+        (compressed_keys_multiply, (
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 0, STAGES,
+        )),
+        (compressed_keys_multiply, (
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 1, STAGES,
+        )),
+        (compressed_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -1386,7 +1718,7 @@ def selected_dkv(
 @triton.jit(do_not_specialize=["T", "slots", "sequences", "key_rows"])
 def selected_sum(
     parts_ptr, first_ptr, dk_ptr, dv_ptr, cu_ptr, T, slots, sequences, key_rows,
-    BN: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BN: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dk and dv of a key block: its items' parts, added in order; one program: a key block."""
     block = tl.program_id(0)  # (b·4 + h)·slots + slot
@@ -1411,16 +1743,216 @@ def selected_sum(
     dv0 = tl.zeros([BN, 128], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
     for item in range(begin, end):
-        part = parts_ptr + (local_row + item * 64) * 256
+        part = parts_ptr + (local_row + item * 64) * (128 + PIECES * 128)
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
-        d = tl.arange(0, 128)[None, :]
-        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+        for i in tl.static_range(PIECES):  # of dv
+            d = tl.arange(0, 128)[None, :]
+            dv0 += tl.load(part + 128 + i * 128 + d, mask=inside, other=0.0)
     key_row = ((b * key_rows + start + s) * 4 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + key_row * 128 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+
+
+@gluon.jit
+def selected_grads_weigh(
+    k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, item, begin, end, s0, row, scale,
+    TURN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A warpgroup: every second step of the item, from step TURN on. ds of each, and dv += pᵀ·d_out."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DV0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DV0, k_width=2)
+    DTYPE: gl.constexpr = k0.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dv0 = gl.zeros([64, 128], gl.float32, layout=DV0)
+    mbarrier.wait(arrived, 0)
+    for step in range(TURN, (end - begin + 3) // 4, 2):
+        at = step % STAGES
+        entry = begin + step * 4
+        first = gl.load(list_ptr + entry) // 64 - row  # of the step's queries, which ascend
+        hopper.wait_full(full, step, STAGES)
+        x = warpgroup_mma(k0, q0_ring.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v0, do0_ring.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+        lse = lse_ring.index(at).load(COLUMNS) * 1.4426950408889634
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (first < s0 + 63) | (entry + 4 > end):
+            query = entry + gl.arange(0, 64, layout=COLUMNS) // 16
+            t = (gl.load(list_ptr + gl.minimum(query, end - 1)) // 64 - row).to(gl.int32)
+            t = gl.where(query < end, t, -1)  # no query: sees nothing
+            s = s0 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+            x = gl.where(gl.expand_dims(s, 1) <= gl.expand_dims(t, 0), x, float("-inf"))
+        p = gl.exp2(x * scale2 - gl.expand_dims(lse, 0))
+        weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+        delta = delta_ring.index(at).load(COLUMNS)
+        hopper.wait_empty(ds_empty, step, 2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        grads = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+        dv0 = warpgroup_mma(weights, do0_ring.index(at), dv0, is_async=True)
+        ds_ring.index(TURN).store(grads)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(TURN), count=1)
+        dv0 = warpgroup_mma_wait(0, deps=(dv0,))
+        mbarrier.arrive(empty.index(at), count=1)
+    s = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, DV0)), 1) + item.to(gl.int64) * 64
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV0)), 0)
+    gl.store(parts_ptr + s * 384 + 128 + TURN * 128 + d, dv0)
+
+
+@gluon.jit
+def selected_grads_spread(
+    k0, arrived, q0_ring, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, dq_parts_ptr, item, begin, end, row, first_part, scale,
+    STAGES: gl.constexpr,
+):
+    """A warpgroup: every step of the item. dk += dsᵀ·q, and parts of dq = ds·k, by 64 columns."""
+    COLUMNS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DTYPE: gl.constexpr = k0.dtype
+    zero = gl.zeros([64, 64], gl.float32, layout=COLUMNS)
+    DK0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    dk0 = gl.zeros([64, 128], gl.float32, layout=DK0)
+    k0_columns = k0._reinterpret(DTYPE, [2, 64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE))
+    warp = gl.arange(0, 4, layout=hopper.WARP)
+    mbarrier.wait(arrived, 0)
+    for step in range(0, (end - begin + 3) // 4):
+        at = step % STAGES
+        own = begin + step * 4 + warp * 16 // 16  # a warp has 16 rows, of one query
+        place = gl.load(list_ptr + gl.minimum(own, end - 1))
+        part = hopper.part_of(place, row, first_part, 64, 16).to(gl.int64) * 2048 + warp * 16 % 16 * 128
+        hopper.wait_full(ds_full, step, 2)
+        ds = ds_ring.index(step % 2)
+        dk0 = warpgroup_mma(ds, q0_ring.index(at), dk0, is_async=True)
+        dq = warpgroup_mma(ds.permute((1, 0)), k0_columns.index(0), zero, use_acc=False, is_async=True)
+        dk0, dq = warpgroup_mma_wait(0, deps=(dk0, dq))
+        mbarrier.arrive(empty.index(at), count=1)
+        hopper.put_part(dq_parts_ptr, (dq * scale).to(q0_ring.dtype), part, own < end, 0, 128)
+        dq = warpgroup_mma(ds.permute((1, 0)), k0_columns.index(1), zero, use_acc=False, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        mbarrier.arrive(ds_empty.index(step % 2), count=1)
+        hopper.put_part(dq_parts_ptr, (dq * scale).to(q0_ring.dtype), part, own < end, 1, 128)
+    s = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, DK0)), 1) + item.to(gl.int64) * 64
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK0)), 0)
+    gl.store(parts_ptr + s * 384 + d, dk0 * scale)
+
+
+@gluon.jit
+def selected_grads_copy(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, list_ptr, begin, end, b, h, s0, row,
+    STAGES: gl.constexpr,
+):
+    """A warp: the block's keys and values, then what every step reads of its queries, as far ahead as there is room."""
+    mbarrier.expect(arrived, 32768)
+    hopper.fetch(k_map0, b, s0, h, 0, k0, arrived)
+    hopper.fetch(v_map0, b, s0, h, 0, v0, arrived)
+    of_row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    for step in range(0, (end - begin + 3) // 4):
+        at = step % STAGES
+        entry = begin + step * 4
+        number = gl.load(list_ptr + gl.minimum(entry + of_row // 16, end - 1)) // 64 * 64 + h * 16 + of_row % 16
+        hopper.wait_empty(empty, step, STAGES)
+        mbarrier.expect(full.index(at), 32768)
+        hopper.fetch_numbers(lse_ptr + number, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + number, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 0, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 4, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 4, full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 1, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 5, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 5, full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 2, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 2, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 6, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 2, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 6, full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 3, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 3, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 7, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 3, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 7, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "slots", "pair", "pairs", "chunk_first", "chunk_rows"])
+def selected_grads_specialised(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, list_ptr, first_ptr, items_ptr, parts_ptr, dq_parts_ptr,
+    T, slots, pair, pairs, chunk_first, chunk_rows, scale, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """an item's part of dk and two of dv, float32, and its queries' parts of dq; one program: BN keys and one item's queries × the 16 heads of one KV head. Pairs of batch entry and KV head: `pairs` from `pair` on."""
+    item = gl.load(first_ptr + pair * slots) + gl.program_id(0)
+    if item < gl.load(first_ptr + (pair + pairs) * slots):
+        block = gl.load(items_ptr + 3 * item)  # (b·4 + h)·slots + slot
+        begin = gl.load(items_ptr + 3 * item + 1)
+        end = gl.load(items_ptr + 3 * item + 2)
+        h = block // slots % 4
+        b = block // slots // 4
+        row = b * T  # of the sequence's first token
+        s0 = block % slots * 64
+        first_part = (block // slots - pair) * chunk_rows - chunk_first  # of query 0, in parts of a list's length
+        DTYPE: gl.constexpr = k_map0.dtype
+        k0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+        q0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+        v0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+        do0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+        lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+        full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+        arrived = hopper.barriers(1, 1).index(0)
+        ds_ring, ds_full, ds_empty = hopper.tiles(DTYPE, 2, BN, 64), hopper.barriers(2, 1), hopper.barriers(2, 1)
+        fence_async_shared()
+        gl.warp_specialize([
+            (selected_grads_weigh, (
+                k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, item, begin, end, s0, row, scale,
+                0, STAGES,
+            )),
+            (selected_grads_weigh, (
+                k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, item, begin, end, s0, row, scale,
+                1, STAGES,
+            )),
+            (selected_grads_spread, (
+                k0, arrived, q0_ring, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, dq_parts_ptr, item, begin, end, row, first_part, scale,
+                STAGES,
+            )),
+            (selected_grads_copy, (
+                k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, list_ptr, begin, end, b, h, s0, row,
+                STAGES,
+            )),
+        ], [4, 4, 1], [176, 136, 24])
+
+
+@triton.jit(do_not_specialize=["T", "slots", "pair", "pairs", "chunk_first", "chunk_rows"])
+def selected_dq_sum(
+    dq_parts_ptr, blocks_ptr, dq_ptr, T, slots, pair, pairs, chunk_first, chunk_rows, ACCUMULATE: tl.constexpr
+):
+    """dq from the parts of the query's listed blocks, added in order; one program: a query and the heads of one KV head."""
+    pid = tl.program_id(0)
+    t = chunk_first + pid // pairs
+    h = (pair + pid % pairs) % 4
+    b = ((pair + pid % pairs) // 4).to(tl.int64)
+    listed = ((b * T + t) * 4 + h) * 16
+    part = ((pid % pairs).to(tl.int64) * chunk_rows + pid // pairs) * 16
+    entry = tl.arange(0, 16)
+    block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    head = h * 16 + tl.arange(0, 16)[:, None]
+    row = ((b * T + t) * 64 + head) * 128
+    # 16 rows a warp, of which a thread had two, 8 apart, of every 8 columns two: [warp, half, columns of 32, row, lane, 8, 2].
+    number = tl.arange(0, 2048)
+    place = number // 1024 * 1024 + 0 + number % 1024
+    acc = tl.zeros([2048], dtype=tl.float32)
+    for i in range(0, end):
+        own = tl.load(blocks_ptr + listed + i)
+        mine = (own >= 0) & (own < slots)  # a list may name others, which left nothing
+        acc += tl.load(dq_parts_ptr + (part + i) * 2048 + place, mask=mine, other=0.0).to(tl.float32)
+    dq = tl.permute(tl.reshape(acc, [1, 2, 4, 8, 4, 4, 2]), [0, 1, 3, 2, 5, 4, 6])
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dq_ptr + row + d, tl.reshape(dq, [16, 128]), head >= 0, ACCUMULATE)
 
 
 @triton.jit
@@ -1854,6 +2386,168 @@ def window_dq(
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
 
 
+@gluon.jit
+def window_queries_cuts(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = T
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    all_lo = max(0, BT + t0 - 512)
+    all_hi = min(T, t0 + 1)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    c1 = max(c0, min((BN + all_lo - 1) // BN * BN, c3))
+    c2 = max(all_hi // BN * BN, c1)
+    return c0, c1, c2, c3, n
+
+
+@gluon.jit
+def window_queries_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return number % tiles, number // tiles % 4, number // tiles // 4
+
+
+@gluon.jit
+def window_queries_turn(
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    C0: gl.constexpr, C1: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
+    BN: gl.constexpr = zero.shape[1]
+    at = number % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.wait_full(v_full, number, STAGES)
+    dp = warpgroup_mma(do0, v0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if EXTENT or C0 or C1:
+        # A lane's columns are constants apart, as in the forward.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - 1 * (s0 + lane)
+        if C0:
+            x = gl.where(s <= t, x, float("-inf"))
+        if C1:
+            x = gl.where(s > t - 512, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), zero.type.layout)
+    p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    hopper.release(v_empty, number, STAGES)
+    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
+    dq0 = warpgroup_mma_wait(0, deps=(dq0,))
+    hopper.release(k_empty, number, STAGES)
+    return number + 1, dq0
+
+
+@gluon.jit
+def window_queries_multiply(
+    q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 16
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    DQ0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = window_queries_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
+        start = b.to(gl.int64) * T
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        q_row = gl.expand_dims(b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh, 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + q_row + d, mask=there, other=0.0))
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        do0.store(gl.load(do_ptr + place * 128 + d, mask=there, other=0.0))
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        time = first + row // 16
+        some = (time < T)
+        stat = (start + time) * 64 + h * 16 + row % 16
+        lse = gl.load(lse_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        delta = gl.load(delta_ptr + stat, mask=some, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        for s0 in range(cut0, cut1, BN):  # lo: s <= t, s > t - 512, s < T
+            number, dq0 = window_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # mid: no mask
+            number, dq0 = window_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut2, cut3, BN):  # hi: s <= t, s > t - 512, s < T
+            number, dq0 = window_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, BN + BT > 514, True, WEIGHTS, STAGES,
+            )
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        hopper.store_sum(dq_ptr + place * 128 + d, gl.convert_layout(dq0 * scale, MEMORY), there, ACCUMULATE)
+
+
+@gluon.jit
+def window_queries_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = window_queries_place(work, tiles)
+        cut0, cut1, cut2, cut3, n = window_queries_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut3, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def window_queries_specialised(
+    q_ptr, k_map0, v_map0, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dq from the scores recomputed with lse; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    do0 = hopper.tiles(DTYPE, 2, 64, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (window_queries_multiply, (
+            q0.index(0), do0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 0, BN, STAGES, ACCUMULATE,
+        )),
+        (window_queries_multiply, (
+            q0.index(1), do0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 1, BN, STAGES, ACCUMULATE,
+        )),
+        (window_queries_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
+    ], [4, 1], [240, 24])
+
+
 @triton.jit
 def window_dkv_step(
     dk0, dv0,
@@ -1949,6 +2643,140 @@ def window_dkv(
     device.add_to(dk_ptr + key_row * 128 + d, dk0 * scale, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+
+
+@gluon.jit
+def window_keys_range(s0, T, BN: gl.constexpr):
+    """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
+    BT: gl.constexpr = 4
+    some_lo = s0
+    some_hi = min(BN + s0 + 511, T)
+    all_lo = max(0, BN + s0 - 1)
+    all_hi = min(T, s0 + 512)
+    first = some_lo // BT
+    return first, max(first, (some_hi + 3) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
+    """Steps that none of the warpgroup's keys are seen in."""
+    for number in range(start - first, end - first):
+        hopper.wait_full(full, number, STAGES)
+        hopper.release(empty, number, STAGES)
+
+
+@gluon.jit
+def window_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+):
+    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    DTYPE: gl.constexpr = k.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    unscale = -1.0 / scale
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dk = gl.zeros([64, 128], gl.float32, layout=DK)
+    dv = gl.zeros([64, 128], gl.float32, layout=DV)
+    first, last, _, _ = window_keys_range(s0, T, 128)  # of the tile's steps
+    own, end, lo, hi = window_keys_range(s0 + 64 * HALF, T, 64)
+    own, end = min(max(own, first), last), min(max(end, first), last)
+    window_keys_pass(first, first, own, full, empty, STAGES)
+    mbarrier.wait(arrived, 0)
+    for step in range(own, end):
+        number = step - first
+        at = number % STAGES
+        t0 = step * 4
+        hopper.wait_full(full, number, STAGES)
+        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+        lse = lse_ring.index(at).load(COLUMNS)
+        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
+        delta = delta_ring.index(at).load(COLUMNS)
+        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (t0 < lo) | (t0 + 4 > hi):
+            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+            x = gl.where(s <= t, x, float("-inf"))
+            x = gl.where(s > t - 512, x, float("-inf"))
+            x = gl.where(t < T, x, float("-inf"))
+        p = gl.exp2(x * scale2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
+        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
+        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+        hopper.release(empty, number, STAGES)
+    window_keys_pass(first, end, last, full, empty, STAGES)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
+    hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
+    hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dv, inside, ACCUMULATE)
+
+
+@gluon.jit
+def window_keys_copy(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES: gl.constexpr
+):
+    """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
+    mbarrier.expect(arrived, 65536)
+    for half in gl.static_range(2):
+        hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
+        hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
+    row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    first, last, _, _ = window_keys_range(s0, T, 128)
+    for step in range(first, last):
+        number = step - first
+        at = number % STAGES
+        t = gl.minimum(step * 4 + row // 16, T - 1)
+        place = (b.to(gl.int64) * T + t) * 64 + h * 16 + row % 16
+        hopper.wait_empty(empty, number, STAGES)
+        mbarrier.expect(full.index(at), 32768)
+        hopper.fetch_numbers(lse_ptr + place, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + place, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 4, h * 16, 0, q_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 4, h * 16, 64, q_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 4, h * 16, 0, do_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 4, h * 16, 64, do_ring.index(at), 1, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "tiles"])
+def window_keys_specialised(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, tiles, scale, key_rows,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
+    tile = gl.program_id(0) % tiles
+    h = gl.program_id(0) // tiles % 4
+    b = gl.program_id(0) // tiles // 4
+    s0 = tile * BN
+    n = T
+    key_row = b.to(gl.int64) * key_rows * 4 + h  # of key 0, in rows of one head
+    DTYPE: gl.constexpr = k_map0.dtype
+    k_tiles, v_tiles = hopper.tiles(DTYPE, 2, 64, 128), hopper.tiles(DTYPE, 2, 64, 128)
+    q_ring, do_ring = hopper.tiles(DTYPE, STAGES, 64, 128), hopper.tiles(DTYPE, STAGES, 64, 128)
+    lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+    full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+    arrived = hopper.barriers(1, 1).index(0)
+    fence_async_shared()
+    gl.warp_specialize([
+        (window_keys_multiply, (
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 0, STAGES, ACCUMULATE,
+        )),
+        (window_keys_multiply, (
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 1, STAGES, ACCUMULATE,
+        )),
+        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -3470,24 +4298,38 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dq"], q)
-    tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    compressed_dq[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    copied = bool(scale) and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own
+    c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
+    tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
+    total = tiles * 4 * batch
+    if copied:
+        compressed_queries_specialised[(hopper.programs(total, q),)](
+            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+            *launch.strides(q), c.bn, c.stages, adds, **c.options,
+        )
+    else:
+        compressed_dq[(total,)](
+            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v),
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dkv"], q)
+    c = launch.pick(_CONFIGS["compressed_keys" if copied else "compressed_dkv"], q)
+    maps = hopper.key_maps(q, k, v, d_out, 16) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     splits = launch.splits(tiles * 4 * batch, length, c.bm // 16)
     parts = launch.empty(q, (splits, *k.shape[:3], 256), cu_seqlens, torch.float32)
-    compressed_dkv[(tiles * 4 * batch, splits)](
-        q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), **c.options,
-    )
+    if copied:
+        compressed_keys_specialised[(tiles * 4 * batch, splits)](
+            *maps, lse, delta, parts, length, tiles, splits, parts.stride(0), scale, k.shape[1], c.bn, c.stages, **c.options,
+        )
+    else:
+        compressed_dkv[(tiles * 4 * batch, splits)](
+            q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
+            c.bm, c.bn, launch.precision(q), **c.options,
+        )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
     rows = parts[0].numel() // 256
     compressed_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, splits, c.bm, adds, **c.options)
@@ -3517,6 +4359,8 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
             q, (k,), (v,), _SELECTED, lse, delta, d_out, scale, cu_seqlens, (blocks,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
+    if scale and launch.specialises(cu_seqlens, q, k, v, d_out):
+        return _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
@@ -3541,8 +4385,42 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     c = launch.pick(_CONFIGS["selected_sum"], q)
     selected_sum[(total, -(-64 // c.bn))](
         parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
-        c.bn, adds, **c.options,
+        c.bn, 1, adds, **c.options,
     )
+    return dq, dk, dv
+
+
+def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
+    """The same key block by key block, by kernels whose warp copies: parts of a chunk of queries, then their sums."""
+    batch, length = q.shape[:2]
+    dq, adds_dq = launch.target(into[0], q, None)
+    dk, adds = launch.target(into[1], k, None)
+    dv, _ = launch.target(into[2], v, None)
+    c, sums, by_query = (launch.pick(_CONFIGS[x], q) for x in ("selected_grads", "selected_sum", "selected_dq_sum"))
+    chunk, pairs = lists.pair_chunk(length, batch * 4, q.element_size() * 32768)
+    per_item = lists.per_item(chunk, 1024)
+    inverse = lists.invert(blocks, 64, None, per_item, chunk)
+    parts = launch.empty(q, (inverse.items.shape[1], 64, 384), None, torch.float32)
+    dq_parts = launch.empty(q, (pairs, chunk, 16, 16, 128), None)
+    slots, total = inverse.slots, inverse.first.shape[1] - 1
+    maps = [*hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), hopper.row_boxes(q, 16), hopper.row_boxes(d_out, 16)]
+    dk_sum, dv_sum = lists.sums((dk, dv), chunk < length, adds, None)
+    for number, first in enumerate(range(0, length, chunk)):
+        rows, bounds = min(chunk, length - first), inverse.first[number]
+        for pair in range(0, batch * 4, pairs):
+            some = min(pairs, batch * 4 - pair)
+            selected_grads_specialised[(some * slots + some * rows * 16 // per_item,)](
+                *maps, lse, delta, inverse.entries, bounds, inverse.items[number], parts, dq_parts,
+                length, slots, pair, some, first, chunk, scale, c.bn, c.stages, **c.options,
+            )
+            selected_dq_sum[(rows * some,)](
+                dq_parts, blocks, dq, length, slots, pair, some, first, chunk, adds_dq, **by_query.options,
+            )
+        selected_sum[(total, -(-64 // sums.bn))](
+            parts, bounds, dk_sum, dv_sum, None, length, slots, 0, k.shape[1],
+            sums.bn, 2, adds or number > 0, **sums.options,
+        )
+    lists.round_sums((dk, dv), (dk_sum, dv_sum))
     return dq, dk, dv
 
 
@@ -3598,22 +4476,36 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dq"], q)
-    tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    window_dq[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    copied = bool(scale) and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own
+    c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
+    tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
+    total = tiles * 4 * batch
+    if copied:
+        window_queries_specialised[(hopper.programs(total, q),)](
+            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+            *launch.strides(q), c.bn, c.stages, adds, **c.options,
+        )
+    else:
+        window_dq[(total,)](
+            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v),
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dkv"], q)
+    c = launch.pick(_CONFIGS["window_keys" if copied else "window_dkv"], q)
+    maps = hopper.key_maps(q, k, v, d_out, 16) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
-    window_dkv[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    if copied:
+        window_keys_specialised[(tiles * 4 * batch,)](
+            *maps, lse, delta, dk, dv, length, tiles, scale, k.shape[1], c.bn, c.stages, adds, **c.options,
+        )
+    else:
+        window_dkv[(tiles * 4 * batch,)](
+            q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     return dq, dk, dv
 
 

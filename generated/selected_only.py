@@ -4,12 +4,14 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  9b41ea45d723
-runtime  16
+content  3d06220ebef0
+runtime  17
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
+selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops
@@ -22,11 +24,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(16, "selected_only")
+version.require(17, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -39,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_9b41ea45d723"
+_SPACE = "nsagen_selected_only_3d06220ebef0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -87,7 +92,7 @@ _CONFIGS = {
             Config(16, 32, 2, 3, 81920), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 32768), Config(16, 32, 1, 3, 81920),
             Config(16, 16, 1, 3, 49152), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 49152),
         ),
-    }),
+    }, specialised=False),
     "selected_dkv": Tiles("selected_dkv", "38cb06107315", {
         ("sm_80", 16): (
             Config(32, 64, 4, 2, 69632), Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
@@ -113,8 +118,8 @@ _CONFIGS = {
             Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }),
-    "selected_sum": Tiles("selected_sum", "b214f1ccddb2", {
+    }, specialised=False),
+    "selected_sum": Tiles("selected_sum", "2e130f5b8f6f", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -122,6 +127,19 @@ _CONFIGS = {
             Config(1, 16, 4, 1, 0),
         ),
     }),
+    "selected_grads": Tiles("selected_grads", "7c21109d2f20", {
+        ("sm_90", 16): (
+            Config(64, 64, 4, 4, 183296, maps=True, specialised=True),
+        ),
+    }, specialised=True),
+    "selected_dq_sum": Tiles("selected_dq_sum", "cbd4f2d6eb0b", {
+        ("sm_80", 16): (
+            Config(1, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(1, 1, 4, 1, 0),
+        ),
+    }, specialised=True),
     "row_delta": Tiles("row_delta", "0dc458fc13b6", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),
@@ -452,7 +470,7 @@ def selected_dkv(
 @triton.jit(do_not_specialize=["T", "slots", "sequences", "key_rows"])
 def selected_sum(
     parts_ptr, first_ptr, dk_ptr, dv_ptr, cu_ptr, T, slots, sequences, key_rows,
-    BN: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BN: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dk and dv of a key block: its items' parts, added in order; one program: a key block."""
     block = tl.program_id(0)  # (b·4 + h)·slots + slot
@@ -477,16 +495,216 @@ def selected_sum(
     dv0 = tl.zeros([BN, 128], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
     for item in range(begin, end):
-        part = parts_ptr + (local_row + item * 64) * 256
+        part = parts_ptr + (local_row + item * 64) * (128 + PIECES * 128)
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
-        d = tl.arange(0, 128)[None, :]
-        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+        for i in tl.static_range(PIECES):  # of dv
+            d = tl.arange(0, 128)[None, :]
+            dv0 += tl.load(part + 128 + i * 128 + d, mask=inside, other=0.0)
     key_row = ((b * key_rows + start + s) * 4 + h)[:, None]
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + key_row * 128 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+
+
+@gluon.jit
+def selected_grads_weigh(
+    k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, item, begin, end, s0, row, scale,
+    TURN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A warpgroup: every second step of the item, from step TURN on. ds of each, and dv += pᵀ·d_out."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DV0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DV0, k_width=2)
+    DTYPE: gl.constexpr = k0.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dv0 = gl.zeros([64, 128], gl.float32, layout=DV0)
+    mbarrier.wait(arrived, 0)
+    for step in range(TURN, (end - begin + 3) // 4, 2):
+        at = step % STAGES
+        entry = begin + step * 4
+        first = gl.load(list_ptr + entry) // 64 - row  # of the step's queries, which ascend
+        hopper.wait_full(full, step, STAGES)
+        x = warpgroup_mma(k0, q0_ring.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v0, do0_ring.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+        lse = lse_ring.index(at).load(COLUMNS) * 1.4426950408889634
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (first < s0 + 63) | (entry + 4 > end):
+            query = entry + gl.arange(0, 64, layout=COLUMNS) // 16
+            t = (gl.load(list_ptr + gl.minimum(query, end - 1)) // 64 - row).to(gl.int32)
+            t = gl.where(query < end, t, -1)  # no query: sees nothing
+            s = s0 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+            x = gl.where(gl.expand_dims(s, 1) <= gl.expand_dims(t, 0), x, float("-inf"))
+        p = gl.exp2(x * scale2 - gl.expand_dims(lse, 0))
+        weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+        delta = delta_ring.index(at).load(COLUMNS)
+        hopper.wait_empty(ds_empty, step, 2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        grads = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+        dv0 = warpgroup_mma(weights, do0_ring.index(at), dv0, is_async=True)
+        ds_ring.index(TURN).store(grads)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(TURN), count=1)
+        dv0 = warpgroup_mma_wait(0, deps=(dv0,))
+        mbarrier.arrive(empty.index(at), count=1)
+    s = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, DV0)), 1) + item.to(gl.int64) * 64
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV0)), 0)
+    gl.store(parts_ptr + s * 384 + 128 + TURN * 128 + d, dv0)
+
+
+@gluon.jit
+def selected_grads_spread(
+    k0, arrived, q0_ring, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, dq_parts_ptr, item, begin, end, row, first_part, scale,
+    STAGES: gl.constexpr,
+):
+    """A warpgroup: every step of the item. dk += dsᵀ·q, and parts of dq = ds·k, by 64 columns."""
+    COLUMNS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DTYPE: gl.constexpr = k0.dtype
+    zero = gl.zeros([64, 64], gl.float32, layout=COLUMNS)
+    DK0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    dk0 = gl.zeros([64, 128], gl.float32, layout=DK0)
+    k0_columns = k0._reinterpret(DTYPE, [2, 64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE))
+    warp = gl.arange(0, 4, layout=hopper.WARP)
+    mbarrier.wait(arrived, 0)
+    for step in range(0, (end - begin + 3) // 4):
+        at = step % STAGES
+        own = begin + step * 4 + warp * 16 // 16  # a warp has 16 rows, of one query
+        place = gl.load(list_ptr + gl.minimum(own, end - 1))
+        part = hopper.part_of(place, row, first_part, 64, 16).to(gl.int64) * 2048 + warp * 16 % 16 * 128
+        hopper.wait_full(ds_full, step, 2)
+        ds = ds_ring.index(step % 2)
+        dk0 = warpgroup_mma(ds, q0_ring.index(at), dk0, is_async=True)
+        dq = warpgroup_mma(ds.permute((1, 0)), k0_columns.index(0), zero, use_acc=False, is_async=True)
+        dk0, dq = warpgroup_mma_wait(0, deps=(dk0, dq))
+        mbarrier.arrive(empty.index(at), count=1)
+        hopper.put_part(dq_parts_ptr, (dq * scale).to(q0_ring.dtype), part, own < end, 0, 128)
+        dq = warpgroup_mma(ds.permute((1, 0)), k0_columns.index(1), zero, use_acc=False, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        mbarrier.arrive(ds_empty.index(step % 2), count=1)
+        hopper.put_part(dq_parts_ptr, (dq * scale).to(q0_ring.dtype), part, own < end, 1, 128)
+    s = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, DK0)), 1) + item.to(gl.int64) * 64
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK0)), 0)
+    gl.store(parts_ptr + s * 384 + d, dk0 * scale)
+
+
+@gluon.jit
+def selected_grads_copy(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, list_ptr, begin, end, b, h, s0, row,
+    STAGES: gl.constexpr,
+):
+    """A warp: the block's keys and values, then what every step reads of its queries, as far ahead as there is room."""
+    mbarrier.expect(arrived, 32768)
+    hopper.fetch(k_map0, b, s0, h, 0, k0, arrived)
+    hopper.fetch(v_map0, b, s0, h, 0, v0, arrived)
+    of_row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    for step in range(0, (end - begin + 3) // 4):
+        at = step % STAGES
+        entry = begin + step * 4
+        number = gl.load(list_ptr + gl.minimum(entry + of_row // 16, end - 1)) // 64 * 64 + h * 16 + of_row % 16
+        hopper.wait_empty(empty, step, STAGES)
+        mbarrier.expect(full.index(at), 32768)
+        hopper.fetch_numbers(lse_ptr + number, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + number, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 0, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 4, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 4, full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 1, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 5, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 5, full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 2, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 2, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 6, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 2, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 6, full.index(at))
+        t = gl.load(list_ptr + gl.minimum(entry + 3, end - 1)) // 64 - row
+        hopper.fetch_rows(q_map0, b, t, h * 16, 0, q0_ring.index(at), 3, full.index(at))
+        hopper.fetch_rows(q_map0, b, t, h * 16, 64, q0_ring.index(at), 7, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 0, do0_ring.index(at), 3, full.index(at))
+        hopper.fetch_rows(do_map0, b, t, h * 16, 64, do0_ring.index(at), 7, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "slots", "pair", "pairs", "chunk_first", "chunk_rows"])
+def selected_grads_specialised(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, list_ptr, first_ptr, items_ptr, parts_ptr, dq_parts_ptr,
+    T, slots, pair, pairs, chunk_first, chunk_rows, scale, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """an item's part of dk and two of dv, float32, and its queries' parts of dq; one program: BN keys and one item's queries × the 16 heads of one KV head. Pairs of batch entry and KV head: `pairs` from `pair` on."""
+    item = gl.load(first_ptr + pair * slots) + gl.program_id(0)
+    if item < gl.load(first_ptr + (pair + pairs) * slots):
+        block = gl.load(items_ptr + 3 * item)  # (b·4 + h)·slots + slot
+        begin = gl.load(items_ptr + 3 * item + 1)
+        end = gl.load(items_ptr + 3 * item + 2)
+        h = block // slots % 4
+        b = block // slots // 4
+        row = b * T  # of the sequence's first token
+        s0 = block % slots * 64
+        first_part = (block // slots - pair) * chunk_rows - chunk_first  # of query 0, in parts of a list's length
+        DTYPE: gl.constexpr = k_map0.dtype
+        k0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+        q0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+        v0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+        do0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+        lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+        full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+        arrived = hopper.barriers(1, 1).index(0)
+        ds_ring, ds_full, ds_empty = hopper.tiles(DTYPE, 2, BN, 64), hopper.barriers(2, 1), hopper.barriers(2, 1)
+        fence_async_shared()
+        gl.warp_specialize([
+            (selected_grads_weigh, (
+                k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, item, begin, end, s0, row, scale,
+                0, STAGES,
+            )),
+            (selected_grads_weigh, (
+                k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, item, begin, end, s0, row, scale,
+                1, STAGES,
+            )),
+            (selected_grads_spread, (
+                k0, arrived, q0_ring, empty, ds_ring, ds_full, ds_empty, list_ptr, parts_ptr, dq_parts_ptr, item, begin, end, row, first_part, scale,
+                STAGES,
+            )),
+            (selected_grads_copy, (
+                k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, v0, arrived, q0_ring, do0_ring, lse_ring, delta_ring, full, empty, list_ptr, begin, end, b, h, s0, row,
+                STAGES,
+            )),
+        ], [4, 4, 1], [176, 136, 24])
+
+
+@triton.jit(do_not_specialize=["T", "slots", "pair", "pairs", "chunk_first", "chunk_rows"])
+def selected_dq_sum(
+    dq_parts_ptr, blocks_ptr, dq_ptr, T, slots, pair, pairs, chunk_first, chunk_rows, ACCUMULATE: tl.constexpr
+):
+    """dq from the parts of the query's listed blocks, added in order; one program: a query and the heads of one KV head."""
+    pid = tl.program_id(0)
+    t = chunk_first + pid // pairs
+    h = (pair + pid % pairs) % 4
+    b = ((pair + pid % pairs) // 4).to(tl.int64)
+    listed = ((b * T + t) * 4 + h) * 16
+    part = ((pid % pairs).to(tl.int64) * chunk_rows + pid // pairs) * 16
+    entry = tl.arange(0, 16)
+    block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    head = h * 16 + tl.arange(0, 16)[:, None]
+    row = ((b * T + t) * 64 + head) * 128
+    # 16 rows a warp, of which a thread had two, 8 apart, of every 8 columns two: [warp, half, columns of 32, row, lane, 8, 2].
+    number = tl.arange(0, 2048)
+    place = number // 1024 * 1024 + 0 + number % 1024
+    acc = tl.zeros([2048], dtype=tl.float32)
+    for i in range(0, end):
+        own = tl.load(blocks_ptr + listed + i)
+        mine = (own >= 0) & (own < slots)  # a list may name others, which left nothing
+        acc += tl.load(dq_parts_ptr + (part + i) * 2048 + place, mask=mine, other=0.0).to(tl.float32)
+    dq = tl.permute(tl.reshape(acc, [1, 2, 4, 8, 4, 4, 2]), [0, 1, 3, 2, 5, 4, 6])
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dq_ptr + row + d, tl.reshape(dq, [16, 128]), head >= 0, ACCUMULATE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -922,6 +1140,8 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
             q, (k,), (v,), _SELECTED, lse, delta, d_out, scale, cu_seqlens, (blocks,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
+    if scale and launch.specialises(cu_seqlens, q, k, v, d_out):
+        return _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
@@ -946,8 +1166,42 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     c = launch.pick(_CONFIGS["selected_sum"], q)
     selected_sum[(total, -(-64 // c.bn))](
         parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
-        c.bn, adds, **c.options,
+        c.bn, 1, adds, **c.options,
     )
+    return dq, dk, dv
+
+
+def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
+    """The same key block by key block, by kernels whose warp copies: parts of a chunk of queries, then their sums."""
+    batch, length = q.shape[:2]
+    dq, adds_dq = launch.target(into[0], q, None)
+    dk, adds = launch.target(into[1], k, None)
+    dv, _ = launch.target(into[2], v, None)
+    c, sums, by_query = (launch.pick(_CONFIGS[x], q) for x in ("selected_grads", "selected_sum", "selected_dq_sum"))
+    chunk, pairs = lists.pair_chunk(length, batch * 4, q.element_size() * 32768)
+    per_item = lists.per_item(chunk, 1024)
+    inverse = lists.invert(blocks, 64, None, per_item, chunk)
+    parts = launch.empty(q, (inverse.items.shape[1], 64, 384), None, torch.float32)
+    dq_parts = launch.empty(q, (pairs, chunk, 16, 16, 128), None)
+    slots, total = inverse.slots, inverse.first.shape[1] - 1
+    maps = [*hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), hopper.row_boxes(q, 16), hopper.row_boxes(d_out, 16)]
+    dk_sum, dv_sum = lists.sums((dk, dv), chunk < length, adds, None)
+    for number, first in enumerate(range(0, length, chunk)):
+        rows, bounds = min(chunk, length - first), inverse.first[number]
+        for pair in range(0, batch * 4, pairs):
+            some = min(pairs, batch * 4 - pair)
+            selected_grads_specialised[(some * slots + some * rows * 16 // per_item,)](
+                *maps, lse, delta, inverse.entries, bounds, inverse.items[number], parts, dq_parts,
+                length, slots, pair, some, first, chunk, scale, c.bn, c.stages, **c.options,
+            )
+            selected_dq_sum[(rows * some,)](
+                dq_parts, blocks, dq, length, slots, pair, some, first, chunk, adds_dq, **by_query.options,
+            )
+        selected_sum[(total, -(-64 // sums.bn))](
+            parts, bounds, dk_sum, dv_sum, None, length, slots, 0, k.shape[1],
+            sums.bn, 2, adds or number > 0, **sums.options,
+        )
+    lists.round_sums((dk, dv), (dk_sum, dv_sum))
     return dq, dk, dv
 
 

@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  0a5221564dc4
-runtime  16
+content  6a47d7d999e6
+runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -51,7 +51,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(16, "tiny")
+version.require(17, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -68,7 +68,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_0a5221564dc4"
+_SPACE = "nsagen_tiny_6a47d7d999e6"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -208,7 +208,7 @@ _CONFIGS = {
             Config(64, 16, 8, 3, 44032), Config(32, 16, 8, 1, 11264), Config(32, 16, 8, 2, 17408), Config(32, 16, 8, 3, 23552),
         ),
     }),
-    "selected_sum": Tiles("selected_sum", "8cabc44fb481", {
+    "selected_sum": Tiles("selected_sum", "67f0e6a6a85e", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
         ),
@@ -1276,7 +1276,7 @@ def selected_dkv(
 @triton.jit(do_not_specialize=["T", "slots", "sequences", "key_rows"])
 def selected_sum(
     parts_ptr, first_ptr, dk_ptr, dv_ptr, cu_ptr, T, slots, sequences, key_rows,
-    BN: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BN: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):
     """dk and dv of a key block: its items' parts, added in order; one program: a key block."""
     block = tl.program_id(0)  # (b·2 + h)·slots + slot
@@ -1301,11 +1301,12 @@ def selected_sum(
     dv0 = tl.zeros([BN, 16], dtype=tl.float32)
     local_row = local.to(tl.int64)[:, None]
     for item in range(begin, end):
-        part = parts_ptr + (local_row + item * 16) * 40
+        part = parts_ptr + (local_row + item * 16) * (24 + PIECES * 16)
         d = tl.arange(0, 32)[None, :]
         dk0 += tl.load(part + d, mask=inside & (d < 24), other=0.0)
-        d = tl.arange(0, 16)[None, :]
-        dv0 += tl.load(part + 24 + d, mask=inside, other=0.0)
+        for i in tl.static_range(PIECES):  # of dv
+            d = tl.arange(0, 16)[None, :]
+            dv0 += tl.load(part + 24 + i * 16 + d, mask=inside, other=0.0)
     key_row = ((b * key_rows + start + s) * 2 + h)[:, None]
     d = tl.arange(0, 32)[None, :]
     device.add_to(dk_ptr + key_row * 24 + d, dk0, inside & (d < 24), ACCUMULATE)
@@ -3332,7 +3333,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     c = launch.pick(_CONFIGS["selected_sum"], q)
     selected_sum[(total, -(-16 // c.bn))](
         parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
-        c.bn, adds, **c.options,
+        c.bn, 1, adds, **c.options,
     )
     return dq, dk, dv
 

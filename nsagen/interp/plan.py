@@ -38,10 +38,14 @@ BODIES: dict[Body, Callable[[Run], None]] = {
     "attend_fwd": _each(attend_fwd),
     "attend_dq": _each(attend_dq),
     "attend_dkv": _each(attend_dkv),
+    "attend_keys": _each(attend_dkv),
+    "attend_queries": _each(attend_dq),
     "attend_list_dkv": attend_list_dkv,
+    "attend_list_grads": attend_list_dkv,
     "attend_list_fwd": attend_list_fwd,
     "merge_lists": merge_lists,
     "sum_lists": sum_lists,
+    "sum_list_parts": sum_lists,
     "sum_items": sum_items,
     "sum_splits": sum_splits,
     "combine_fwd": combine_fwd,
@@ -64,13 +68,16 @@ def run_op(
     scale: float | None = None,
     cu_seqlens: Sequence[int] | None = None,
     chunk: int | None = None,
+    form: str = "plain",
 ) -> dict[str, Array]:
     """The outputs of one op, by buffer name.
 
     inputs: by buffer name. Packed, with cu_seqlens, B is 1 and axes have the inputs' lengths; rows of no sequence stay
-    NaN. chunk: queries of a host loop over chunks, all of them by default. scale defaults to Dqk^-½.
+    NaN. chunk: queries of a host loop over chunks, all of them by default. scale defaults to Dqk^-½. form: "plain" or
+    "specialised" kernels, where there are both.
     """
     host = _Host(plan, next(o for o in plan.ops if o.name == op), inputs, tiles, cu_seqlens)
+    host.form = form
     host.scale = plan.heads.qk_dim**-0.5 if scale is None else scale
     with np.errstate(over="ignore", invalid="ignore"):  # masked scores may be anything
         host.run(chunk)
@@ -83,7 +90,7 @@ class _Host:
     def __init__(
         self, plan: Plan, op: Op, inputs: Mapping[str, Array], tiles: Tiles, cu_seqlens: Sequence[int] | None
     ) -> None:
-        self.plan, self.op, self.tiles, self.scale = plan, op, tiles, 1.0
+        self.plan, self.op, self.tiles, self.scale, self.form = plan, op, tiles, 1.0, "plain"
         self.buffers = {name: exact(inputs[name]) for name in op.inputs}
         batch, tokens = self.buffers["q"].shape[:2]
         self.sizes = {"B": batch, "T": tokens, "chunk": tokens, "splits": SPLITS}
@@ -124,7 +131,7 @@ class _Host:
                 del self.buffers[name]
 
     def _launch(self, launch: Launch, chunk: range) -> None:
-        if not all(_holds(guard, self.op, self.sizes["T"]) for guard in launch.when):
+        if not all(_holds(guard, self.op, self.sizes["T"], self.form) for guard in launch.when):
             return
         kernel = self.plan.kernel(launch.kernel)
         arrays = {operand: self._bound(kernel, operand, launch, chunk) for operand, _ in launch.binds}
@@ -165,8 +172,8 @@ def _chunks(tokens: int, chunk: int | None) -> Iterator[range]:
         yield range(first, min(first + step, tokens))
 
 
-def _holds(guard: Guard, op: Op, tokens: int) -> bool:
+def _holds(guard: Guard, op: Op, tokens: int, form: str) -> bool:
     """Whether a variant is taken here: training, on no particular chip."""
     direction = "backward" if op.doc.endswith("_grad") else "forward"
-    found: str | int = {"mode": "train", "direction": direction, "length": tokens, "arch": ""}[guard.key]
+    found: str | int = {"mode": "train", "direction": direction, "length": tokens, "arch": "", "form": form}[guard.key]
     return guard.holds(found)

@@ -21,12 +21,18 @@ N = count("N")  # keys on the walk's axis
 Body = Literal[
     "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
     "score_lse", "select_scores", "select_blocks", "sum_items", "sum_splits",
-    "attend_list_fwd", "merge_lists", "sum_lists",
+    "attend_list_fwd", "merge_lists", "sum_lists", "attend_list_grads", "sum_list_parts",
+    "attend_keys", "attend_queries",
     "split_attend", "split_select", "split_merge",
 ]  # fmt: skip
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 BY_LISTS = ("attend_fwd", "attend_dq")  # bodies whose query tiles may find their keys by block lists
-WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd")  # bodies that hold keys and walk the queries
+WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd", "attend_list_grads", "attend_keys")
+ONLY_SPECIALISED = (
+    "attend_list_grads",
+    "attend_keys",
+    "attend_queries",
+)  # bodies of kernels that have no form without a warp that copies
 DEEP = 5  # stages of a decoding step over small pages, half of them before the keys; runtime/split.py asks for it
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]
@@ -234,14 +240,18 @@ FACTS = {
 class Guard:
     """A host-side condition under which a launch (a variant of its node) is taken."""
 
-    key: Literal["mode", "direction", "length", "arch"]
-    op: Literal["is", "from", "below"]
+    key: Literal["mode", "direction", "length", "arch", "form"]
+    op: Literal["is", "is not", "from", "below"]
     value: str | int
 
     def holds(self, found: str | int) -> bool:
-        if self.op == "is":
-            return found == self.value
+        if self.op.startswith("is"):
+            return (found == self.value) == (self.op == "is")
         return (int(found) >= int(self.value)) == (self.op == "from")
+
+
+SPECIALISED = Guard("form", "is", "specialised")  # where a warp can copy by tensor maps: 16-bit on sm_90, not packed
+PLAIN = Guard("form", "is not", "specialised")
 
 
 @dataclass(frozen=True)

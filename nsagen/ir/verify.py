@@ -137,16 +137,18 @@ def _symbols(xs: tuple[Expr, ...], allowed: set[str], line: str) -> None:
 
 def _op(op: Op, kernels: dict[str, Kernel], buffers: set[str]) -> None:
     line = f"op {op.name}"
-    known = set(op.inputs)
     _need(op.doc.endswith("_grad") == op.name.endswith("_grad"), line, "gradients are named so")
     names = [None, *(x.kernel for x in op.launches), None]
     for before, launch, after in zip(names, op.launches, names[2:], strict=False):
         _need(launch.kernel in kernels, line, f"launches {launch.kernel}, which is not there")
         rides = launch.rides in (None, before, after)
         _need(rides, line, f"{launch.kernel} rides on {launch.rides}, which is not the launch before or after")
-        known |= _launch(launch, kernels[launch.kernel], known, buffers, f"{line}: launch {launch.kernel}")
-    for name in op.outputs:
-        _need(name in known, line, f"output %{name} is never written")
+    for form in ("plain", "specialised"):
+        known = set(op.inputs)
+        for launch in (x for x in op.launches if all(g.holds(form) for g in x.when if g.key == "form")):
+            known |= _launch(launch, kernels[launch.kernel], known, buffers, f"{line}: launch {launch.kernel}")
+        for name in op.outputs:
+            _need(name in known, line, f"output %{name} is never written")
 
 
 def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], line: str) -> set[str]:
@@ -156,7 +158,7 @@ def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], 
     missing = [o.name for o in kernel.operands if o.name not in bound and not o.optional]
     _need(not missing, line, f"operands {missing} are not bound")
     _need(launch.over in (None, "chunks"), line, "host loops run over chunks")
-    keys = [g.key for g in launch.when if g.op == "is" and g.value == ""]
+    keys = [g.key for g in launch.when if g.op.startswith("is") and g.value == ""]
     _need(not keys, line, f"guard on {keys} compares with nothing")
     for name, buffer in bound.items():
         _need(buffer in buffers, line, f"%{buffer} is not declared")

@@ -19,9 +19,10 @@ from nsagen.ir.graph import (
 )
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
 from nsagen.passes.decode import decode_kernels
-from nsagen.passes.loop_order import by_blocks
+from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
 from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
 from nsagen.passes.rings import over_rings
+from nsagen.passes.specialise import keys_may_specialise, keys_name, queries_may_specialise, queries_name
 
 PACK = Choice(
     "head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head"
@@ -41,6 +42,14 @@ ITEMS = Choice(
 )
 SPLITS = Choice(
     "split_queries", "few key tiles, the first seen by every query: programs share a tile; float32 parts added in order"
+)
+COPIED_KEYS = Choice(
+    "warp_specialised",
+    "a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)",
+)
+COPIED = Choice(
+    "warp_specialised",
+    "a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)",
 )
 RECOMPUTE = Choice("recompute_scores", "p = exp(s − lse) costs one dot; keeping it would take T × keys values")
 EXACT = Choice(
@@ -83,6 +92,7 @@ class ChooseStrategy:
         for node in graph.nodes:
             if isinstance(node, Attend):
                 kernels += [_forward(node), *_forward_by_blocks(node, graph.heads), *_gradients(node, graph.heads)]
+                kernels += _specialised_gradients(node, graph.heads)
             elif isinstance(node, LogSumExp):
                 kernels.append(_normaliser(node))
             elif isinstance(node, Select):
@@ -154,6 +164,15 @@ def _query_grad(node: Attend) -> Kernel:
     return Kernel(f"{node.branch}_dq", node.branch, "attend_dq", grid, operands, _walks(node.sources), choices)
 
 
+def _query_grads(node: Attend, heads: Heads) -> list[Kernel]:
+    """dq, and the same with a warp that copies, where it has a form for it."""
+    kernel = _query_grad(node)
+    if not queries_may_specialise(node, heads):
+        return [kernel]
+    choices = (*kernel.choices, COPIED_KEYS)
+    return [kernel, replace(kernel, name=queries_name(kernel.name), body="attend_queries", choices=choices)]
+
+
 def _forward_by_blocks(node: Attend, heads: Heads) -> list[Kernel]:
     """Parts of the output, one a listed block, and their merge."""
     choice = by_blocks(node, heads, backward=False)
@@ -179,8 +198,8 @@ def _gradients(node: Attend, heads: Heads) -> list[Kernel]:
     """dq beside dk and dv; or parts of dq from the kernel of dk and dv, and their sum."""
     choice = by_blocks(node, heads, backward=True)
     if choice is None:
-        return [_query_grad(node), *_key_grads(node)]
-    keys, sums = _key_grads(node)
+        return [*_query_grads(node, heads), *_key_grads(node, heads)]
+    keys, sums = _key_grads(node, heads)
     parts = Operand("dq_parts", "dq_parts", "query", "store")
     choices = (choice, *keys.choices[:3], CHUNKS_OF_PARTS, *keys.choices[3:])
     keys = replace(keys, operands=(*keys.operands, parts), choices=choices)
@@ -189,7 +208,31 @@ def _gradients(node: Attend, heads: Heads) -> list[Kernel]:
     return [keys, sums, Kernel(name, node.branch, "sum_lists", flat, operands, (), (choice,))]
 
 
-def _key_grads(node: Attend) -> list[Kernel]:
+def _specialised_gradients(node: Attend, heads: Heads) -> list[Kernel]:
+    """The same key block by key block, where a warp can copy: parts of all three, and the sum of dq's."""
+    choice = specialised_by_blocks(node, heads)
+    if choice is None:
+        return []
+    source, flat = node.sources[0], Grid(None, BM, "ascending")
+    loads = (
+        _load("q", "q"),
+        _load("k", "k", "key"),
+        _load("v", "v", "key"),
+        *ROW_STATISTICS,
+        _load("items", "items", "key"),
+    )
+    parts, dq_parts = Operand("parts", "parts", "key", "store"), Operand("dq_parts", "dq_parts", "query", "store")
+    walk = Walk(0, source.pieces[0], source.axis, "reverse", source.listed)
+    choices = (choice, INVERSE, ITEMS, CHUNKS_OF_PARTS, PACK, RECOMPUTE)
+    grid, name = Grid(source.axis, BN, "ascending"), f"{node.branch}_grads"
+    operands = (replace(dq_parts, mode="load"), _load("blocks", "blocks"), Operand("dq", "dq", "query", "accumulate"))
+    return [
+        Kernel(name, node.branch, "attend_list_grads", grid, (*loads, parts, dq_parts), (walk,), choices),
+        Kernel(f"{node.branch}_dq_sum", node.branch, "sum_list_parts", flat, operands, (), (choice,)),
+    ]
+
+
+def _key_grads(node: Attend, heads: Heads) -> list[Kernel]:
     kernels: list[Kernel] = []
     for source, suffix in zip(node.sources, suffixes(node.sources), strict=True):
         loads = (_load("q", "q"), _load("k", "k", "key"), _load("v", "v", "key"), *ROW_STATISTICS)
@@ -207,12 +250,21 @@ def _key_grads(node: Attend) -> list[Kernel]:
             choices = (KEY_MAJOR, SPLITS, PACK, RECOMPUTE)
             grid = replace(grid, split=True)
             kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, parts), walks, choices))
+            kernels += _specialised_keys(kernels[-1], source, heads)
             sums, flat = (replace(parts, mode="load"), *outs), Grid(None, BM, "ascending")
             kernels.append(Kernel(sum_name, node.branch, "sum_splits", flat, sums, (), (SPLITS,)))
         else:
             choices = (KEY_MAJOR, PACK, RECOMPUTE)
             kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, *outs), walks, choices))
+            kernels += _specialised_keys(kernels[-1], source, heads)
     return kernels
+
+
+def _specialised_keys(kernel: Kernel, source: Source, heads: Heads) -> list[Kernel]:
+    """The same with a warp that copies, where that has a form for it."""
+    if not keys_may_specialise(source, heads):
+        return []
+    return [replace(kernel, name=keys_name(kernel.name), body="attend_keys", choices=(*kernel.choices, COPIED))]
 
 
 def _normaliser(node: LogSumExp) -> Kernel:

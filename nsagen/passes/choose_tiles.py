@@ -6,9 +6,19 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from nsagen.ir.graph import Heads
-from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Op, Plan, TileConfig, TileTable
+from nsagen.ir.plan import DEEP, HEADS_IN_TURN, ONLY_SPECIALISED, Choice, Kernel, Op, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
-from nsagen.passes.specialise import GROUP_ROWS, SHAPES, WARPGROUPS, queries, specialised_speed, specialised_use
+from nsagen.passes.specialise import (
+    GROUP_ROWS,
+    SHAPES,
+    WARPGROUPS,
+    grads_tile,
+    keys_tile,
+    queries,
+    queries_tile,
+    specialised_speed,
+    specialised_use,
+)
 
 BITS = (16, 32)
 MOST_REGISTERS = 255  # a thread
@@ -21,6 +31,7 @@ RIDES = Choice(
     "rides",
     "the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less",
 )
+ONLY_TILES = {"attend_list_grads": grads_tile, "attend_keys": keys_tile, "attend_queries": queries_tile}
 UNROLLED = 128  # float32 scores a warp: more, and a kernel spills and takes minutes to compile
 
 
@@ -64,16 +75,21 @@ def split_dim(dim: int) -> tuple[int, ...]:
 
 def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     kernel = replace(kernel, qk_parts=split_dim(heads.qk_dim), v_parts=split_dim(heads.v_dim))
-    tables = tuple(TileTable(a.name, bits, _ranked(kernel, heads, a, bits)) for a in ARCHES for bits in BITS)
+    places = [(a, bits) for a in ARCHES for bits in BITS]
+    if kernel.body in ONLY_SPECIALISED:
+        places = [(a, bits) for a, bits in places if a.specialises and bits == 16]
+    tables = tuple(TileTable(a.name, bits, _ranked(kernel, heads, a, bits)) for a, bits in places)
     even = 128 % heads.group == 0
     facts = (*kernel.facts, *(("group_fills_tile",) if even and kernel.walks else ()))
     kernel = replace(kernel, tiles=tables, facts=facts)
-    return _because(kernel, SPECIALISED) if kernel.specialised else kernel
+    return _because(kernel, SPECIALISED) if kernel.specialised and kernel.body == "attend_fwd" else kernel
 
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
     if not kernel.walks:
         return (_flat(kernel, bits),)
+    if kernel.body in ONLY_SPECIALISED:
+        return (ONLY_TILES[kernel.body](kernel),)
     shapes = _shared_shapes(kernel, heads, bits) if kernel.body == "split_attend" else _shapes(kernel, heads)
     candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in shapes]
     candidates += [_capped(c) for c in candidates if _gains_by_a_cap(kernel, arch, bits, c)]
@@ -99,6 +115,8 @@ def _flat(kernel: Kernel, bits: int) -> TileConfig:
         return TileConfig(1, 16, 4, 1, 0, 64, 1.0)
     if kernel.body == "sum_splits":
         return TileConfig(16, 1, 4, 1, 0, 64, 1.0)
+    if kernel.body == "sum_list_parts":
+        return TileConfig(1, 1, 4, 1, 0, 64, 1.0)
     if kernel.body in ("select_blocks", "merge_lists", "sum_lists"):
         return TileConfig(1, 1, 1, 1, 0, 128, 1.0)
     return TileConfig(32 if bits == 16 else 16, 1, 4, 1, 0, 64, 1.0)
@@ -114,7 +132,7 @@ def _shapes(kernel: Kernel, heads: Heads) -> list[tuple[int, int, int, int]]:
     if kernel.body in HEADS_IN_TURN:
         rows, columns = [32, 64, 128], [16, 32, 64, 128, 256]
     if listed and kernel.body in ("attend_fwd", "attend_dq"):
-        rows, warps = rows[:1], (1, 2, 4)
+        rows, warps = rows[:1], (1, 2, 4) if rows[0] <= 32 else (1, 2, 4, 8)  # float32: 16 keys of 64 rows on eight
     return [
         (bm, bn, warp, stages)
         for bm, bn, warp, stages in product(rows, columns, warps, (1, 2, 3))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from nsagen.ir.graph import Attend, Heads
 from nsagen.ir.plan import Choice
+from nsagen.sym import KEY, QUERY, le
 
 BYTES = 2  # of an element, in the dtypes that matter
 L2 = 11.1e12  # bytes a second of random key blocks out of the L2 cache, by tensor maps; an H200 (docs/performance.md)
 MEMORY = 3.2e12  # of rows gathered and parts written and read again, likewise
+DQ_SHARE = 0.87  # of L2, what dq gets of it: it has more to do with a block
 MARGIN = 1.5  # how much faster the second order must promise to be: the model is off by up to 1.4
 
 
@@ -30,4 +32,37 @@ def by_blocks(node: Attend, heads: Heads, backward: bool) -> Choice | None:
         "block_major",
         f"group {heads.group}: a (query, block) pair costs {1e9 * blocks:.2f} ns in parts, against "
         f"{1e9 * queries:.2f} ns for reading the block once a query",
+    )
+
+
+GRADS = 400e12  # FLOPs a second of dq, dk and dv in one kernel, warp-specialised; an H200 (docs/performance.md)
+KEYS_ALONE = 345e12  # of dk and dv in a kernel of their own
+MOST_DIMS = (192, 128)  # of keys and values, whose gradients stay in registers
+SPECIALISED_GROUPS = (16, 32, 64)  # heads whose rows fill the 16 of a warp, and a warpgroup's 64
+
+
+def specialised_by_blocks(node: Attend, heads: Heads) -> Choice | None:
+    """dq, dk and dv key block by key block in a warp-specialised kernel, with the reason; None where it has none.
+
+    That needs blocks of 64 keys, rows that fill a warp, head dims of whole 64s that fit the registers, and a causal
+    mask alone.
+    """
+    if by_blocks(node, heads, backward=True) or len(node.sources) != 1 or len(node.sources[0].pieces) != 1:
+        return None
+    listed, piece = node.sources[0].listed, node.sources[0].pieces[0]
+    if listed is None or listed.size != 64 or piece.where != (le(KEY, QUERY),) or heads.group not in SPECIALISED_GROUPS:
+        return None
+    qk, v = heads.qk_dim, heads.v_dim
+    if qk % 64 or v % 64 or qk > MOST_DIMS[0] or v > MOST_DIMS[1]:
+        return None
+    rows = heads.group * BYTES
+    pair = 2 * heads.group * listed.size  # FLOPs a column of a product
+    queries = listed.size * (qk + v) * BYTES / (DQ_SHARE * L2) + pair * 2 * (qk + v) / KEYS_ALONE
+    parts = pair * (3 * qk + 2 * v) / GRADS + rows * qk / MEMORY
+    if queries < parts:
+        return None
+    return Choice(
+        "gradients_by_blocks",
+        f"a warp copies the rows of the queries that list a block: a (query, block) pair costs {1e9 * parts:.2f} ns, "
+        f"with its part of dq, against {1e9 * queries:.2f} ns for dq query by query beside dk and dv",
     )

@@ -21,9 +21,10 @@ from nsagen.ir.graph import (
     chosen_ahead,
     writes,
 )
-from nsagen.ir.plan import Buffer, Guard, Launch, Op
+from nsagen.ir.plan import PLAIN, SPECIALISED, Buffer, Guard, Launch, Op
 from nsagen.passes.decode import decode_buffers, decode_op
-from nsagen.passes.loop_order import by_blocks
+from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
+from nsagen.passes.specialise import keys_may_specialise, keys_name, queries_may_specialise, queries_name
 from nsagen.sym import Expr, const, count, floordiv
 
 BATCH = count("B")
@@ -129,11 +130,15 @@ class _Gradients:
             return self._by_blocks(node, grad, rows)
         adds, dq = self._target(node.q, grad.dq)
         result = [Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds)]
+        if queries_may_specialise(node, self.heads):
+            result = _both_forms(result[0], queries_name(result[0].kernel))
         for source, suffix, dk, dv in zip(node.sources, suffixes(node.sources), grad.dk, grad.dv, strict=True):
             adds, dk = self._target(source.k, dk)
             dv = self._target(source.v, dv)[1]
             keys: Binds = (("q", node.q), ("k", source.k), ("v", source.v))
             result += self._keys(f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds)
+        if specialised_by_blocks(node, self.heads):
+            return [*(replace(x, when=(PLAIN,)) for x in result), *_in_parts(node.branch, *result)]
         return result
 
     def _by_blocks(self, node: Attend, grad: AttendGrad, rows: Binds) -> list[Launch]:
@@ -151,15 +156,34 @@ class _Gradients:
     def _keys(self, branch: str, suffix: str, source: Source, loads: Binds, outs: Binds, adds: bool) -> list[Launch]:
         name = f"{branch}_dkv{suffix}"
         if source.listed is None and source.axis.is_tokens:
-            return [Launch(name, (*loads, *outs), adds)]
+            return self._forms(Launch(name, (*loads, *outs), adds), source)
         parts: Binds = (("parts", _parts(source)),)
         if source.listed:
             parts = (("items", source.listed.blocks), *parts)
-        return [Launch(name, (*loads, *parts)), Launch(f"{branch}_sum{suffix}", (*parts, *outs), adds)]
+        sums = Launch(f"{branch}_sum{suffix}", (*parts, *outs), adds)
+        return [*self._forms(Launch(name, (*loads, *parts)), source), sums]
+
+    def _forms(self, launch: Launch, source: Source) -> list[Launch]:
+        """The launch, or one of two."""
+        if not keys_may_specialise(source, self.heads):
+            return [launch]
+        return _both_forms(launch, keys_name(launch.kernel))
 
     def _target(self, value: str, gradient: str) -> tuple[bool, str]:
         known = value in self.into
         return known, self.into.setdefault(value, gradient)
+
+
+def _both_forms(launch: Launch, specialised: str) -> list[Launch]:
+    return [replace(launch, when=(PLAIN,)), replace(launch, kernel=specialised, when=(SPECIALISED,))]
+
+
+def _in_parts(branch: str, dq: Launch, keys: Launch, sums: Launch) -> list[Launch]:
+    """The same by the kernel that leaves parts of all three, and their sums."""
+    bound, dq_parts = dict(dq.binds), (("dq_parts", f"dq_parts_{branch}"),)
+    grads = Launch(f"{branch}_grads", (*keys.binds, *dq_parts))
+    dq_sum = Launch(f"{branch}_dq_sum", (*dq_parts, ("blocks", bound["blocks"]), ("dq", bound["dq"])), dq.accumulate)
+    return [replace(x, over="chunks", when=(SPECIALISED,)) for x in (grads, dq_sum, sums)]
 
 
 def _part(node: Attend, grad: AttendGrad, heads: Heads) -> list[Op]:
@@ -365,7 +389,7 @@ def _list_parts(node: Attend, heads: Heads) -> list[Buffer]:
     if by_blocks(node, heads, backward=False):
         out = Buffer(f"out_parts_{node.branch}", (*axes, "Dv"), (*shape, const(heads.v_dim)), "input", "workspace")
         found += [out, Buffer(f"lse_parts_{node.branch}", axes, shape, "float32", "workspace")]
-    if by_blocks(node, heads, backward=True):
+    if by_blocks(node, heads, backward=True) or specialised_by_blocks(node, heads):
         dq = Buffer(f"dq_parts_{node.branch}", (*axes, "Dqk"), (*shape, const(heads.qk_dim)), "input", "workspace")
         found.append(dq)
     return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from nsagen.ir.plan import Kernel
+from nsagen.ir.graph import Attend, Heads, Source
+from nsagen.ir.plan import Kernel, TileConfig
 from nsagen.passes.machine import Use
+from nsagen.sym import moves_along
 
 GROUP_ROWS = 64  # rows of a warpgroup, of whole queries
 WARPGROUPS = 2
@@ -43,3 +45,77 @@ def specialised_speed(use: Use, bn: int, stages: int, trips: float) -> float:
     depth = 0.97 if stages * bn < 192 else 1.0
     tight = 0.9 if use.registers > REGISTERS else 1.0  # it may spill
     return depth * tight * bn / (bn + 18) * trips / (trips + 1)
+
+
+GRADS_STAGES = 4  # steps of 64 rows: an even number, so that a stage is always the same warpgroup's
+
+
+def grads_tile(kernel: Kernel) -> TileConfig:
+    """Of a gradient by blocks: a block's keys and values, the ring, a tile of score gradients for each warpgroup.
+
+    Registers of the warpgroups by turns: dv, two tiles of scores in float32, one in 16 bits.
+    """
+    qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
+    smem = 2 * GROUP_ROWS * (qk + v) * (1 + GRADS_STAGES) + 2 * WARPGROUPS * GROUP_ROWS * GROUP_ROWS
+    smem += 8 * GROUP_ROWS * GRADS_STAGES + 1024  # lse and delta, barriers and what the compiler moves about
+    registers = (v + 2 * GROUP_ROWS) // 2 + GROUP_ROWS // 4 + 40
+    return TileConfig(GROUP_ROWS, GROUP_ROWS, 4, GRADS_STAGES, smem, registers, 1.0, maps=True, specialised=True)
+
+
+PROVED: tuple[tuple[int, int, int], ...] | None = ((16, 128, 128),)
+"""(group, qk, v dims) whose dq, dk and dv in these forms have been compared with the plain ones on a GPU; None: all.
+
+tests/kernels/test_gradients.py compares others, too: what it passes for on sm_90 belongs here.
+"""
+
+
+def proved(heads: Heads) -> bool:
+    return PROVED is None or (heads.group, heads.qk_dim, heads.v_dim) in PROVED
+
+
+KEYS_TILE, KEYS_STAGES = WARPGROUPS * GROUP_ROWS, 4  # keys of a tile; steps of 64 rows
+
+
+def keys_name(kernel: str) -> str:
+    """Of the specialised form of dk and dv."""
+    return kernel.replace("_dkv", "_keys")
+
+
+def keys_may_specialise(source: Source, heads: Heads) -> bool:
+    """Whether dk and dv of a source have it: one walk of queries in a row, groups and head dims that fill its tiles."""
+    dims = proved(heads) and all(dim % 64 == 0 and dim <= 128 for dim in (heads.qk_dim, heads.v_dim))
+    return source.listed is None and len(source.pieces) == 1 and dims and GROUP_ROWS % heads.group == 0
+
+
+def keys_tile(kernel: Kernel) -> TileConfig:
+    """Keys, values, and the ring. Registers: dk, dv, two tiles of scores, two of weights."""
+    qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
+    smem = 2 * (qk + v) * (KEYS_TILE + KEYS_STAGES * GROUP_ROWS) + 8 * GROUP_ROWS * KEYS_STAGES + 1024
+    registers = (qk + v + 2 * GROUP_ROWS) // 2 + GROUP_ROWS // 2 + 20
+    return TileConfig(GROUP_ROWS, KEYS_TILE, 4, KEYS_STAGES, smem, registers, 1.0, maps=True, specialised=True)
+
+
+QUERIES_KEYS = 64  # keys of a tile
+
+
+def queries_name(kernel: str) -> str:
+    """Of the specialised form of dq."""
+    return kernel.replace("_dq", "_queries")
+
+
+def queries_may_specialise(node: Attend, heads: Heads) -> bool:
+    """Whether dq has it: keys of one source, walked once, in a row in memory, under masks that speak of distances."""
+    source = node.sources[0]
+    if len(node.sources) != 1 or source.listed or len(source.pieces) != 1 or heads.group > GROUP_ROWS:
+        return False
+    dims = proved(heads) and heads.qk_dim <= 192 and heads.v_dim <= 128
+    return dims and all(moves_along(c, source.axis.stride) for c in source.pieces[0].where)
+
+
+def queries_tile(kernel: Kernel) -> TileConfig:
+    """Rows of q and d_out, keys and values, dq on its way. Registers: dq, two tiles of scores, one of weights."""
+    qk, v, rows, bn = sum(kernel.qk_parts), sum(kernel.v_parts), WARPGROUPS * GROUP_ROWS, QUERIES_KEYS
+    stages = 4 if qk + v <= 256 else 3
+    smem = 2 * (rows + stages * bn) * (qk + v) + min(2 * rows * max(kernel.qk_parts), 8192) + 512
+    registers = (qk + 2 * bn) // 2 + bn // 4 + 40
+    return TileConfig(rows, bn, 4, stages, smem, registers, 1.0, maps=True, specialised=True)

@@ -20,7 +20,7 @@ from nsagen.ir.graph import (
     chosen_ahead,
     phi,
 )
-from nsagen.ir.plan import BT, T0, Launch, N, Op, Plan, Ring, Walk
+from nsagen.ir.plan import BT, SPECIALISED, T0, Launch, N, Op, Plan, Ring, Walk
 from nsagen.passes.operators import cached_name, suffixes
 from nsagen.passes.rings import rings
 from nsagen.render.view import Combined, Named, combined_view
@@ -37,6 +37,7 @@ class KeySourceView:
     ranges: str
     listed: BlockList | None
     dkv: str  # kernels
+    keys: str | None  # the specialised form of dkv, where there is one
     sum: str
     split: bool  # programs share a key tile
     ring: Ring | None  # how the keys lie in a cache
@@ -73,6 +74,11 @@ class BranchView:
     by_blocks_from: int  # queries, from which on the forward takes them
     merge: str
     list_dq: bool  # dq comes in parts from the kernel of dk and dv
+    queries: str | None  # the specialised form of dq, where there is one
+    query_boxes: tuple[str, ...]  # its maps, as a launch makes them for its config c
+    grads: str | None  # the specialised kernel of all three in parts, where there is one
+    grads_sum: str  # of its parts of dq
+    grad_boxes: tuple[str, ...]  # its maps of keys and values, as a launch makes them for its config c
     column: int  # of its gate, where there are gates
     mapped: tuple[str, ...]  # keys and values that fwd and dq can take by tensor maps
     maps: tuple[str, ...]  # those, as a launch makes them for its config c
@@ -92,6 +98,11 @@ class BranchView:
     def by_boxes(self) -> str:
         """The same of the forward."""
         return f", launch.mapped(cu_seqlens, {', '.join(self.keys)})" if self.boxes else self.by_maps
+
+    @property
+    def copies(self) -> bool:
+        """Whether some of its gradients have a form in which a warp copies."""
+        return self.queries is not None or any(s.keys for s in self.sources)
 
     @property
     def keys(self) -> list[str]:
@@ -183,6 +194,13 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         by_blocks_from=int(guards[0].value) if guards else 0,
         merge=f"{node.branch}_merge",
         list_dq=bodies[f"{node.branch}_dq"] == "sum_lists",
+        queries=f"{node.branch}_queries" if f"{node.branch}_queries" in bodies else None,
+        query_boxes=tuple(_boxes(plan, f"{node.branch}_queries", sources))
+        if f"{node.branch}_queries" in bodies
+        else (),
+        grads=f"{node.branch}_grads" if f"{node.branch}_grads" in bodies else None,
+        grads_sum=f"{node.branch}_dq_sum",
+        grad_boxes=tuple(_boxes(plan, f"{node.branch}_grads", sources)) if f"{node.branch}_grads" in bodies else (),
         column=column,
         mapped=tuple(x for x, _ in maps),
         maps=tuple(made for _, made in maps),
@@ -221,6 +239,7 @@ def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan
         ranges="[" + ", ".join(_range(w) for w in walks) + "]",
         listed=source.listed,
         dkv=f"{branch}_dkv{suffix}",
+        keys=next((k.name for k in plan.kernels if k.name == f"{branch}_keys{suffix}"), None),
         sum=f"{branch}_sum{suffix}",
         split=plan.kernel(f"{branch}_dkv{suffix}").grid.split,
         ring=next(o.ring for o in plan.kernel(cached_name(f"{branch}_fwd")).operands if o.name == "k" + suffix),
@@ -369,7 +388,7 @@ def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: 
     Where two sources of the branch itself share keys, the second's gradients come out beside and are added after.
     """
     outs, into, after = [bind["dq"]], [bind["dq"] if launch.accumulate else "None"], []
-    own = [x for x in op.launches if plan.kernel(x.kernel).branch == branch]
+    own = [x for x in op.launches if plan.kernel(x.kernel).branch == branch and SPECIALISED not in x.when]
     for other in own:
         bound = dict(other.binds)
         if "dk" not in bound:

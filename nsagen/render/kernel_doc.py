@@ -11,11 +11,15 @@ def kernel_doc(kernel: Kernel, heads: Heads, rows: str) -> str:
     what = {
         "attend_fwd": "out = softmax(scale·q·kᵀ)·v and its log-sum-exp",
         "attend_dq": "dq from the scores recomputed with lse",
+        "attend_queries": "dq from the scores recomputed with lse",
         "attend_dkv": "dk and dv from the scores recomputed with lse",
+        "attend_keys": "dk and dv from the scores recomputed with lse",
         "attend_list_fwd": "an item's parts of out, each a softmax over the item's key block, and their log-sum-exp",
         "merge_lists": "out and its log-sum-exp from the parts of the query's listed blocks",
         "sum_lists": "dq from the parts of the query's listed blocks, added in order",
         "attend_list_dkv": "an item's part of dk and dv, float32, from the scores recomputed with lse",
+        "attend_list_grads": "an item's part of dk and two of dv, float32, and its queries' parts of dq",
+        "sum_list_parts": "dq from the parts of the query's listed blocks, added in order",
         "sum_items": "dk and dv of a key block: its items' parts, added in order",
         "score_lse": "log-sum-exp of scale·q·k over the ended blocks",
         "sum_splits": "dk and dv of every key row: the parts of the programs that shared its tile, added in order",
@@ -31,14 +35,14 @@ def kernel_doc(kernel: Kernel, heads: Heads, rows: str) -> str:
         flat = dict.fromkeys(("combine_fwd", "combine_bwd", "sum_splits"), "BM flat rows")
         one = flat | {"sum_items": "a key block", "split_merge": "ROWS flat rows"}
         one |= {"split_select": "a query and KV head, and a run of its candidates"}
-        one |= dict.fromkeys(("merge_lists", "sum_lists"), "a query and the heads of one KV head")
+        one |= dict.fromkeys(("merge_lists", "sum_lists", "sum_list_parts"), "a query and the heads of one KV head")
         return f"{what}; one program: {one.get(kernel.body, 'one of each')}."
     tile = f"BM // {rows} queries"
     if any(w.listed for w in kernel.walks):
-        listed = kernel.body in ("attend_list_dkv", "attend_list_fwd")
+        listed = kernel.body in ("attend_list_dkv", "attend_list_fwd", "attend_list_grads")
         tile = "BN keys and one item's queries" if listed else "one query"
     elif kernel.body in HEADS_IN_TURN:
         tile = "BM queries and BN keys"
-    elif kernel.body == "attend_dkv":
+    elif kernel.body in ("attend_dkv", "attend_keys"):
         tile = "BN keys, one run of their queries" if kernel.grid.split else "BN keys"
     return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

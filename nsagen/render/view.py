@@ -78,6 +78,8 @@ class WalkView:
     cuts: str
     segments: tuple[SegmentView, ...]
     listed: ListView | None = None
+    bounds: str = ""  # of those that see some of a tile's keys, and those that see all of them, if that is known
+    all: bool = False
 
     @property
     def ends(self) -> list[str]:
@@ -437,7 +439,18 @@ def _walk(walk: Walk, conjuncts: dict[Conjunct, Named], suffix: str, heads: Head
             ends = ((f"{name}_lo", interval.lo), (f"{name}_hi", interval.hi))
             lines += [f"{end} = {_scalar(at)}" for end, at in ends if end in needed]
     lines += [f"{cut.name} = {_scalar(cut.at)}" for cut in walk.cuts]
-    return WalkView("\n".join("    " + line for line in lines), segments)
+    text = "\n".join("    " + line for line in lines)
+    return WalkView(text, segments, None, _bounds(walk), walk.all is not None)
+
+
+def _bounds(walk: Walk) -> str:
+    ends = [
+        (f"{name}_{end}", at)
+        for name, interval in (("some", walk.some), ("all", walk.all))
+        if interval
+        for end, at in (("lo", interval.lo), ("hi", interval.hi))
+    ]
+    return "\n".join(f"    {name} = {_scalar(at)}" for name, at in ends)
 
 
 def _listed_walk(walk: Walk, segments: tuple[SegmentView, ...], suffix: str, heads: Heads) -> WalkView:

@@ -49,6 +49,7 @@ class Tiles:
     key: str  # the hash of its source
     configs: Configs
     lengths: tuple[int, int | None] = (0, None)  # the whole operation launches it from so many queries to below so many
+    specialised: bool | None = None  # launched only where kernels have a warp that copies, or only elsewhere
     carries: str | None = None  # the kernel whose work its specialised form does; without that form it is launched
     forced: Config | None = None  # what the tuner is measuring
     picked: dict[tuple[object, ...], Config] = field(default_factory=dict)
@@ -95,9 +96,9 @@ def _look_up(tiles: Tiles, x: torch.Tensor, by_maps: bool) -> Config:
 
 
 def candidates(tiles: Tiles, chip: Chip, bits: int) -> tuple[Config, ...]:
-    """Those that fit the chip, best first by the model; the smallest where none does."""
+    """Those that fit the chip, best first by the model; the smallest where none does, if the chip has any."""
     older = ARCHES[: ARCHES.index(chip.arch) + 1]
-    table = next(tiles.configs[a, bits] for a in reversed(older) if (a, bits) in tiles.configs)
+    table = next((tiles.configs[a, bits] for a in reversed(older) if (a, bits) in tiles.configs), ())
     return tuple(c for c in table if c.smem <= chip.smem) or table[-1:]
 
 
@@ -163,6 +164,11 @@ def mapped(cu_seqlens: torch.Tensor | None, *keys: torch.Tensor) -> bool:
     products take rows out of boxes at the price of spills), nor where a box may pass the end of a packed sequence.
     """
     return cu_seqlens is None and all(map(_can_map, keys))
+
+
+def specialises(cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor) -> bool:
+    """Whether a warp can copy rows of these, q, k, v or d_out, by tensor maps: on a GPU of sm_90."""
+    return tensors[0].is_cuda and chip(tensors[0].device.index or 0).arch == "sm_90" and mapped(cu_seqlens, *tensors)
 
 
 def maps(

@@ -123,6 +123,15 @@ def part_chunk(length: int, row_bytes: int) -> int:
     return launch.chunk(length, row_bytes, PART_BYTES)
 
 
+def pair_chunk(length: int, pairs: int, row_bytes: int) -> tuple[int, int]:
+    """(queries of a chunk, pairs of batch entry and KV head at once) whose parts, row_bytes each, fit in PART_BYTES.
+
+    As many queries as can be: a block's item then has more of them.
+    """
+    chunk = part_chunk(length, row_bytes)
+    return chunk, max(1, min(pairs, PART_BYTES // (row_bytes * chunk)))
+
+
 def sums(gradients: tuple[Tensor, ...], chunked: bool, adds: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """Where chunks add up dk and dv: the gradients themselves, or float32 where a chunk's sum would be rounded."""
     if not chunked or gradients[0].dtype == torch.float32:

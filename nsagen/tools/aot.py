@@ -46,7 +46,9 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
 
 def _first(tiles: list[TileConfig]) -> list[TileConfig]:
     """The first choice, and the first without warps of their own tasks, for launches that cannot take that one."""
-    return [*tiles[:1], *next(([c] for c in tiles if not c.specialised), [])] if tiles[0].specialised else tiles[:1]
+    if not tiles or not tiles[0].specialised:
+        return tiles[:1]
+    return [*tiles[:1], *next(([c] for c in tiles if not c.specialised), [])]
 
 
 def launch_of(plan: Plan, kernel: Kernel) -> Launch:

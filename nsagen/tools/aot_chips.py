@@ -30,8 +30,8 @@ CHIPS["gfx942"] = Chip("hip", "gfx942", 64, "sm_80", 64 << 10, GFX942)
 
 
 def candidates(kernel: Kernel, name: str, bits: int) -> list[TileConfig]:
-    """The kernel's surviving tiles that fit the chip, best first by the model; the last one where none does."""
+    """The kernel's surviving tiles that fit the chip, best first by the model; the last where none does, if any."""
     chip = CHIPS[name]
-    table = next(t for t in kernel.tiles if (t.arch, t.bits) == (chip.tiles, bits))
-    kept = [c for c in table.configs if c.dropped is None]
+    tables = [t for t in kernel.tiles if (t.arch, t.bits) == (chip.tiles, bits)]
+    kept = [c for t in tables for c in t.configs if c.dropped is None]
     return [c for c in kept if c.smem <= chip.smem] or kept[-1:]

@@ -101,9 +101,12 @@ def flops_of_pair(kernel: Kernel, heads: Heads) -> int:
     products = {
         "attend_fwd": qk + v,
         "attend_dq": 2 * qk + v,
+        "attend_queries": 2 * qk + v,
         "attend_dkv": keys_grad,
+        "attend_keys": keys_grad,
         "attend_list_fwd": qk + v,
         "attend_list_dkv": keys_grad + (qk if any(o.role == "dq_parts" for o in kernel.operands) else 0),
+        "attend_list_grads": keys_grad + qk,
         "score_lse": qk,
         "select_scores": qk,
     }
@@ -138,9 +141,10 @@ def work_of_op(op: Op, plan: Plan, tokens: int) -> list[Work]:
     return [work_of(launch, plan, tokens) for launch in taken(op, tokens)]
 
 
-def taken(op: Op, tokens: int) -> list[Launch]:
-    """The op's launches at that length: of a node's variants the one whose guards hold."""
-    return [x for x in op.launches if all(g.holds(tokens) for g in x.when if g.key == "length")]
+def taken(op: Op, tokens: int, form: str = "specialised") -> list[Launch]:
+    """The op's launches at that length: of a node's variants the one whose guards hold. form: "plain" but on sm_90."""
+    found: dict[str, int | str] = {"length": tokens, "form": form}
+    return [x for x in op.launches if all(g.holds(found[g.key]) for g in x.when if g.key in found)]
 
 
 def saved_bytes(op: Op, gradient: Op, plan: Plan) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from nsagen.ir.graph import TOKENS
 from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, S0, T0, Kernel, Launch, N, Op, Plan, Walk
-from nsagen.passes.loop_order import L2
+from nsagen.passes.loop_order import DQ_SHARE, GRADS, KEYS_ALONE, L2
 from nsagen.passes.specialise import queries
 from nsagen.sym import evaluate
 from nsagen.tools.costs import flops_of_pair, pairs, taken, work_of
@@ -30,13 +30,16 @@ RATES = {
     "attend_fwd": Rate(476e12, 12.2e-9, 49e-6),
     "attend_dq": Rate(584e12, 12.2e-9, 46e-6),
     "attend_dkv": Rate(575e12, 0.0, 70e-6),
-    "attend_list_dkv": Rate(345e12, 0.0, 100e-6),
+    "attend_keys": Rate(680e12, 0.0, 70e-6),
+    "attend_queries": Rate(690e12, 27e-9, 40e-6),
+    "attend_list_dkv": Rate(KEYS_ALONE, 0.0, 100e-6),
+    "attend_list_grads": Rate(GRADS, 0.0, 40e-6),
     "score_lse": Rate(370e12, 9.3e-9),
     "select_scores": Rate(410e12, 1.0e-9),
 }
 SPECIALISED = Rate(690e12, 27e-9, 40e-6)  # of an attend_fwd with a warp that only copies
 RIDING = 0.5  # of its own time, what a combination costs in the epilogue of such a kernel
-LISTED = {"attend_fwd": L2, "attend_dq": 0.87 * L2}  # bytes a second, of the blocks that each query reads
+LISTED = {"attend_fwd": L2, "attend_dq": DQ_SHARE * L2}  # bytes a second, of the blocks that each query reads
 PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
 BEST = 2.8e12, 0.5e-9  # a selection: bytes of scores a second, seconds a query and KV head
 COPY = 3.9e12
@@ -65,16 +68,16 @@ def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
         return LAUNCH + work.bytes / BEST[0] + tokens * plan.heads.kv * BEST[1]
     if not kernel.walks:
         return LAUNCH + work.bytes / COPY
-    if any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
+    if kernel.body in PARTS and any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
         return _parts(kernel, plan, tokens)
     if any(w.listed for w in kernel.walks):
         return _listed(kernel, plan, tokens, work.flops)
     return _tiled(kernel, plan, tokens, tile)
 
 
-def of_op(op: Op, plan: Plan, tokens: int, tiles: dict[str, Tile]) -> float:
+def of_op(op: Op, plan: Plan, tokens: int, tiles: dict[str, Tile], form: str = "specialised") -> float:
     """Of an op's launches at that length, with the host's work on block lists between them."""
-    launches = taken(op, tokens)
+    launches = taken(op, tokens, form)
     total = sum(in_op(x, plan, tokens, tiles) for x in launches)
     items = [x for x in launches if "items" in dict(x.binds) and plan.kernel(x.kernel).walks]
     if not items:
@@ -117,8 +120,9 @@ def _parts(kernel: Kernel, plan: Plan, tokens: int) -> float:
 def _tiled(kernel: Kernel, plan: Plan, tokens: int, tile: Tile) -> float:
     heads, (bm, bn, specialised) = plan.heads, tile
     in_turn = kernel.body in HEADS_IN_TURN
-    rate = SPECIALISED if specialised else RATES[kernel.body]
-    bt = bm if in_turn else queries(heads.group) if specialised else max(1, bm // heads.group)
+    rate = SPECIALISED if specialised and kernel.body == "attend_fwd" else RATES[kernel.body]
+    halves = specialised and kernel.body in ("attend_fwd", "attend_queries")  # of a tile, whole queries each
+    bt = bm if in_turn else queries(heads.group) if halves else max(1, bm // heads.group)
     loops = [_loops(w, bt, bn, tokens) for w in kernel.walks]
     steps = sum(steps for steps, _ in loops) * heads.kv
     elements = steps * bm * bn * (heads.group if in_turn else 1)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from nsagen.compiler import Compiled
-from nsagen.ir.plan import Kernel, Op
+from nsagen.ir.plan import Op
 from nsagen.runtime import launch
 from nsagen.tools.bench_inputs import Setting
-from nsagen.tools.costs import main_ops
+from nsagen.tools.costs import main_ops, taken
 from nsagen.tools.forecast import Tile, of_op
 
 
@@ -39,11 +39,17 @@ class Model:
     def _ms(self, op: Op | None, tokens: int) -> float | None:
         if op is None:
             return None
-        taken = {x.kernel: self._tile(self.plan.kernel(x.kernel), tokens) for x in op.launches}
-        return 1e3 * of_op(op, self.plan, tokens, taken)
+        tiles = {x.kernel: self._tile(x.kernel, tokens) for x in taken(op, tokens, self.form)}
+        return 1e3 * of_op(op, self.plan, tokens, tiles, self.form)
 
-    def _tile(self, kernel: Kernel, tokens: int) -> Tile:
+    @property
+    def form(self) -> str:
+        """Of the kernels that a call in a row in memory takes here."""
+        some = torch.empty(1, 1, 1, 16, device=self.setting.device, dtype=self.setting.dtype)
+        return "specialised" if launch.specialises(None, some) else "plain"
+
+    def _tile(self, kernel: str, tokens: int) -> Tile:
         device = torch.device(self.setting.device)
         like: Any = torch.empty(1, tokens, 0, device=device, dtype=self.setting.dtype)
-        config = launch.pick(self.configs[kernel.name], like)
+        config = launch.pick(self.configs[kernel], like)
         return Tile(config.bm, config.bn, config.specialised)

@@ -14,6 +14,7 @@ from nsagen.errors import CompileError
 from nsagen.ir.graph import Select
 from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
 from nsagen.passes.machine import ARCHES
+from nsagen.passes.specialise import GROUP_ROWS
 from nsagen.tools.aot_chips import candidates
 
 DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # name -> Triton's, operand bits
@@ -82,6 +83,7 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "PAGE": 1,
         "EARLY": job.arch in EARLY,
         "TILES": 1,  # of a listed block
+        "PIECES": 1,  # of an item
         "TOKENS": 1,  # of a step
         "WHOLE": False,
         "ROWS": split.merged_rows(split.MOST_RUNS),
@@ -134,18 +136,21 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
     if what == "ptr":
         return _pointer(stem, job, plan)
     if what.startswith("map"):
-        return _map(stem, int(what[3:]), job), False
+        return _map(stem, int(what[3:]), job, plan), False
     if what in ("sb", "st", "sh", "sp"):
         return "i32", _aligned(_operand(stem, job.kernel), what, plan)
     return ("fp32" if name == "scale" else "i32"), name == "groups"
 
 
-def _map(stem: str, part: int, job: Job) -> str:
+def _map(stem: str, part: int, job: Job, plan: Plan) -> str:
+    group, keys = plan.heads.group, job.kernel.body == "attend_keys"
+    if stem in ("q", "do"):
+        return _boxes(DTYPES[job.dtype][0], [1, GROUP_ROWS // group if keys else 1, group, 64])
     operand = _operand(stem, job.kernel)
     known = job.arch in MAPS and DTYPES[job.dtype][1] == 16
     width = (job.kernel.v_parts if stem.startswith("v") else job.kernel.qk_parts)[part]
     if job.tile.specialised:
-        return _boxes(DTYPES[job.dtype][0], [1, job.tile.bn, 1, width])
+        return _boxes(DTYPES[job.dtype][0], [1, GROUP_ROWS if keys else job.tile.bn, 1, width])
     if not known or operand is None or not job.kernel.mapped(operand.source, job.tile.bn):
         return "constexpr"  # None
     return f"tensordesc<{DTYPES[job.dtype][0]}[1, {job.tile.bn}, 1, {width}]>"

@@ -110,7 +110,8 @@ def _require_alive(text: str) -> None:
 def first_choices(module: Any, like: Tensor) -> Tried:
     """The model's first choice of every kernel, whatever was measured before."""
     bits, here = 16 if like.element_size() == 2 else 32, launch.chip(like.device.index or 0)
-    return {name: launch.candidates(tiles, here, bits)[0] for name, tiles in module._CONFIGS.items()}
+    found = {name: launch.candidates(tiles, here, bits) for name, tiles in module._CONFIGS.items()}
+    return {name: configs[0] for name, configs in found.items() if configs}
 
 
 @contextmanager

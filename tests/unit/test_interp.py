@@ -20,7 +20,7 @@ from nsagen.interp.coverage import check_coverage
 from nsagen.interp.graph import run_graph
 from nsagen.interp.plan import run_op
 from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph
-from nsagen.ir.plan import BN, BT, Kernel, Mask, Op, Plan, Walk
+from nsagen.ir.plan import BN, BT, SPECIALISED, Kernel, Mask, Op, Plan, Walk
 from nsagen.sym import Conjunct, Expr, Interval, conjunct_text, const, evaluate
 
 Array = np.ndarray[Any, Any]
@@ -168,6 +168,31 @@ def test_key_block_by_key_block_is_the_same(name: str, chunk: int | None) -> Non
         due = wanted(op, lowered(name)[0], values)
         for output, got in run_op(plan, op.name, values, (10, 8), chunk=chunk).items():
             assert same(got, due[output]), f"{op.name}/{output}"
+
+
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_gradients_by_blocks_are_the_same(chunk: int | None) -> None:
+    """The kernels that a GPU of sm_90 takes."""
+    heads = {"query": 16, "kv": 1, "qk_dim": 64, "v_dim": 64}
+    branches = {"selected": {"block": 64, "top_n": 3, "from": "caller"}}
+    given = {"name": "by_blocks", "heads": heads, "kv": "shared", "branches": branches, "combine": "single"}
+    plan = lower(api.read(given))[-1].ir
+    assert isinstance(plan, Plan)
+    rng = np.random.default_rng(0)
+    values = {x: rng.standard_normal((1, 130, 16 if x in ("q", "d_out") else 1, 64)) for x in ("q", "k", "v", "d_out")}
+    own = np.arange(130) // 64
+    listed = np.stack([0 * own, np.where(own > 0, own, -1), np.full(130, -1)], -1)
+    values["blocks"] = listed.astype(np.int32)[None, :, None]
+    out = run_op(plan, "selected_attention", values, (64, 64))
+    values |= {"out_selected": out["out_selected"], "lse_selected": out["lse_selected"]}
+    taken = {x.kernel for op in plan.ops for x in op.launches if SPECIALISED in x.when}
+    assert taken == {"selected_grads", "selected_dq_sum", "selected_sum"}
+    plain, other = (
+        run_op(plan, "selected_attention_grad", values, (64, 64), chunk=chunk, form=form)
+        for form in ("plain", "specialised")
+    )
+    for name, got in other.items():
+        assert same(got, plain[name]), name
 
 
 def test_a_pool_with_parameters_is_refused_unless_its_result_is_given() -> None:

@@ -9,7 +9,7 @@ from nsagen.api import compiled_of, module_of, read
 from nsagen.runtime import launch
 from nsagen.tools.bench_cases import own_cases
 from nsagen.tools.bench_inputs import Setting
-from nsagen.tools.costs import main_ops
+from nsagen.tools.costs import main_ops, taken
 from nsagen.tools.forecast import Tile, seconds
 from nsagen.tools.predict import Model
 
@@ -38,9 +38,9 @@ def test_it_is_the_forecast_with_the_tiles_that_a_launch_takes():
     forward, backward = main_ops(model.plan)
     for op, found in zip((forward, backward), model("whole", 512), strict=True):
         want = 0.0
-        for x in op.launches:
-            taken = launch.pick(model.configs[x.kernel], torch.empty(1, 512, 0, dtype=torch.bfloat16))
-            want += 1e3 * seconds(x, model.plan, 512, Tile(taken.bm, taken.bn))
+        for x in taken(op, 512, "plain"):
+            picked = launch.pick(model.configs[x.kernel], torch.empty(1, 512, 0, dtype=torch.bfloat16))
+            want += 1e3 * seconds(x, model.plan, 512, Tile(picked.bm, picked.bn))
         assert found == pytest.approx(want)
 
 
