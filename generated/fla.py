@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  2d4aaff8cae5
+content  254a34cac7df
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -20,8 +20,8 @@ selected_fwd             one_query_a_tile, because every query lists blocks of i
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
-selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv
+selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -73,7 +73,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_2d4aaff8cae5"
+_SPACE = "nsagen_fla_254a34cac7df"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4248,7 +4248,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    copied = bool(scale) and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
     c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
     total = tiles * 4 * batch
@@ -4309,7 +4309,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
             q, (k,), (v,), _SELECTED, lse, delta, d_out, scale, cu_seqlens, (blocks,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
-    if scale and launch.specialises(cu_seqlens, q, k, v, d_out):
+    if launch.specialises(cu_seqlens, q, k, v, d_out):
         return _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
@@ -4426,7 +4426,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    copied = bool(scale) and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
     c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
     tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
     total = tiles * 4 * batch

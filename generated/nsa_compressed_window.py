@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  1d7a7b7c5bb9
+content  167777f53e2b
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -57,7 +57,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_1d7a7b7c5bb9"
+_SPACE = "nsagen_nsa_compressed_window_167777f53e2b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2748,7 +2748,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    copied = bool(scale) and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
     c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
     tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
     total = tiles * 4 * batch
@@ -2838,7 +2838,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    copied = bool(scale) and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
     c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
     tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
     total = tiles * 4 * batch

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  1693d9643e85
+content  139156bb3721
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -18,8 +18,8 @@ selected_fwd             one_query_a_tile, because every query lists blocks of i
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
-selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 6.18 ns, with its part of dq, against 8.04 ns for dq query by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 6.18 ns, with its part of dq, against 8.04 ns for dq query by query beside dk and dv
+selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 6.18 ns, its part of dq and all, against 8.04 for dq by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 6.18 ns, its part of dq and all, against 8.04 for dq by query beside dk and dv
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -70,7 +70,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_1693d9643e85"
+_SPACE = "nsagen_nsa_paper_139156bb3721"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3924,7 +3924,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
             q, (k,), (v,), _SELECTED, lse, delta, d_out, scale, cu_seqlens, (blocks,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
-    if scale and launch.specialises(cu_seqlens, q, k, v, d_out):
+    if launch.specialises(cu_seqlens, q, k, v, d_out):
         return _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)

@@ -4,14 +4,14 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  3d06220ebef0
+content  4896a22d411e
 runtime  17
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
-selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block: a (query, block) pair costs 4.56 ns, with its part of dq, against 6.43 ns for dq query by query beside dk and dv
+selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 selected_cached          one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_3d06220ebef0"
+_SPACE = "nsagen_selected_only_4896a22d411e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1140,7 +1140,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
             q, (k,), (v,), _SELECTED, lse, delta, d_out, scale, cu_seqlens, (blocks,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
-    if scale and launch.specialises(cu_seqlens, q, k, v, d_out):
+    if launch.specialises(cu_seqlens, q, k, v, d_out):
         return _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  54a3dfdc519c
+content  24bb7925d196
 runtime  17
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_54a3dfdc519c"
+_SPACE = "nsagen_window_only_24bb7925d196"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1425,7 +1425,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    copied = bool(scale) and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
     c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
     tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
     total = tiles * 4 * batch

@@ -158,6 +158,7 @@ class TileConfig:
     cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
     maps: bool = False  # only by tensor maps: by pointers it would spill, or a warp copies by them
     specialised: bool = False  # a warp copies, two warpgroups multiply (Gluon); `warps` are one warpgroup's
+    spills: int = 0  # bytes stored and loaded that its compiler is known to spill, beside which it was measured
 
     @property
     def label(self) -> str:
@@ -250,7 +251,8 @@ class Guard:
         return (int(found) >= int(self.value)) == (self.op == "from")
 
 
-SPECIALISED = Guard("form", "is", "specialised")  # where a warp can copy by tensor maps: 16-bit on sm_90, not packed
+# Where a warp can copy by tensor maps: rows in 16 bits, not packed, 16 bytes aligned, on sm_90 (launch.specialises).
+SPECIALISED = Guard("form", "is", "specialised")
 PLAIN = Guard("form", "is not", "specialised")
 
 

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from nsagen.errors import IRError
 from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, LogSumExp, Node, Pool, Select, Value, reads, writes
-from nsagen.ir.plan import FACTS, WALK_QUERIES, Access, Kernel, Launch, Mask, Op, Plan, TileConfig, Walk
+from nsagen.ir.plan import (
+    FACTS,
+    ONLY_SPECIALISED,
+    SPECIALISED,
+    WALK_QUERIES,
+    Access,
+    Kernel,
+    Launch,
+    Mask,
+    Op,
+    Plan,
+    TileConfig,
+    Walk,
+)
 from nsagen.sym import Expr, symbols_of
 
 # From which pass on a field of the plan must be there.
@@ -126,6 +139,9 @@ def _plan(plan: Plan, reached: int) -> None:
         _symbols(buffer.shape, {"B", "T", "chunk", "items", "splits", "tiles"}, line)
     for op in plan.ops:
         _op(op, kernels, buffers)
+    for launch in (x for op in plan.ops for x in op.launches):
+        guarded = kernels[launch.kernel].body not in ONLY_SPECIALISED or SPECIALISED in launch.when
+        _need(guarded, f"launch {launch.kernel}", "its kernel has one form, and nothing says that it is there")
     for kernel in plan.kernels:
         _kernel(kernel, reached)
 
@@ -244,6 +260,7 @@ def _tiles(kept: list[TileConfig], line: str) -> None:
         _need(c.bm > 0 and c.bn > 0 and c.warps in (1, 2, 4, 8, 16) and c.stages > 0, line, f"impossible candidate {c}")
         _need(c.registers > 0 and c.smem >= 0, line, f"{c.bm}x{c.bn} cannot run and was not dropped")
         _need(c.cap == 0 or 32 <= c.cap <= 255, line, f"{c.label}: no program runs in so many registers")
+        _need(c.spills == 0 or c.specialised, line, f"{c.label}: there is another candidate that does not spill")
 
 
 def _access(access: Access, kernel: Kernel, line: str) -> None:

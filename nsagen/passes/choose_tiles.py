@@ -89,7 +89,8 @@ def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileCo
     if not kernel.walks:
         return (_flat(kernel, bits),)
     if kernel.body in ONLY_SPECIALISED:
-        return (ONLY_TILES[kernel.body](kernel),)
+        tile = ONLY_TILES[kernel.body](kernel)
+        return (replace(tile, dropped=_dropped(Use(tile.smem, tile.registers), arch, bits, 0, tile.warps)),)
     shapes = _shared_shapes(kernel, heads, bits) if kernel.body == "split_attend" else _shapes(kernel, heads)
     candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in shapes]
     candidates += [_capped(c) for c in candidates if _gains_by_a_cap(kernel, arch, bits, c)]

@@ -38,14 +38,15 @@ def by_blocks(node: Attend, heads: Heads, backward: bool) -> Choice | None:
 GRADS = 400e12  # FLOPs a second of dq, dk and dv in one kernel, warp-specialised; an H200 (docs/performance.md)
 KEYS_ALONE = 345e12  # of dk and dv in a kernel of their own
 MOST_DIMS = (192, 128)  # of keys and values, whose gradients stay in registers
-SPECIALISED_GROUPS = (16, 32, 64)  # heads whose rows fill the 16 of a warp, and a warpgroup's 64
+SPECIALISED_GROUPS = (16, 32)  # heads whose rows fill the 16 of a warp; 64 read so many that it never pays
+WORTH = 1.15  # how much faster it must promise to be, for 2 GiB of parts
 
 
 def specialised_by_blocks(node: Attend, heads: Heads) -> Choice | None:
-    """dq, dk and dv key block by key block in a warp-specialised kernel, with the reason; None where it has none.
+    """dq, dk and dv key block by key block in a warp-specialised kernel, with the reason; None for the other kernels.
 
-    That needs blocks of 64 keys, rows that fill a warp, head dims of whole 64s that fit the registers, and a causal
-    mask alone.
+    That needs blocks of 64 keys, rows that fill a warp, head dims of whole 64s that fit the registers, a causal mask
+    alone, and that it promises to be so much faster.
     """
     if by_blocks(node, heads, backward=True) or len(node.sources) != 1 or len(node.sources[0].pieces) != 1:
         return None
@@ -59,10 +60,10 @@ def specialised_by_blocks(node: Attend, heads: Heads) -> Choice | None:
     pair = 2 * heads.group * listed.size  # FLOPs a column of a product
     queries = listed.size * (qk + v) * BYTES / (DQ_SHARE * L2) + pair * 2 * (qk + v) / KEYS_ALONE
     parts = pair * (3 * qk + 2 * v) / GRADS + rows * qk / MEMORY
-    if queries < parts:
+    if queries < WORTH * parts:
         return None
     return Choice(
         "gradients_by_blocks",
-        f"a warp copies the rows of the queries that list a block: a (query, block) pair costs {1e9 * parts:.2f} ns, "
-        f"with its part of dq, against {1e9 * queries:.2f} ns for dq query by query beside dk and dv",
+        "a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs "
+        f"{1e9 * parts:.2f} ns, its part of dq and all, against {1e9 * queries:.2f} for dq by query beside dk and dv",
     )

@@ -168,6 +168,8 @@ def mapped(cu_seqlens: torch.Tensor | None, *keys: torch.Tensor) -> bool:
 
 def specialises(cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor) -> bool:
     """Whether a warp can copy rows of these, q, k, v or d_out, by tensor maps: on a GPU of sm_90."""
+    if PLAIN:
+        return False
     return tensors[0].is_cuda and chip(tensors[0].device.index or 0).arch == "sm_90" and mapped(cu_seqlens, *tensors)
 
 
@@ -275,4 +277,5 @@ def empty(
     return like.new_empty(shape, dtype=dtype)
 
 
+PLAIN = False  # the tuner: kernels that leave it no choice stand aside for those of packed calls
 POISON = False  # tests: outputs are NaN (lists −1) before a launch, so that a row nobody wrote shows

@@ -26,7 +26,9 @@ class Report:
 
     @property
     def spills(self) -> bool:
-        return self.listing is not None and self.listing.spills
+        """More than it is known to."""
+        x = self.listing
+        return x is not None and x.spill_stores + x.spill_loads > self.job.tile.spills
 
     @property
     def failed(self) -> bool:

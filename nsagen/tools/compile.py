@@ -95,7 +95,8 @@ def _row(r: Report) -> list[object]:
 
 
 def _notes(r: Report, x: Listing) -> list[str]:
-    failed = [*(["FAILED"] if r.error else []), *(["SPILLS"] if x.spills else [])]
+    spills = ["SPILLS" if r.spills else "spills as known"] if x.spills else []
+    failed = [*(["FAILED"] if r.error else []), *spills]
     return [*failed, *(w[1:6] for w in _warnings(r)), *([f"sgpr {x.scalar_spills}"] if x.scalar_spills else [])]
 
 

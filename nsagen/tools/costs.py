@@ -142,7 +142,10 @@ def work_of_op(op: Op, plan: Plan, tokens: int) -> list[Work]:
 
 
 def taken(op: Op, tokens: int, form: str = "specialised") -> list[Launch]:
-    """The op's launches at that length: of a node's variants the one whose guards hold. form: "plain" but on sm_90."""
+    """The op's launches at that length: of a node's variants the one whose guards hold.
+
+    form: "specialised" in 16 bits on sm_90, unless packed; else "plain".
+    """
     found: dict[str, int | str] = {"length": tokens, "form": form}
     return [x for x in op.launches if all(g.holds(found[g.key]) for g in x.when if g.key in found)]
 

@@ -119,11 +119,10 @@ def subjects_of(module: Any, request: Request) -> list[Subject]:
 
     bits = 32 if request.dtype == "fp32" else 16
     fitting = {name: launch.candidates(t, launch.chip(0), bits) for name, t in module._CONFIGS.items()}
-    form = bits == 16 and launch.chip(0).arch == "sm_90"
     return [
         Subject(name, tiles.key, fitting[name][: request.candidates], tiles.lengths)
         for name, tiles in module._CONFIGS.items()
-        if len(fitting[name]) > 1 and tiles.specialised in (None, form)
+        if len(fitting[name]) > 1
     ]
 
 

@@ -116,12 +116,14 @@ def first_choices(module: Any, like: Tensor) -> Tried:
 
 @contextmanager
 def forced(tables: dict[str, launch.Tiles], tried: Tried) -> Iterator[None]:
-    """Launches take these configurations."""
+    """Launches take these configurations, and gradients the kernels that have a choice."""
     for kernel, config in tried.items():
         tables[kernel].forced = config
+    launch.PLAIN = True
     try:
         yield
     finally:
+        launch.PLAIN = False
         for kernel in tried:
             tables[kernel].forced = None
 

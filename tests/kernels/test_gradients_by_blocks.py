@@ -18,7 +18,6 @@ from nsagen.runtime import launch, lists
 HEADS = {
     "group of 16": {"query": 32, "kv": 2, "qk_dim": 128, "v_dim": 128},
     "group of 32": {"query": 64, "kv": 2, "qk_dim": 64, "v_dim": 128},
-    "group of 64": {"query": 64, "kv": 1, "qk_dim": 64, "v_dim": 128},
     "wide keys": {"query": 16, "kv": 1, "qk_dim": 128, "v_dim": 64},
     "small heads": {"query": 48, "kv": 3, "qk_dim": 64, "v_dim": 64},
 }

@@ -330,6 +330,10 @@ BROKEN_PLANS: list[tuple[str, Break]] = [
     ("decode_merge rides on decode_scores, which is not the launch", launch("decode", changed(rides="decode_scores"))),
     ("host loops run over chunks", launch(PART, changed(over="rows"))),
     ("guard on ['mode'] compares with nothing", launch(PART, changed(when=(Guard("mode", "is", ""),)))),
+    (
+        "nothing says that it is there",
+        op(GRAD, lambda o: replace(o, launches=tuple(replace(x, when=()) for x in o.launches))),
+    ),
     ("a choice has no reason", kernel("window_fwd", changed(choices=()))),
     ("a choice has no reason", kernel("window_fwd", changed(choices=(Choice("query_major", ""),)))),
     ("a kernel over flat rows walks nothing", grid("window_fwd", axis=None)),
@@ -363,6 +367,7 @@ BROKEN_PLANS: list[tuple[str, Break]] = [
     ("no candidate fits", tiles(lambda configs: tuple(replace(c, dropped="no") for c in configs))),
     ("impossible candidate", best(warps=3)),
     ("cannot run and was not dropped", best(registers=0)),
+    ("another candidate that does not spill", best(spills=8)),
     ("every operand has one access", kernel("window_fwd", lambda k: replace(k, accesses=k.accesses[1:]))),
     ("the caller's strides need 64-bit offsets", access("window_fwd", "k", bits=32)),
     ("an unguarded store", access("window_fwd", "out", guard="segment")),
