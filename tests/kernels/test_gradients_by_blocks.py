@@ -150,7 +150,7 @@ def test_calls_that_cannot_have_it(device: str) -> None:
 @pytest.mark.parametrize(("group", "dim"), [(16, 128), (32, 64)])
 def test_sums_of_parts_as_threads_hold_them(group: int, dim: int, device: str) -> None:
     """The layout of hopper.put_part, written out, and the way back to rows; −1 and blocks past the end are left out."""
-    spec = spec_of("group of 16") | {"heads": {"query": 2 * group, "kv": 2, "qk_dim": dim, "v_dim": dim}}
+    spec = spec_of("group of 16") | {"heads": {"query": 2 * group, "kv": 2, "qk_dim": dim, "v_dim": 128}}
     module = nsagen.load(spec | {"name": f"gradients_{group}_{dim}"})
     tokens, count, slots = 5, 6, 3
     g = torch.Generator().manual_seed(0)
