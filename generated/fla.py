@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  254a34cac7df
+content  83b2f67bd5fe
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -73,7 +73,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_254a34cac7df"
+_SPACE = "nsagen_fla_83b2f67bd5fe"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -135,12 +135,12 @@ _CONFIGS = {
             Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 1, 65536), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
-    }, specialised=False),
+    }),
     "compressed_queries": Tiles("compressed_queries", "ea9e2ecad098", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "compressed_dkv": Tiles("compressed_dkv", "8211c79c219a", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
@@ -166,12 +166,12 @@ _CONFIGS = {
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }, specialised=False),
+    }),
     "compressed_keys": Tiles("compressed_keys", "2be9f2995c2d", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "compressed_sum": Tiles("compressed_sum", "7da6c6ccd536", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
@@ -250,7 +250,7 @@ _CONFIGS = {
             Config(16, 32, 2, 3, 81920), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 32768), Config(16, 32, 1, 3, 81920),
             Config(16, 16, 1, 3, 49152), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 49152),
         ),
-    }, specialised=False),
+    }),
     "selected_dkv": Tiles("selected_dkv", "38cb06107315", {
         ("sm_80", 16): (
             Config(32, 64, 4, 2, 69632), Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
@@ -276,7 +276,7 @@ _CONFIGS = {
             Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }, specialised=False),
+    }),
     "selected_sum": Tiles("selected_sum", "2e130f5b8f6f", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
@@ -289,7 +289,7 @@ _CONFIGS = {
         ("sm_90", 16): (
             Config(64, 64, 4, 4, 183296, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "selected_dq_sum": Tiles("selected_dq_sum", "cbd4f2d6eb0b", {
         ("sm_80", 16): (
             Config(1, 1, 4, 1, 0),
@@ -297,7 +297,7 @@ _CONFIGS = {
         ("sm_80", 32): (
             Config(1, 1, 4, 1, 0),
         ),
-    }, specialised=True),
+    }),
     "window_fwd": Tiles("window_fwd", "8dbb9102d643", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
@@ -355,12 +355,12 @@ _CONFIGS = {
             Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
-    }, specialised=False),
+    }),
     "window_queries": Tiles("window_queries", "432880640227", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "window_dkv": Tiles("window_dkv", "a14ada19bc8a", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
@@ -386,12 +386,12 @@ _CONFIGS = {
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }, specialised=False),
+    }),
     "window_keys": Tiles("window_keys", "1afff57af9f8", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),

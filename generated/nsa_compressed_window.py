@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  167777f53e2b
+content  019a329f754f
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -57,7 +57,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_167777f53e2b"
+_SPACE = "nsagen_nsa_compressed_window_019a329f754f"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -119,12 +119,12 @@ _CONFIGS = {
             Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 1, 65536), Config(32, 32, 8, 2, 98304), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
-    }, specialised=False),
+    }),
     "compressed_queries": Tiles("compressed_queries", "4dc20aab5cda", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "compressed_dkv": Tiles("compressed_dkv", "520e4eeca614", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 128, 8, 3, 122880), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 2, 106496),
@@ -150,12 +150,12 @@ _CONFIGS = {
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }, specialised=False),
+    }),
     "compressed_keys": Tiles("compressed_keys", "76fa8912398a", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "compressed_sum": Tiles("compressed_sum", "7da6c6ccd536", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
@@ -221,12 +221,12 @@ _CONFIGS = {
             Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
-    }, specialised=False),
+    }),
     "window_queries": Tiles("window_queries", "432880640227", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "window_dkv": Tiles("window_dkv", "a14ada19bc8a", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
@@ -252,12 +252,12 @@ _CONFIGS = {
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }, specialised=False),
+    }),
     "window_keys": Tiles("window_keys", "1afff57af9f8", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "combine_fwd": Tiles("combine_fwd", "3bcee0c45152", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),

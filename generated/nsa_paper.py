@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  139156bb3721
+content  daf1ffafb823
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -70,7 +70,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_139156bb3721"
+_SPACE = "nsagen_nsa_paper_daf1ffafb823"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -241,7 +241,7 @@ _CONFIGS = {
             Config(16, 32, 1, 2, 61440), Config(16, 16, 1, 1, 40960), Config(16, 16, 1, 2, 40960), Config(16, 32, 1, 3, 102400),
             Config(16, 16, 1, 3, 61440), Config(16, 16, 2, 1, 40960), Config(16, 16, 2, 2, 40960), Config(16, 16, 2, 3, 61440),
         ),
-    }, specialised=False),
+    }),
     "selected_dkv": Tiles("selected_dkv", "5201ff03f40f", {
         ("sm_80", 16): (
             Config(32, 64, 4, 3, 106496), Config(16, 64, 4, 3, 73728), Config(32, 64, 4, 2, 86016), Config(16, 64, 4, 2, 63488),
@@ -266,7 +266,7 @@ _CONFIGS = {
             Config(32, 16, 4, 2, 104448), Config(32, 32, 8, 2, 126976), Config(32, 32, 8, 3, 167936), Config(32, 16, 4, 3, 145408),
             Config(16, 16, 4, 1, 41984),
         ),
-    }, specialised=False),
+    }),
     "selected_sum": Tiles("selected_sum", "20d4de1508b5", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
@@ -279,7 +279,7 @@ _CONFIGS = {
         ("sm_90", 16): (
             Config(64, 64, 4, 4, 224256, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "selected_dq_sum": Tiles("selected_dq_sum", "8408609d5aa0", {
         ("sm_80", 16): (
             Config(1, 1, 4, 1, 0),
@@ -287,7 +287,7 @@ _CONFIGS = {
         ("sm_80", 32): (
             Config(1, 1, 4, 1, 0),
         ),
-    }, specialised=True),
+    }),
     "window_fwd": Tiles("window_fwd", "f06d02e207e4", {
         ("sm_80", 16): (
             Config(64, 32, 4, 2, 65536), Config(128, 64, 8, 2, 131072), Config(128, 32, 8, 2, 90112), Config(128, 32, 8, 3, 110592),

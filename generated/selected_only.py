@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  4896a22d411e
+content  f0febcf73598
 runtime  17
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_4896a22d411e"
+_SPACE = "nsagen_selected_only_f0febcf73598"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -92,7 +92,7 @@ _CONFIGS = {
             Config(16, 32, 2, 3, 81920), Config(16, 16, 1, 1, 32768), Config(16, 16, 1, 2, 32768), Config(16, 32, 1, 3, 81920),
             Config(16, 16, 1, 3, 49152), Config(16, 16, 2, 1, 32768), Config(16, 16, 2, 2, 32768), Config(16, 16, 2, 3, 49152),
         ),
-    }, specialised=False),
+    }),
     "selected_dkv": Tiles("selected_dkv", "38cb06107315", {
         ("sm_80", 16): (
             Config(32, 64, 4, 2, 69632), Config(32, 64, 4, 3, 86016), Config(16, 64, 4, 3, 59392), Config(16, 64, 4, 2, 51200),
@@ -118,7 +118,7 @@ _CONFIGS = {
             Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }, specialised=False),
+    }),
     "selected_sum": Tiles("selected_sum", "2e130f5b8f6f", {
         ("sm_80", 16): (
             Config(1, 16, 4, 1, 0),
@@ -131,7 +131,7 @@ _CONFIGS = {
         ("sm_90", 16): (
             Config(64, 64, 4, 4, 183296, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "selected_dq_sum": Tiles("selected_dq_sum", "cbd4f2d6eb0b", {
         ("sm_80", 16): (
             Config(1, 1, 4, 1, 0),
@@ -139,7 +139,7 @@ _CONFIGS = {
         ("sm_80", 32): (
             Config(1, 1, 4, 1, 0),
         ),
-    }, specialised=True),
+    }),
     "row_delta": Tiles("row_delta", "0dc458fc13b6", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),

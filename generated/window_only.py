@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  24bb7925d196
+content  0defe028b5f8
 runtime  17
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_24bb7925d196"
+_SPACE = "nsagen_window_only_0defe028b5f8"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -106,12 +106,12 @@ _CONFIGS = {
             Config(16, 32, 4, 2, 81920), Config(32, 32, 8, 2, 98304), Config(16, 32, 4, 3, 114688), Config(32, 32, 8, 3, 131072),
             Config(16, 16, 4, 1, 32768),
         ),
-    }, specialised=False),
+    }),
     "window_queries": Tiles("window_queries", "432880640227", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "window_dkv": Tiles("window_dkv", "a14ada19bc8a", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
@@ -137,12 +137,12 @@ _CONFIGS = {
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
         ),
-    }, specialised=False),
+    }),
     "window_keys": Tiles("window_keys", "1afff57af9f8", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
-    }, specialised=True),
+    }),
     "row_delta": Tiles("row_delta", "0dc458fc13b6", {
         ("sm_80", 16): (
             Config(32, 1, 4, 1, 0),

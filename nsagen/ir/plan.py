@@ -27,12 +27,9 @@ Body = Literal[
 ]  # fmt: skip
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 BY_LISTS = ("attend_fwd", "attend_dq")  # bodies whose query tiles may find their keys by block lists
+# Bodies that hold keys and walk the queries; bodies of kernels that have no form without a warp that copies.
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd", "attend_list_grads", "attend_keys")
-ONLY_SPECIALISED = (
-    "attend_list_grads",
-    "attend_keys",
-    "attend_queries",
-)  # bodies of kernels that have no form without a warp that copies
+ONLY_SPECIALISED = ("attend_list_grads", "attend_keys", "attend_queries")
 DEEP = 5  # stages of a decoding step over small pages, half of them before the keys; runtime/split.py asks for it
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]

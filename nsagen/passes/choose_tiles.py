@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from nsagen.ir.graph import Heads
-from nsagen.ir.plan import DEEP, HEADS_IN_TURN, ONLY_SPECIALISED, Choice, Kernel, Op, Plan, TileConfig, TileTable
+from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Op, Plan, TileConfig, TileTable
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
 from nsagen.passes.specialise import (
     GROUP_ROWS,
@@ -76,7 +76,7 @@ def split_dim(dim: int) -> tuple[int, ...]:
 def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     kernel = replace(kernel, qk_parts=split_dim(heads.qk_dim), v_parts=split_dim(heads.v_dim))
     places = [(a, bits) for a in ARCHES for bits in BITS]
-    if kernel.body in ONLY_SPECIALISED:
+    if kernel.body in ONLY_TILES:
         places = [(a, bits) for a, bits in places if a.specialises and bits == 16]
     tables = tuple(TileTable(a.name, bits, _ranked(kernel, heads, a, bits)) for a, bits in places)
     even = 128 % heads.group == 0
@@ -88,7 +88,7 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
     if not kernel.walks:
         return (_flat(kernel, bits),)
-    if kernel.body in ONLY_SPECIALISED:
+    if kernel.body in ONLY_TILES:
         tile = ONLY_TILES[kernel.body](kernel)
         return (replace(tile, dropped=_dropped(Use(tile.smem, tile.registers), arch, bits, 0, tile.warps)),)
     shapes = _shared_shapes(kernel, heads, bits) if kernel.body == "split_attend" else _shapes(kernel, heads)

@@ -181,7 +181,7 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
     pairs = enumerate(zip(node.sources, suffixes(node.sources), strict=True))
     sources = tuple(_key_source(node.branch, s, suffix, i, plan) for i, (s, suffix) in pairs)
     bodies = {k.name: k.body for k in plan.kernels}
-    by_blocks = f"{node.branch}_list" if f"{node.branch}_list" in bodies else None
+    by_blocks, queries, grads = (_if_there(plan, f"{node.branch}_{x}") for x in ("list", "queries", "grads"))
     guards = [g for op in plan.ops for x in op.launches if x.kernel == by_blocks for g in x.when]
     maps = list(_maps(plan, f"{node.branch}_fwd", sources))
     return BranchView(
@@ -194,19 +194,21 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         by_blocks_from=int(guards[0].value) if guards else 0,
         merge=f"{node.branch}_merge",
         list_dq=bodies[f"{node.branch}_dq"] == "sum_lists",
-        queries=f"{node.branch}_queries" if f"{node.branch}_queries" in bodies else None,
-        query_boxes=tuple(_boxes(plan, f"{node.branch}_queries", sources))
-        if f"{node.branch}_queries" in bodies
-        else (),
-        grads=f"{node.branch}_grads" if f"{node.branch}_grads" in bodies else None,
+        queries=queries,
+        query_boxes=tuple(_boxes(plan, queries, sources)),
+        grads=grads,
         grads_sum=f"{node.branch}_dq_sum",
-        grad_boxes=tuple(_boxes(plan, f"{node.branch}_grads", sources)) if f"{node.branch}_grads" in bodies else (),
+        grad_boxes=tuple(_boxes(plan, grads, sources)),
         column=column,
         mapped=tuple(x for x, _ in maps),
         maps=tuple(made for _, made in maps),
         boxes=tuple(_boxes(plan, f"{node.branch}_fwd", sources)),
         combined=combined_view(plan.kernel(f"{node.branch}_fwd"), plan),
     )
+
+
+def _if_there(plan: Plan, kernel: str) -> str | None:
+    return kernel if any(k.name == kernel for k in plan.kernels) else None
 
 
 def _maps(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator[tuple[str, str]]:
@@ -219,10 +221,12 @@ def _maps(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator
                 yield operand, f"launch.maps({operand}, {widths}, c.bn, {s.listed.size}, cu_seqlens)"
 
 
-def _boxes(plan: Plan, name: str, sources: tuple[KeySourceView, ...]) -> Iterator[str]:
-    """Keys and values of a forward whose warp copies, as its launch maps them for its config c."""
+def _boxes(plan: Plan, name: str | None, sources: tuple[KeySourceView, ...]) -> Iterator[str]:
+    """Keys and values of a kernel whose warp copies, as its launch maps them for its config c; none of another."""
+    if name is None or not plan.kernel(name).specialised:
+        return
     kernel = plan.kernel(name)
-    for s in sources if kernel.specialised else ():
+    for s in sources:
         for operand, widths in ((s.k, kernel.qk_parts), (s.v, kernel.v_parts)):
             yield f"hopper.boxes({operand}, {widths}, c.bn)"
 
@@ -239,7 +243,7 @@ def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan
         ranges="[" + ", ".join(_range(w) for w in walks) + "]",
         listed=source.listed,
         dkv=f"{branch}_dkv{suffix}",
-        keys=next((k.name for k in plan.kernels if k.name == f"{branch}_keys{suffix}"), None),
+        keys=_if_there(plan, f"{branch}_keys{suffix}"),
         sum=f"{branch}_sum{suffix}",
         split=plan.kernel(f"{branch}_dkv{suffix}").grid.split,
         ring=next(o.ring for o in plan.kernel(cached_name(f"{branch}_fwd")).operands if o.name == "k" + suffix),

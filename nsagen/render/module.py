@@ -13,7 +13,7 @@ import jinja2
 from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
-from nsagen.ir.plan import MOST_NEW, PLAIN, SPECIALISED, Kernel, Plan, TileTable
+from nsagen.ir.plan import MOST_NEW, Kernel, Plan, TileTable
 from nsagen.render.decode import DecodeView, decode_view
 from nsagen.render.host import (
     ahead_view,
@@ -43,7 +43,6 @@ class KernelText:
     source: str
     configs: tuple[TileTable, ...]
     lengths: tuple[int, int | None] | None  # queries from and below which it runs, if not always
-    specialised: bool | None = None  # launched only where kernels have a warp that copies, or only elsewhere
     carries: str | None = None  # the kernel that rides on its specialised form
 
 
@@ -162,15 +161,7 @@ def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     configs = () if kernel.cached else _distinct(kernel.tiles)
     riders = plan.riders(kernel.name) if combined_view(kernel, plan) else ()
     carries = riders[0].kernel if riders else None
-    form = _form(kernel, plan)
-    return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan), form, carries)
-
-
-def _form(kernel: Kernel, plan: Plan) -> bool | None:
-    """What the guards of all its launches say of the form; None where they do not."""
-    guards = [x.when for x in plan.launches(kernel.name)]
-    always = [form for form in (SPECIALISED, PLAIN) if guards and all(form in when for when in guards)]
-    return always[0] == SPECIALISED if always else None
+    return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan), carries)
 
 
 def _lengths(kernel: Kernel, plan: Plan) -> tuple[int, int | None] | None:

@@ -166,12 +166,13 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 def boxes(x: torch.Tensor, widths: tuple[int, ...], rows: int) -> list[Boxes]:
     """Tensor maps of keys or values [B, N, H, D] for boxes of `rows` rows of one head, one for each part of D."""
     shape, strides = list(x.shape), launch.map_strides(x)
-    return [Boxes(x, shape, strides, [1, rows, 1, width], _layout(rows, width, x.dtype)) for width in widths]
+    return [Boxes(x, shape, strides, [1, rows, 1, width], _layout((1, rows, 1, width), x.dtype)) for width in widths]
 
 
 def row_boxes(x: torch.Tensor, heads: int, tokens: int = 1) -> Boxes:
     """A tensor map of rows [B, T, H, D] for boxes of 64 columns of the `heads` heads of so many tokens."""
-    return Boxes(x, list(x.shape), launch.map_strides(x), [1, tokens, heads, 64], _row_layout(tokens, heads, x.dtype))
+    box = (1, tokens, heads, 64)
+    return Boxes(x, list(x.shape), launch.map_strides(x), list(box), _layout(box, x.dtype))
 
 
 def key_maps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor, group: int) -> list[Boxes]:
@@ -180,15 +181,10 @@ def key_maps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Ten
     return [*boxes(k, (k.shape[-1],), 64), *boxes(v, (v.shape[-1],), 64), *rows]
 
 
-@lru_cache(maxsize=64)
-def _row_layout(tokens: int, heads: int, dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([1, tokens, heads, 64], _TYPES[dtype])
-
-
 @lru_cache(maxsize=256)
-def _layout(rows: int, width: int, dtype: torch.dtype) -> Any:
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
     """How a box lies in shared memory. Kept, since a launch that asks for it anew takes longer."""
-    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, width], _TYPES[dtype])
+    return gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[dtype])
 
 
 def programs(total: int, x: torch.Tensor) -> int:

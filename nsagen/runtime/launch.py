@@ -49,7 +49,6 @@ class Tiles:
     key: str  # the hash of its source
     configs: Configs
     lengths: tuple[int, int | None] = (0, None)  # the whole operation launches it from so many queries to below so many
-    specialised: bool | None = None  # launched only where kernels have a warp that copies, or only elsewhere
     carries: str | None = None  # the kernel whose work its specialised form does; without that form it is launched
     forced: Config | None = None  # what the tuner is measuring
     picked: dict[tuple[object, ...], Config] = field(default_factory=dict)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nsagen import api
+from nsagen.compiler import Compiled
+from nsagen.ir.plan import PLAIN, SPECIALISED, Guard
 from nsagen.passes import specialise
 from nsagen.runtime import launch
 
@@ -33,9 +35,18 @@ def _proved_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specialise, "PROVED", None)
 
 
-def module_of(heads: str) -> Any:
+def compiled(heads: str) -> Compiled:
     spec = {"name": "keys", "heads": HEADS[heads], "kv": "shared", "branches": BRANCHES, "combine": "gated_sum"}
-    return api.module_of(api.compiled_of(api.read(spec)))
+    return api.compiled_of(api.read(spec))
+
+
+def module_of(heads: str) -> Any:
+    return api.module_of(compiled(heads))
+
+
+def guards(heads: str, kernel: str) -> set[tuple[Guard, ...]]:
+    """Of all launches of the kernel."""
+    return {x.when for x in compiled(heads).plan.launches(kernel)}
 
 
 def needs_hopper() -> None:
@@ -76,9 +87,9 @@ def test_the_same_as_without(
     needs_hopper()
     module = module_of(heads)
     keys = HEADS[heads]["qk_dim"] in (64, 128)
-    assert module._CONFIGS[f"{branch}_queries"].specialised and not module._CONFIGS[f"{branch}_dq"].specialised
+    assert guards(heads, f"{branch}_queries") == {(SPECIALISED,)} and guards(heads, f"{branch}_dq") == {(PLAIN,)}
     assert (f"{branch}_keys" in module._CONFIGS) == keys
-    assert module._CONFIGS[f"{branch}_dkv"].specialised == (False if keys else None)
+    assert guards(heads, f"{branch}_dkv") == {(PLAIN,) if keys else ()}
     monkeypatch.setattr(launch, "POISON", True)
     for length in LENGTHS:
         given = case(heads, branch, length, dtype, device)

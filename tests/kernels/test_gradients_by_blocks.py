@@ -13,6 +13,7 @@ from torch import Tensor
 
 import nsagen
 from nsagen import api
+from nsagen.ir.plan import SPECIALISED
 from nsagen.runtime import launch, lists
 
 HEADS = {
@@ -67,7 +68,8 @@ def gradients(module: Any, given: tuple[Tensor, ...], by_blocks: bool, into: Any
 def test_the_same_as_without(heads: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_hopper()
     module = module_of(heads)
-    assert module._CONFIGS["selected_grads"].specialised
+    launches = api.compiled_of(api.read(spec_of(heads))).plan.launches("selected_grads")
+    assert launches and all(SPECIALISED in x.when for x in launches)
     monkeypatch.setattr(launch, "POISON", True)
     for length in LENGTHS:
         given = case(heads, length, dtype, device)
