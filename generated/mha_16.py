@@ -6,11 +6,13 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  67c1165a61da
+content  b6349e6f0b01
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_keys          key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
@@ -22,7 +24,9 @@ selected_sum             items, because a hot block (the first: every query list
 selected_dq              block_major, because group 1: a (query, block) pair costs 0.32 ns in parts, against 3.11 ns for reading the block once a query
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32; rides, because the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
@@ -69,7 +73,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_67c1165a61da"
+_SPACE = "nsagen_mha_16_b6349e6f0b01"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -132,6 +136,11 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 32768),
         ),
     }),
+    "compressed_queries": Tiles("compressed_queries", "936c715244de", {
+        ("sm_90", 16): (
+            Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
+        ),
+    }),
     "compressed_dkv": Tiles("compressed_dkv", "6237e9c6555e", {
         ("sm_80", 16): (
             Config(64, 128, 8, 2, 147456), Config(32, 128, 8, 3, 122880), Config(32, 64, 4, 2, 69632), Config(32, 128, 8, 2, 106496),
@@ -156,6 +165,11 @@ _CONFIGS = {
             Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 16, 4, 2, 83968),
             Config(32, 32, 8, 1, 69632), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
+        ),
+    }),
+    "compressed_keys": Tiles("compressed_keys", "3d9163fcdd65", {
+        ("sm_90", 16): (
+            Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
     }),
     "compressed_sum": Tiles("compressed_sum", "7da6c6ccd536", {
@@ -343,6 +357,11 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 32768),
         ),
     }),
+    "window_queries": Tiles("window_queries", "96021b13d44e", {
+        ("sm_90", 16): (
+            Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
+        ),
+    }),
     "window_dkv": Tiles("window_dkv", "f40774d4e85e", {
         ("sm_80", 16): (
             Config(32, 64, 4, 2, 69632), Config(64, 128, 8, 2, 147456), Config(32, 128, 8, 3, 122880), Config(32, 128, 8, 2, 106496),
@@ -367,6 +386,11 @@ _CONFIGS = {
             Config(16, 64, 8, 2, 102400), Config(16, 64, 8, 3, 118784), Config(32, 16, 4, 1, 51200), Config(32, 32, 8, 1, 69632),
             Config(32, 16, 4, 2, 83968), Config(32, 32, 8, 2, 102400), Config(32, 32, 8, 3, 135168), Config(32, 16, 4, 3, 116736),
             Config(16, 16, 4, 1, 33792),
+        ),
+    }),
+    "window_keys": Tiles("window_keys", "4e8e8464872a", {
+        ("sm_90", 16): (
+            Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
     }),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
@@ -841,6 +865,159 @@ def compressed_dq(
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
 
 
+@gluon.jit
+def compressed_queries_cuts(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = max(0, T - 16) // 16
+    # ended: 16 * s <= t - 31
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    all_hi = min(max(0, t0 - 15) // 16, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    return 0, c2, c3, n
+
+
+@gluon.jit
+def compressed_queries_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return tiles - 1 - number % tiles, number // tiles % 16, number // tiles // 16
+
+
+@gluon.jit
+def compressed_queries_turn(
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    C0: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 16 * s <= t - 31"""
+    BN: gl.constexpr = zero.shape[1]
+    at = number % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.wait_full(v_full, number, STAGES)
+    dp = warpgroup_mma(do0, v0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if EXTENT or C0:
+        # A lane's columns are constants apart, as in the forward.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - 16 * (s0 + lane)
+        if C0:
+            x = gl.where(16 * s <= t - 31, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), zero.type.layout)
+    p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    hopper.release(v_empty, number, STAGES)
+    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
+    dq0 = warpgroup_mma_wait(0, deps=(dq0,))
+    hopper.release(k_empty, number, STAGES)
+    return number + 1, dq0
+
+
+@gluon.jit
+def compressed_queries_multiply(
+    q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 1
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    DQ0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_queries_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
+        start = b.to(gl.int64) * T
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 1, h * 1 + row % 1
+        there = gl.expand_dims((at < T), 1)
+        q_row = gl.expand_dims(b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh, 1)
+        place = gl.expand_dims((start + at) * 16 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + q_row + d, mask=there, other=0.0))
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        do0.store(gl.load(do_ptr + place * 128 + d, mask=there, other=0.0))
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        time = first + row // 1
+        some = (time < T)
+        stat = (start + time) * 16 + h * 1 + row % 1
+        lse = gl.load(lse_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        delta = gl.load(delta_ptr + stat, mask=some, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        for s0 in range(cut0, cut1, BN):  # mid: no mask
+            number, dq0 = compressed_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # hi: 16 * s <= t - 31, s < N
+            number, dq0 = compressed_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, True, WEIGHTS, STAGES,
+            )
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 1, h * 1 + row % 1
+        there = gl.expand_dims((at < T), 1)
+        place = gl.expand_dims((start + at) * 16 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        hopper.store_sum(dq_ptr + place * 128 + d, gl.convert_layout(dq0 * scale, MEMORY), there, ACCUMULATE)
+
+
+@gluon.jit
+def compressed_queries_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_queries_place(work, tiles)
+        cut0, cut1, cut2, n = compressed_queries_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut2, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def compressed_queries_specialised(
+    q_ptr, k_map0, v_map0, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dq from the scores recomputed with lse; a program takes tiles of 2 · (64 // 1) queries × the 1 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    do0 = hopper.tiles(DTYPE, 2, 64, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (compressed_queries_multiply, (
+            q0.index(0), do0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 0, BN, STAGES, ACCUMULATE,
+        )),
+        (compressed_queries_multiply, (
+            q0.index(1), do0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 1, BN, STAGES, ACCUMULATE,
+        )),
+        (compressed_queries_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 1), BN, STAGES)),
+    ], [4, 1], [240, 24])
+
+
 @triton.jit
 def compressed_dkv_step(
     dk0, dv0,
@@ -941,6 +1118,146 @@ def compressed_dkv(
     tl.store(part + (row + d), dk0 * scale, mask=inside)
     d = tl.arange(0, 128)[None, :]
     tl.store(part + (row + d + 128), dv0, mask=inside)
+
+
+@gluon.jit
+def compressed_keys_range(s0, T, run_lo, run_hi, BN: gl.constexpr):
+    """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
+    BT: gl.constexpr = 64
+    some_lo = 16 * s0 + 31
+    some_hi = T
+    all_lo = 16 * BN + 16 * s0 + 15
+    all_hi = T
+    some_lo, some_hi = max(some_lo, run_lo), min(some_hi, run_hi)
+    first = some_lo // BT
+    return first, max(first, (some_hi + 63) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def compressed_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
+    """Steps that none of the warpgroup's keys are seen in."""
+    for number in range(start - first, end - first):
+        hopper.wait_full(full, number, STAGES)
+        hopper.release(empty, number, STAGES)
+
+
+@gluon.jit
+def compressed_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+):
+    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: 16 * s <= t - 31"""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    DTYPE: gl.constexpr = k.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    unscale = -1.0 / scale
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dk = gl.zeros([64, 128], gl.float32, layout=DK)
+    dv = gl.zeros([64, 128], gl.float32, layout=DV)
+    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)  # of the tile's steps
+    own, end, lo, hi = compressed_keys_range(s0 + 64 * HALF, T, run_lo, run_hi, 64)
+    own, end = min(max(own, first), last), min(max(end, first), last)
+    compressed_keys_pass(first, first, own, full, empty, STAGES)
+    mbarrier.wait(arrived, 0)
+    for step in range(own, end):
+        number = step - first
+        at = number % STAGES
+        t0 = step * 64
+        hopper.wait_full(full, number, STAGES)
+        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+        lse = lse_ring.index(at).load(COLUMNS)
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
+        delta = delta_ring.index(at).load(COLUMNS)
+        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (t0 < lo) | (t0 + 64 > hi):
+            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 1
+            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+            x = gl.where(16 * s <= t - 31, x, float("-inf"))
+            x = gl.where(t < T, x, float("-inf"))
+        p = gl.exp2(x * scale2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
+        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
+        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+        hopper.release(empty, number, STAGES)
+    compressed_keys_pass(first, end, last, full, empty, STAGES)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 16) * 256, 1) + d
+    gl.store(out, dk * scale, mask=inside)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 16) * 256 + 128, 1) + d
+    gl.store(out, dv, mask=inside)
+
+
+@gluon.jit
+def compressed_keys_copy(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES: gl.constexpr
+):
+    """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
+    mbarrier.expect(arrived, 65536)
+    for half in gl.static_range(2):
+        hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
+        hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
+    row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)
+    for step in range(first, last):
+        number = step - first
+        at = number % STAGES
+        t = gl.minimum(step * 64 + row // 1, T - 1)
+        place = (b.to(gl.int64) * T + t) * 16 + h * 1 + row % 1
+        hopper.wait_empty(empty, number, STAGES)
+        mbarrier.expect(full.index(at), 32768)
+        hopper.fetch_numbers(lse_ptr + place, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + place, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 64, h * 1, 0, q_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 64, h * 1, 64, q_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 64, h * 1, 0, do_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 64, h * 1, 64, do_ring.index(at), 1, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "splits"])
+def compressed_keys_specialised(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, splits, split_st, scale, key_rows,
+    BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 1 heads of one KV head."""
+    tile = gl.program_id(0) % tiles
+    h = gl.program_id(0) // tiles % 16
+    b = gl.program_id(0) // tiles // 16
+    s0 = tile * BN
+    n = max(0, T - 16) // 16
+    key_row = b.to(gl.int64) * key_rows * 16 + h  # of key 0, in rows of one head
+    run = (T + 64 * splits - 1) // (64 * splits) * 64  # queries of a program
+    run_lo = gl.program_id(1) * run
+    run_hi = run_lo + run
+    DTYPE: gl.constexpr = k_map0.dtype
+    k_tiles, v_tiles = hopper.tiles(DTYPE, 2, 64, 128), hopper.tiles(DTYPE, 2, 64, 128)
+    q_ring, do_ring = hopper.tiles(DTYPE, STAGES, 64, 128), hopper.tiles(DTYPE, STAGES, 64, 128)
+    lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+    full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+    arrived = hopper.barriers(1, 1).index(0)
+    fence_async_shared()
+    gl.warp_specialize([
+        (compressed_keys_multiply, (
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 0, STAGES,
+        )),
+        (compressed_keys_multiply, (
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 1, STAGES,
+        )),
+        (compressed_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -1950,6 +2267,168 @@ def window_dq(
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None], ACCUMULATE)
 
 
+@gluon.jit
+def window_queries_cuts(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = T
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    all_lo = max(0, BT + t0 - 512)
+    all_hi = min(T, t0 + 1)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    c1 = max(c0, min((BN + all_lo - 1) // BN * BN, c3))
+    c2 = max(all_hi // BN * BN, c1)
+    return c0, c1, c2, c3, n
+
+
+@gluon.jit
+def window_queries_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return number % tiles, number // tiles % 16, number // tiles // 16
+
+
+@gluon.jit
+def window_queries_turn(
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    C0: gl.constexpr, C1: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
+    BN: gl.constexpr = zero.shape[1]
+    at = number % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.wait_full(v_full, number, STAGES)
+    dp = warpgroup_mma(do0, v0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if EXTENT or C0 or C1:
+        # A lane's columns are constants apart, as in the forward.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - 1 * (s0 + lane)
+        if C0:
+            x = gl.where(s <= t, x, float("-inf"))
+        if C1:
+            x = gl.where(s > t - 512, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), zero.type.layout)
+    p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    hopper.release(v_empty, number, STAGES)
+    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
+    dq0 = warpgroup_mma_wait(0, deps=(dq0,))
+    hopper.release(k_empty, number, STAGES)
+    return number + 1, dq0
+
+
+@gluon.jit
+def window_queries_multiply(
+    q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 1
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    DQ0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = window_queries_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
+        start = b.to(gl.int64) * T
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 1, h * 1 + row % 1
+        there = gl.expand_dims((at < T), 1)
+        q_row = gl.expand_dims(b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh, 1)
+        place = gl.expand_dims((start + at) * 16 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + q_row + d, mask=there, other=0.0))
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        do0.store(gl.load(do_ptr + place * 128 + d, mask=there, other=0.0))
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        time = first + row // 1
+        some = (time < T)
+        stat = (start + time) * 16 + h * 1 + row % 1
+        lse = gl.load(lse_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        delta = gl.load(delta_ptr + stat, mask=some, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        for s0 in range(cut0, cut1, BN):  # lo: s <= t, s > t - 512, s < T
+            number, dq0 = window_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # mid: no mask
+            number, dq0 = window_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut2, cut3, BN):  # hi: s <= t, s > t - 512, s < T
+            number, dq0 = window_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, BN + BT > 514, True, WEIGHTS, STAGES,
+            )
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 1, h * 1 + row % 1
+        there = gl.expand_dims((at < T), 1)
+        place = gl.expand_dims((start + at) * 16 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        hopper.store_sum(dq_ptr + place * 128 + d, gl.convert_layout(dq0 * scale, MEMORY), there, ACCUMULATE)
+
+
+@gluon.jit
+def window_queries_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = window_queries_place(work, tiles)
+        cut0, cut1, cut2, cut3, n = window_queries_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut3, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def window_queries_specialised(
+    q_ptr, k_map0, v_map0, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dq from the scores recomputed with lse; a program takes tiles of 2 · (64 // 1) queries × the 1 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    do0 = hopper.tiles(DTYPE, 2, 64, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (window_queries_multiply, (
+            q0.index(0), do0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 0, BN, STAGES, ACCUMULATE,
+        )),
+        (window_queries_multiply, (
+            q0.index(1), do0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 1, BN, STAGES, ACCUMULATE,
+        )),
+        (window_queries_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 1), BN, STAGES)),
+    ], [4, 1], [240, 24])
+
+
 @triton.jit
 def window_dkv_step(
     dk0, dv0,
@@ -2045,6 +2524,140 @@ def window_dkv(
     device.add_to(dk_ptr + key_row * 128 + d, dk0 * scale, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+
+
+@gluon.jit
+def window_keys_range(s0, T, BN: gl.constexpr):
+    """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
+    BT: gl.constexpr = 64
+    some_lo = s0
+    some_hi = min(BN + s0 + 511, T)
+    all_lo = max(0, BN + s0 - 1)
+    all_hi = min(T, s0 + 512)
+    first = some_lo // BT
+    return first, max(first, (some_hi + 63) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
+    """Steps that none of the warpgroup's keys are seen in."""
+    for number in range(start - first, end - first):
+        hopper.wait_full(full, number, STAGES)
+        hopper.release(empty, number, STAGES)
+
+
+@gluon.jit
+def window_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+):
+    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    DTYPE: gl.constexpr = k.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    unscale = -1.0 / scale
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dk = gl.zeros([64, 128], gl.float32, layout=DK)
+    dv = gl.zeros([64, 128], gl.float32, layout=DV)
+    first, last, _, _ = window_keys_range(s0, T, 128)  # of the tile's steps
+    own, end, lo, hi = window_keys_range(s0 + 64 * HALF, T, 64)
+    own, end = min(max(own, first), last), min(max(end, first), last)
+    window_keys_pass(first, first, own, full, empty, STAGES)
+    mbarrier.wait(arrived, 0)
+    for step in range(own, end):
+        number = step - first
+        at = number % STAGES
+        t0 = step * 64
+        hopper.wait_full(full, number, STAGES)
+        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+        lse = lse_ring.index(at).load(COLUMNS)
+        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
+        delta = delta_ring.index(at).load(COLUMNS)
+        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (t0 < lo) | (t0 + 64 > hi):
+            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 1
+            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+            x = gl.where(s <= t, x, float("-inf"))
+            x = gl.where(s > t - 512, x, float("-inf"))
+            x = gl.where(t < T, x, float("-inf"))
+        p = gl.exp2(x * scale2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
+        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
+        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+        hopper.release(empty, number, STAGES)
+    window_keys_pass(first, end, last, full, empty, STAGES)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
+    hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 16) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
+    s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
+    inside = gl.expand_dims(s < n, 1)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
+    hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 16) * 128, 1) + d, dv, inside, ACCUMULATE)
+
+
+@gluon.jit
+def window_keys_copy(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES: gl.constexpr
+):
+    """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
+    mbarrier.expect(arrived, 65536)
+    for half in gl.static_range(2):
+        hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
+        hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
+    row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    first, last, _, _ = window_keys_range(s0, T, 128)
+    for step in range(first, last):
+        number = step - first
+        at = number % STAGES
+        t = gl.minimum(step * 64 + row // 1, T - 1)
+        place = (b.to(gl.int64) * T + t) * 16 + h * 1 + row % 1
+        hopper.wait_empty(empty, number, STAGES)
+        mbarrier.expect(full.index(at), 32768)
+        hopper.fetch_numbers(lse_ptr + place, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + place, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 64, h * 1, 0, q_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, step * 64, h * 1, 64, q_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 64, h * 1, 0, do_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, step * 64, h * 1, 64, do_ring.index(at), 1, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "tiles"])
+def window_keys_specialised(
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, tiles, scale, key_rows,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dk and dv from the scores recomputed with lse; one program: BN keys × the 1 heads of one KV head."""
+    tile = gl.program_id(0) % tiles
+    h = gl.program_id(0) // tiles % 16
+    b = gl.program_id(0) // tiles // 16
+    s0 = tile * BN
+    n = T
+    key_row = b.to(gl.int64) * key_rows * 16 + h  # of key 0, in rows of one head
+    DTYPE: gl.constexpr = k_map0.dtype
+    k_tiles, v_tiles = hopper.tiles(DTYPE, 2, 64, 128), hopper.tiles(DTYPE, 2, 64, 128)
+    q_ring, do_ring = hopper.tiles(DTYPE, STAGES, 64, 128), hopper.tiles(DTYPE, STAGES, 64, 128)
+    lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+    full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+    arrived = hopper.barriers(1, 1).index(0)
+    fence_async_shared()
+    gl.warp_specialize([
+        (window_keys_multiply, (
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 0, STAGES, ACCUMULATE,
+        )),
+        (window_keys_multiply, (
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 1, STAGES, ACCUMULATE,
+        )),
+        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -3566,24 +4179,38 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dq"], q)
-    tiles = launch.tiles(length, c.bm // 1, cu_seqlens)
-    compressed_dq[(tiles * 16 * batch,)](
-        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
+    c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
+    tiles = launch.tiles(length, c.bm // 2 // 1 * 2 if copied else c.bm // 1, cu_seqlens)
+    total = tiles * 16 * batch
+    if copied:
+        compressed_queries_specialised[(hopper.programs(total, q),)](
+            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+            *launch.strides(q), c.bn, c.stages, adds, **c.options,
+        )
+    else:
+        compressed_dq[(total,)](
+            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v),
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dkv"], q)
+    c = launch.pick(_CONFIGS["compressed_keys" if copied else "compressed_dkv"], q)
+    maps = hopper.key_maps(q, k, v, d_out, 1) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     splits = launch.splits(tiles * 16 * batch, length, c.bm // 1)
     parts = launch.empty(q, (splits, *k.shape[:3], 256), cu_seqlens, torch.float32)
-    compressed_dkv[(tiles * 16 * batch, splits)](
-        q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), **c.options,
-    )
+    if copied:
+        compressed_keys_specialised[(tiles * 16 * batch, splits)](
+            *maps, lse, delta, parts, length, tiles, splits, parts.stride(0), scale, k.shape[1], c.bn, c.stages, **c.options,
+        )
+    else:
+        compressed_dkv[(tiles * 16 * batch, splits)](
+            q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
+            c.bm, c.bn, launch.precision(q), **c.options,
+        )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
     rows = parts[0].numel() // 256
     compressed_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, splits, c.bm, adds, **c.options)
@@ -3725,22 +4352,36 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dq"], q)
-    tiles = launch.tiles(length, c.bm // 1, cu_seqlens)
-    window_dq[(tiles * 16 * batch,)](
-        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
+    c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
+    tiles = launch.tiles(length, c.bm // 2 // 1 * 2 if copied else c.bm // 1, cu_seqlens)
+    total = tiles * 16 * batch
+    if copied:
+        window_queries_specialised[(hopper.programs(total, q),)](
+            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+            *launch.strides(q), c.bn, c.stages, adds, **c.options,
+        )
+    else:
+        window_dq[(total,)](
+            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v),
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dkv"], q)
+    c = launch.pick(_CONFIGS["window_keys" if copied else "window_dkv"], q)
+    maps = hopper.key_maps(q, k, v, d_out, 1) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
-    window_dkv[(tiles * 16 * batch,)](
-        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    if copied:
+        window_keys_specialised[(tiles * 16 * batch,)](
+            *maps, lse, delta, dk, dv, length, tiles, scale, k.shape[1], c.bn, c.stages, adds, **c.options,
+        )
+    else:
+        window_dkv[(tiles * 16 * batch,)](
+            q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     return dq, dk, dv
 
 

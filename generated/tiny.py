@@ -6,10 +6,11 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  6a47d7d999e6
+content  06e3aa852e08
 runtime  17
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
@@ -68,7 +69,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_6a47d7d999e6"
+_SPACE = "nsagen_tiny_06e3aa852e08"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -111,6 +112,11 @@ _CONFIGS = {
             Config(32, 16, 4, 2, 12288), Config(32, 16, 4, 3, 15360), Config(16, 32, 4, 1, 9216), Config(16, 32, 4, 2, 15360),
             Config(16, 32, 4, 3, 21504), Config(32, 32, 8, 1, 12288), Config(32, 32, 8, 2, 18432), Config(32, 32, 8, 3, 24576),
             Config(16, 16, 4, 1, 6144),
+        ),
+    }),
+    "compressed_queries": Tiles("compressed_queries", "5a15313efc82", {
+        ("sm_90", 16): (
+            Config(128, 64, 4, 4, 45568, maps=True, specialised=True),
         ),
     }),
     "compressed_dkv": Tiles("compressed_dkv", "6266002663bc", {
@@ -713,6 +719,159 @@ def compressed_dq(
     dq_row = stat * 24
     d = tl.arange(0, 32)[None, :]
     device.add_to(dq_ptr + dq_row[:, None] + d, dq0 * scale, live[:, None] & (d < 24), ACCUMULATE)
+
+
+@gluon.jit
+def compressed_queries_cuts(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = max(0, T - 4) // 4
+    # ended: 4 * s <= t - 7
+    some_hi = min(max(0, BT + t0 - 4) // 4, n)
+    all_hi = min(max(0, t0 - 3) // 4, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    return 0, c2, c3, n
+
+
+@gluon.jit
+def compressed_queries_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return tiles - 1 - number % tiles, number // tiles % 2, number // tiles // 2
+
+
+@gluon.jit
+def compressed_queries_turn(
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    C0: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 4 * s <= t - 7"""
+    BN: gl.constexpr = zero.shape[1]
+    at = number % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.wait_full(v_full, number, STAGES)
+    dp = warpgroup_mma(do0, v0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if EXTENT or C0:
+        # A lane's columns are constants apart, as in the forward.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - 4 * (s0 + lane)
+        if C0:
+            x = gl.where(4 * s <= t - 7, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), zero.type.layout)
+    p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    hopper.release(v_empty, number, STAGES)
+    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
+    dq0 = warpgroup_mma_wait(0, deps=(dq0,))
+    hopper.release(k_empty, number, STAGES)
+    return number + 1, dq0
+
+
+@gluon.jit
+def compressed_queries_multiply(
+    q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 3
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    DQ0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_queries_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
+        start = b.to(gl.int64) * T
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 3, h * 3 + row % 3
+        there = gl.expand_dims((at < T) & (row < QUERIES * 3), 1)
+        q_row = gl.expand_dims(b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh, 1)
+        place = gl.expand_dims((start + at) * 6 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + q_row + d, mask=there & (d < 24), other=0.0))
+        d = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, MEMORY)), 0)
+        do0.store(gl.load(do_ptr + place * 16 + d, mask=there, other=0.0))
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        time = first + row // 3
+        some = (time < T) & (row < QUERIES * 3)
+        stat = (start + time) * 6 + h * 3 + row % 3
+        lse = gl.load(lse_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        delta = gl.load(delta_ptr + stat, mask=some, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        dq0 = gl.zeros([64, 32], gl.float32, layout=DQ0)
+        for s0 in range(cut0, cut1, BN):  # mid: no mask
+            number, dq0 = compressed_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # hi: 4 * s <= t - 7, s < N
+            number, dq0 = compressed_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, True, WEIGHTS, STAGES,
+            )
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 3, h * 3 + row % 3
+        there = gl.expand_dims((at < T) & (row < QUERIES * 3), 1)
+        place = gl.expand_dims((start + at) * 6 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, MEMORY)), 0)
+        hopper.store_sum(dq_ptr + place * 24 + d, gl.convert_layout(dq0 * scale, MEMORY), there & (d < 24), ACCUMULATE)
+
+
+@gluon.jit
+def compressed_queries_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = compressed_queries_place(work, tiles)
+        cut0, cut1, cut2, n = compressed_queries_cuts(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut2, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 32 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 16 * 2)
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def compressed_queries_specialised(
+    q_ptr, k_map0, v_map0, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dq from the scores recomputed with lse; a program takes tiles of 2 · (64 // 3) queries × the 3 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 32)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 32)
+    do0 = hopper.tiles(DTYPE, 2, 64, 16)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 16)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (compressed_queries_multiply, (
+            q0.index(0), do0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 0, BN, STAGES, ACCUMULATE,
+        )),
+        (compressed_queries_multiply, (
+            q0.index(1), do0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 1, BN, STAGES, ACCUMULATE,
+        )),
+        (compressed_queries_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 3), BN, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit
@@ -3262,13 +3421,21 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dq"], q)
-    tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
-    compressed_dq[(tiles * 2 * batch,)](
-        q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v),
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
+    c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
+    tiles = launch.tiles(length, c.bm // 2 // 3 * 2 if copied else c.bm // 3, cu_seqlens)
+    total = tiles * 2 * batch
+    if copied:
+        compressed_queries_specialised[(hopper.programs(total, q),)](
+            q, *hopper.boxes(k, (32,), c.bn), *hopper.boxes(v, (16,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+            *launch.strides(q), c.bn, c.stages, adds, **c.options,
+        )
+    else:
+        compressed_dq[(total,)](
+            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v),
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_dkv"], q)

@@ -12,7 +12,6 @@ from torch import Tensor
 from nsagen import api
 from nsagen.compiler import Compiled
 from nsagen.ir.plan import PLAIN, SPECIALISED, Guard
-from nsagen.passes import specialise
 from nsagen.runtime import launch
 
 HEADS = {
@@ -28,11 +27,6 @@ BRANCHES = {
     "window": {"size": 100},
 }
 LENGTHS = (1, 47, 48, 63, 129, 700, 2300)
-
-
-@pytest.fixture(autouse=True)
-def _proved_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specialise, "PROVED", None)
 
 
 def compiled(heads: str) -> Compiled:

@@ -422,6 +422,8 @@ TRIED: dict[str, tuple[Spec, str, str]] = {  # spec, dtype, which candidates
 KNOWN: dict[tuple[str, str], set[str]] = {
     ("nsa_128", "compressed_keys"): {"C7517"},
     ("nsa_128", "window_keys"): {"C7517"},
+    ("mha_16", "compressed_keys"): {"C7517"},
+    ("mha_16", "window_keys"): {"C7517"},
     ("nsa_paper", "selected_grads"): {"C7512"},
 }
 
