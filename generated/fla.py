@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  83b2f67bd5fe
-runtime  17
+content  03c30b0a80ab
+runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -20,19 +20,20 @@ selected_fwd             one_query_a_tile, because every query lists blocks of i
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
-selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and of d_out and v, serves the gradients of both
 selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
+window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90); shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and of d_out and v, serves the gradients of both
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32; rides, because the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
 compressed_gate          one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 selected_gate            one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 window_gate              one_branch, because recompute: one branch's output at a time is made again, read once and dropped
+joint_queries            joint, because q and d_out are read once and dq is written once for all branches whose keys a warp can copy: four passes over all rows fewer for each branch but the first; query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90); shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and of d_out and v, serves the gradients of both
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 select_scores_cached     second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best_cached       row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
@@ -57,7 +58,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(17, "fla")
+version.require(18, "fla")
 
 SPEC = {'name': 'fla',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -73,7 +74,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_83b2f67bd5fe"
+_SPACE = "nsagen_fla_03c30b0a80ab"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -136,7 +137,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "compressed_queries": Tiles("compressed_queries", "ea9e2ecad098", {
+    "compressed_queries": Tiles("compressed_queries", "12c709360e93", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
@@ -167,7 +168,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "compressed_keys": Tiles("compressed_keys", "2be9f2995c2d", {
+    "compressed_keys": Tiles("compressed_keys", "f5b05cf28d78", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
@@ -290,7 +291,7 @@ _CONFIGS = {
             Config(64, 64, 4, 4, 183296, maps=True, specialised=True),
         ),
     }),
-    "selected_dq_sum": Tiles("selected_dq_sum", "cbd4f2d6eb0b", {
+    "selected_dq_sum": Tiles("selected_dq_sum", "3f859c9b719e", {
         ("sm_80", 16): (
             Config(1, 1, 4, 1, 0),
         ),
@@ -356,7 +357,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "window_queries": Tiles("window_queries", "432880640227", {
+    "window_queries": Tiles("window_queries", "01cb905d4161", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
@@ -387,9 +388,9 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "1afff57af9f8", {
+    "window_keys": Tiles("window_keys", "abd9c078b413", {
         ("sm_90", 16): (
-            Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
+            Config(64, 128, 4, 4, 201728, maps=True, specialised=True),
         ),
     }),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
@@ -438,6 +439,11 @@ _CONFIGS = {
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
+        ),
+    }),
+    "joint_queries": Tiles("joint_queries", "95648a0dff2c", {
+        ("sm_90", 16): (
+            Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
     }),
 }
@@ -884,7 +890,7 @@ def compressed_queries_place(number, tiles):
 
 @gluon.jit
 def compressed_queries_turn(
-    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale, STRIDE: gl.constexpr,
     C0: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 64 * s <= t - 63"""
@@ -899,7 +905,7 @@ def compressed_queries_turn(
         # A lane's columns are constants apart, as in the forward.
         x = gl.reshape(x, [64, BN // 8, 4, 2])
         s, lane, t = hopper.columns(x, time)
-        t = t - 64 * (s0 + lane)
+        t = t - STRIDE * (s0 + lane)
         if C0:
             x = gl.where(64 * s <= t - 63, x, float("-inf"))
         if EXTENT:
@@ -908,7 +914,8 @@ def compressed_queries_turn(
     p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
     dp = warpgroup_mma_wait(0, deps=(dp,))
     hopper.release(v_empty, number, STAGES)
-    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
     dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
     dq0 = warpgroup_mma_wait(0, deps=(dq0,))
     hopper.release(k_empty, number, STAGES)
@@ -935,7 +942,6 @@ def compressed_queries_multiply(
         tile, h, b = compressed_queries_place(work, tiles)
         t0 = tile * BT
         first = HALF * QUERIES + t0  # of the warpgroup's queries
-        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
         start = b.to(gl.int64) * T
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -956,13 +962,14 @@ def compressed_queries_multiply(
         fence_async_shared()
         hopper.sync()
         dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
         for s0 in range(cut0, cut1, BN):  # mid: no mask
             number, dq0 = compressed_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 64, False, False, WEIGHTS, STAGES,
             )
         for s0 in range(cut1, cut2, BN):  # hi: 64 * s <= t - 63, s < N
             number, dq0 = compressed_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, True, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 64, True, True, WEIGHTS, STAGES,
             )
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -1141,17 +1148,49 @@ def compressed_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def compressed_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+def compressed_keys_step(
+    dk, dv, number, t0, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0, T, lo, hi, scale, STAGES: gl.constexpr,
 ):
-    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: 64 * s <= t - 63"""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    """64 rows, of queries from t0 on. dk += dsᵀ·q, dv += pᵀ·d_out. C0: 64 * s <= t - 63"""
+    SCORES: gl.constexpr = zero.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     DTYPE: gl.constexpr = k.dtype
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    unscale = -1.0 / scale
+    at = number % STAGES
+    hopper.wait_full(full, number, STAGES)
+    # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+    lse = lse_ring.index(at).load(COLUMNS)
+    lse = gl.where(lse == float("-inf"), float("inf"), lse)
+    x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * (-1.0 / scale), 0), is_async=True)
+    delta = delta_ring.index(at).load(COLUMNS)
+    dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if (t0 < lo) | (t0 + 4 > hi):
+        t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+        s = s0 + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+        t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+        x = gl.where(64 * s <= t - 63, x, float("-inf"))
+        x = gl.where(t < T, x, float("-inf"))
+    p = gl.exp2(x * scale2)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = p * dp
+    weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2))
+    grads = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2))
+    dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+    dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+    hopper.release(empty, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def compressed_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+):
+    """A warpgroup: 64 of the keys."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
@@ -1161,31 +1200,7 @@ def compressed_keys_multiply(
     compressed_keys_pass(first, first, own, full, empty, STAGES)
     mbarrier.wait(arrived, 0)
     for step in range(own, end):
-        number = step - first
-        at = number % STAGES
-        t0 = step * 4
-        hopper.wait_full(full, number, STAGES)
-        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
-        lse = lse_ring.index(at).load(COLUMNS)
-        lse = gl.where(lse == float("-inf"), float("inf"), lse)
-        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
-        delta = delta_ring.index(at).load(COLUMNS)
-        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
-        x = warpgroup_mma_wait(1, deps=(x,))
-        if (t0 < lo) | (t0 + 4 > hi):
-            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
-            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
-            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
-            x = gl.where(64 * s <= t - 63, x, float("-inf"))
-            x = gl.where(t < T, x, float("-inf"))
-        p = gl.exp2(x * scale2)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
-        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
-        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
-        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
-        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-        hopper.release(empty, number, STAGES)
+        dk, dv = compressed_keys_step(dk, dv, step - first, step * 4, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0 + 64 * HALF, T, lo, hi, scale, STAGES)
     compressed_keys_pass(first, end, last, full, empty, STAGES)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
@@ -1917,7 +1932,7 @@ def selected_grads_specialised(
 
 @triton.jit(do_not_specialize=["T", "slots", "pair", "pairs", "chunk_first", "chunk_rows"])
 def selected_dq_sum(
-    dq_parts_ptr, blocks_ptr, dq_ptr, T, slots, pair, pairs, chunk_first, chunk_rows, ACCUMULATE: tl.constexpr
+    dq_parts_ptr, blocks_ptr, dq_ptr, T, slots, pair, pairs, chunk_first, chunk_rows, LEAVES: tl.constexpr, ACCUMULATE: tl.constexpr
 ):
     """dq from the parts of the query's listed blocks, added in order; one program: a query and the heads of one KV head."""
     pid = tl.program_id(0)
@@ -1928,7 +1943,8 @@ def selected_dq_sum(
     part = ((pid % pairs).to(tl.int64) * chunk_rows + pid // pairs) * 16
     entry = tl.arange(0, 16)
     block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
-    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    last = t // 64 - LEAVES if LEAVES else slots - 1  # those behind it left nothing, like those that are not there
+    end = tl.max(tl.where((block >= 0) & (block <= last), entry + 1, 0))
     head = h * 16 + tl.arange(0, 16)[:, None]
     row = ((b * T + t) * 64 + head) * 128
     # 16 rows a warp, of which a thread had two, 8 apart, of every 8 columns two: [warp, half, columns of 32, row, lane, 8, 2].
@@ -1937,7 +1953,7 @@ def selected_dq_sum(
     acc = tl.zeros([2048], dtype=tl.float32)
     for i in range(0, end):
         own = tl.load(blocks_ptr + listed + i)
-        mine = (own >= 0) & (own < slots)  # a list may name others, which left nothing
+        mine = (own >= 0) & (own <= last)
         acc += tl.load(dq_parts_ptr + (part + i) * 2048 + place, mask=mine, other=0.0).to(tl.float32)
     dq = tl.permute(tl.reshape(acc, [1, 2, 4, 8, 4, 4, 2]), [0, 1, 3, 2, 5, 4, 6])
     d = tl.arange(0, 128)[None, :]
@@ -2399,7 +2415,7 @@ def window_queries_place(number, tiles):
 
 @gluon.jit
 def window_queries_turn(
-    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale, STRIDE: gl.constexpr,
     C0: gl.constexpr, C1: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
@@ -2414,7 +2430,7 @@ def window_queries_turn(
         # A lane's columns are constants apart, as in the forward.
         x = gl.reshape(x, [64, BN // 8, 4, 2])
         s, lane, t = hopper.columns(x, time)
-        t = t - 1 * (s0 + lane)
+        t = t - STRIDE * (s0 + lane)
         if C0:
             x = gl.where(s <= t, x, float("-inf"))
         if C1:
@@ -2425,7 +2441,8 @@ def window_queries_turn(
     p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
     dp = warpgroup_mma_wait(0, deps=(dp,))
     hopper.release(v_empty, number, STAGES)
-    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
     dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
     dq0 = warpgroup_mma_wait(0, deps=(dq0,))
     hopper.release(k_empty, number, STAGES)
@@ -2452,7 +2469,6 @@ def window_queries_multiply(
         tile, h, b = window_queries_place(work, tiles)
         t0 = tile * BT
         first = HALF * QUERIES + t0  # of the warpgroup's queries
-        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
         start = b.to(gl.int64) * T
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -2472,17 +2488,18 @@ def window_queries_multiply(
         fence_async_shared()
         hopper.sync()
         dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
         for s0 in range(cut0, cut1, BN):  # lo: s <= t, s > t - 512, s < T
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
             )
         for s0 in range(cut1, cut2, BN):  # mid: no mask
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, False, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, False, False, False, WEIGHTS, STAGES,
             )
         for s0 in range(cut2, cut3, BN):  # hi: s <= t, s > t - 512, s < T
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, BN + BT > 514, True, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, True, BN + BT > 514, True, WEIGHTS, STAGES,
             )
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -2655,17 +2672,66 @@ def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def window_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+def window_keys_finite(lse, lse_taken):
+    """Both as numbers whose difference is one: a gate of 0 shifts to infinity, and e^−200 of its p is 0 as well."""
+    lse_taken = gl.minimum(lse_taken, 1e30)
+    return gl.minimum(lse, lse_taken + 200.0), lse_taken
+
+
+@gluon.jit
+def window_keys_step(
+    dk, dv, number, t0, k, v, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, zero, s0, T, lo, hi, scale, TAKEN: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    """64 rows, of queries from t0 on. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512; TAKEN: p and ds for another branch, too"""
+    SCORES: gl.constexpr = zero.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     DTYPE: gl.constexpr = k.dtype
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    unscale = -1.0 / scale
+    at = number % STAGES
+    hopper.wait_full(full, number, STAGES)
+    # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+    lse = lse_ring.index(at).load(COLUMNS)
+    if TAKEN:
+        lse, _ = window_keys_finite(lse, lse_taken_ring.index(at).load(COLUMNS))
+    x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * (-1.0 / scale), 0), is_async=True)
+    delta = delta_ring.index(at).load(COLUMNS)
+    dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if (t0 < lo) | (t0 + 4 > hi):
+        t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+        s = s0 + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+        t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+        x = gl.where(s <= t, x, float("-inf"))
+        x = gl.where(s > t - 512, x, float("-inf"))
+        x = gl.where(t < T, x, float("-inf"))
+    p = gl.exp2(x * scale2)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    if TAKEN:
+        # Everything is read again rather than held: there are no registers for it.
+        lse, lse_taken = window_keys_finite(lse_ring.index(at).load(COLUMNS), lse_taken_ring.index(at).load(COLUMNS))
+        more = gl.exp2(x * scale2 + gl.expand_dims((lse - lse_taken) * 1.4426950408889634, 0))
+        apart = delta_ring.index(at).load(COLUMNS) - delta_taken_ring.index(at).load(COLUMNS)
+        ds = p * dp + more * (dp + gl.expand_dims(apart, 0))
+        p += more
+    else:
+        ds = p * dp
+    weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2))
+    grads = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2))
+    dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+    dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+    hopper.release(empty, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def window_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+):
+    """A warpgroup: 64 of the keys."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
@@ -2674,32 +2740,13 @@ def window_keys_multiply(
     own, end = min(max(own, first), last), min(max(end, first), last)
     window_keys_pass(first, first, own, full, empty, STAGES)
     mbarrier.wait(arrived, 0)
-    for step in range(own, end):
-        number = step - first
-        at = number % STAGES
-        t0 = step * 4
-        hopper.wait_full(full, number, STAGES)
-        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
-        lse = lse_ring.index(at).load(COLUMNS)
-        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
-        delta = delta_ring.index(at).load(COLUMNS)
-        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
-        x = warpgroup_mma_wait(1, deps=(x,))
-        if (t0 < lo) | (t0 + 4 > hi):
-            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
-            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
-            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
-            x = gl.where(s <= t, x, float("-inf"))
-            x = gl.where(s > t - 512, x, float("-inf"))
-            x = gl.where(t < T, x, float("-inf"))
-        p = gl.exp2(x * scale2)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
-        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
-        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
-        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
-        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-        hopper.release(empty, number, STAGES)
+    mid = own
+    if lse_taken_ptr is not None:
+        mid = min(max((s0 + 64 * HALF + 128) // 4, own), end)
+    for step in range(own, mid):  # also counted for another branch
+        dk, dv = window_keys_step(dk, dv, step - first, step * 4, k, v, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, zero, s0 + 64 * HALF, T, lo, hi, scale, True, STAGES)
+    for step in range(mid, end):
+        dk, dv = window_keys_step(dk, dv, step - first, step * 4, k, v, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, zero, s0 + 64 * HALF, T, lo, hi, scale, False, STAGES)
     window_keys_pass(first, end, last, full, empty, STAGES)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
@@ -2713,7 +2760,7 @@ def window_keys_multiply(
 
 @gluon.jit
 def window_keys_copy(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES: gl.constexpr
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, b, h, s0, T, STAGES: gl.constexpr
 ):
     """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
     mbarrier.expect(arrived, 65536)
@@ -2731,6 +2778,9 @@ def window_keys_copy(
         mbarrier.expect(full.index(at), 32768)
         hopper.fetch_numbers(lse_ptr + place, lse_ring.index(at))
         hopper.fetch_numbers(delta_ptr + place, delta_ring.index(at))
+        if lse_taken_ptr is not None:
+            hopper.fetch_numbers(lse_taken_ptr + place, lse_taken_ring.index(at))
+            hopper.fetch_numbers(delta_taken_ptr + place, delta_taken_ring.index(at))
         hopper.numbers_arrive(full.index(at))
         hopper.fetch_rows(q_map0, b, step * 4, h * 16, 0, q_ring.index(at), 0, full.index(at))
         hopper.fetch_rows(q_map0, b, step * 4, h * 16, 64, q_ring.index(at), 1, full.index(at))
@@ -2740,7 +2790,7 @@ def window_keys_copy(
 
 @gluon.jit(do_not_specialize=["T", "tiles"])
 def window_keys_specialised(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, tiles, scale, key_rows,
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, dk_ptr, dv_ptr, T, tiles, scale, key_rows,
     BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):
     """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
@@ -2754,17 +2804,18 @@ def window_keys_specialised(
     k_tiles, v_tiles = hopper.tiles(DTYPE, 2, 64, 128), hopper.tiles(DTYPE, 2, 64, 128)
     q_ring, do_ring = hopper.tiles(DTYPE, STAGES, 64, 128), hopper.tiles(DTYPE, STAGES, 64, 128)
     lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+    lse_taken_ring, delta_taken_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
     full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
     arrived = hopper.barriers(1, 1).index(0)
     fence_async_shared()
     gl.warp_specialize([
         (window_keys_multiply, (
-            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 0, STAGES, ACCUMULATE,
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 0, STAGES, ACCUMULATE,
         )),
         (window_keys_multiply, (
-            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 1, STAGES, ACCUMULATE,
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 1, STAGES, ACCUMULATE,
         )),
-        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES)),
+        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, b, h, s0, T, STAGES)),
     ], [4, 1], [240, 24])
 
 
@@ -2903,6 +2954,216 @@ def window_gate(d_out_ptr, term2_ptr, lse2_ptr, gates_ptr, delta2_ptr, shift2_pt
     lse = tl.load(lse2_ptr + row, mask=live, other=0.0)
     shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
     tl.store(shift2_ptr + row, shift, mask=live)
+
+
+@gluon.jit
+def joint_queries_cuts0(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = T // 64
+    # ended: 64 * s <= t - 63
+    some_hi = min((BT + t0) // 64, n)
+    all_hi = min((t0 + 1) // 64, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    return 0, c2, c3, n
+
+
+@gluon.jit
+def joint_queries_cuts1(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = T
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    all_lo = max(0, BT + t0 - 512)
+    all_hi = min(T, t0 + 1)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    c1 = max(c0, min((BN + all_lo - 1) // BN * BN, c3))
+    c2 = max(all_hi // BN * BN, c1)
+    return c0, c1, c2, c3, n
+
+
+@gluon.jit
+def joint_queries_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return tiles - 1 - number % tiles, number // tiles % 4, number // tiles // 4
+
+
+@gluon.jit
+def joint_queries_turn(
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, lse_taken, delta_taken, time, s0, n, scale, STRIDE: gl.constexpr,
+    C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr, EXTENT: gl.constexpr, TAKEN: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 64 * s <= t - 63; C1: s <= t; C2: s > t - 512; TAKEN: another branch's p, too"""
+    BN: gl.constexpr = zero.shape[1]
+    at = number % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.wait_full(v_full, number, STAGES)
+    dp = warpgroup_mma(do0, v0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if EXTENT or C0 or C1 or C2:
+        # A lane's columns are constants apart, as in the forward.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - STRIDE * (s0 + lane)
+        if C0:
+            x = gl.where(64 * s <= t - 63, x, float("-inf"))
+        if C1:
+            x = gl.where(s <= t, x, float("-inf"))
+        if C2:
+            x = gl.where(s > t - 512, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), zero.type.layout)
+    p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    hopper.release(v_empty, number, STAGES)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    if TAKEN:
+        ds += gl.exp2(x * scale - gl.expand_dims(lse_taken, 1)) * (dp - gl.expand_dims(delta_taken, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
+    dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
+    dq0 = warpgroup_mma_wait(0, deps=(dq0,))
+    hopper.release(k_empty, number, STAGES)
+    return number + 1, dq0
+
+
+@gluon.jit
+def joint_queries_multiply(
+    q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, lse_taken_ptr, delta_taken_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 16
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    DQ0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = joint_queries_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        start = b.to(gl.int64) * T
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        q_row = gl.expand_dims(b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh, 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + q_row + d, mask=there, other=0.0))
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        do0.store(gl.load(do_ptr + place * 128 + d, mask=there, other=0.0))
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        time = first + row // 16
+        some = (time < T)
+        stat = (start + time) * 64 + h * 16 + row % 16
+        lse0 = gl.load(lse0_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse0 = gl.where(lse0 == float("-inf"), float("inf"), lse0)
+        delta0 = gl.load(delta0_ptr + stat, mask=some, other=0.0)
+        lse1 = gl.load(lse1_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse1 = gl.where(lse1 == float("-inf"), float("inf"), lse1)
+        delta1 = gl.load(delta1_ptr + stat, mask=some, other=0.0)
+        lse_taken = gl.load(lse_taken_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse_taken = gl.where(lse_taken == float("-inf"), float("inf"), lse_taken)
+        delta_taken = gl.load(delta_taken_ptr + stat, mask=some, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, n = joint_queries_cuts0(t0, T, BT, BN)
+        for s0 in range(cut0, cut1, BN):  # mid: no mask
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse0, delta0, lse_taken, delta_taken, time, s0, n, scale2, 64, False, False, False, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # hi: 64 * s <= t - 63, s < N
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse0, delta0, lse_taken, delta_taken, time, s0, n, scale2, 64, True, False, False, True, False, WEIGHTS, STAGES,
+            )
+        cut0, cut1, cut2, cut3, n = joint_queries_cuts1(t0, T, BT, BN)
+        taken = (t0 // 64 - 1) * 64  # the first key that counts for the other branch, too
+        for s0 in range(cut0, cut1, BN):  # lo: s <= t, s > t - 512, s < T
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse1, delta1, lse_taken, delta_taken, time, s0, n, scale2, 1, False, BN + BT > 514, True, BN + BT > 514, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, max(cut1, min(taken, cut2)), BN):  # mid: no mask
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse1, delta1, lse_taken, delta_taken, time, s0, n, scale2, 1, False, False, False, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(max(cut1, min(taken, cut2)), cut2, BN):  # mid: no mask
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse1, delta1, lse_taken, delta_taken, time, s0, n, scale2, 1, False, False, False, False, True, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut2, cut3, BN):  # hi: s <= t, s > t - 512, s < T
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse1, delta1, lse_taken, delta_taken, time, s0, n, scale2, 1, False, True, BN + BT > 514, True, True, WEIGHTS, STAGES,
+            )
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        hopper.store_sum(dq_ptr + place * 128 + d, gl.convert_layout(dq0 * scale, MEMORY), there, ACCUMULATE)
+
+
+@gluon.jit
+def joint_queries_copy(k0, v0, k_full, k_empty, v_full, v_empty, k0_map0, v0_map0, k1_map0, v1_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = joint_queries_place(work, tiles)
+        cut0, cut1, cut2, n = joint_queries_cuts0(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut2, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k0_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v0_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+        cut0, cut1, cut2, cut3, n = joint_queries_cuts1(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut3, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k1_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v1_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def joint_queries_specialised(
+    q_ptr, k0_map0, v0_map0, k1_map0, v1_map0, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, lse_taken_ptr, delta_taken_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dq from the scores recomputed with lse; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k0_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    do0 = hopper.tiles(DTYPE, 2, 64, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (joint_queries_multiply, (
+            q0.index(0), do0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, lse_taken_ptr, delta_taken_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 0, BN, STAGES, ACCUMULATE,
+        )),
+        (joint_queries_multiply, (
+            q0.index(1), do0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, lse_taken_ptr, delta_taken_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 1, BN, STAGES, ACCUMULATE,
+        )),
+        (joint_queries_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k0_map0, v0_map0, k1_map0, v1_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit
@@ -4239,8 +4500,11 @@ def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     )
 
 
-def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one."""
+def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined=False):
+    """dq, dk, dv, each added to its tensor of `into` if that has one.
+
+    joined: dq is in `into` already, and a warp can copy.
+    """
     if not launch.use_kernels(q):
         dq, dks, dvs = torch_path.attend_grad(
             q, (k,), (v,), _COMPRESSED, lse, delta, d_out, scale, cu_seqlens, (None,)
@@ -4249,20 +4513,21 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
     copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
-    c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
-    tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
-    total = tiles * 4 * batch
-    if copied:
-        compressed_queries_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, adds, **c.options,
-        )
-    else:
-        compressed_dq[(total,)](
-            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-            *launch.strides(q), *launch.strides(k), *launch.strides(v),
-            c.bm, c.bn, launch.precision(q), adds, **c.options,
-        )
+    if not joined:
+        c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
+        tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
+        total = tiles * 4 * batch
+        if copied:
+            compressed_queries_specialised[(hopper.programs(total, q),)](
+                q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+                *launch.strides(q), c.bn, c.stages, adds, **c.options,
+            )
+        else:
+            compressed_dq[(total,)](
+                q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+                *launch.strides(q), *launch.strides(k), *launch.strides(v),
+                c.bm, c.bn, launch.precision(q), adds, **c.options,
+            )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_keys" if copied else "compressed_dkv"], q)
@@ -4302,15 +4567,18 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     return out, lse
 
 
-def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one."""
+def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, scale, leaves=0):
+    """dq, dk, dv, each added to its tensor of `into` if that has one.
+
+    leaves: the last blocks up to a query's own, left to another branch.
+    """
     if not launch.use_kernels(q):
         dq, dks, dvs = torch_path.attend_grad(
             q, (k,), (v,), _SELECTED, lse, delta, d_out, scale, cu_seqlens, (blocks,)
         )
         return launch.added((dq, dks[0], dvs[0]), into)
     if launch.specialises(cu_seqlens, q, k, v, d_out):
-        return _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale)
+        return _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale, leaves)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
@@ -4340,7 +4608,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     return dq, dk, dv
 
 
-def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
+def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale, leaves):
     """The same key block by key block, by kernels whose warp copies: parts of a chunk of queries, then their sums."""
     batch, length = q.shape[:2]
     dq, adds_dq = launch.target(into[0], q, None)
@@ -4349,7 +4617,7 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
     c, sums, by_query = (launch.pick(_CONFIGS[x], q) for x in ("selected_grads", "selected_sum", "selected_dq_sum"))
     chunk, pairs = lists.pair_chunk(length, batch * 4, q.element_size() * 32768)
     per_item = lists.per_item(chunk, 1024)
-    inverse = lists.invert(blocks, 64, None, per_item, chunk)
+    inverse = lists.invert(blocks, 64, None, per_item, chunk, leaves)
     parts = launch.empty(q, (inverse.items.shape[1], 64, 384), None, torch.float32)
     dq_parts = launch.empty(q, (pairs, chunk, 16, 16, 128), None)
     slots, total = inverse.slots, inverse.first.shape[1] - 1
@@ -4364,7 +4632,7 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
                 length, slots, pair, some, first, chunk, scale, c.bn, c.stages, **c.options,
             )
             selected_dq_sum[(rows * some,)](
-                dq_parts, blocks, dq, length, slots, pair, some, first, chunk, adds_dq, **by_query.options,
+                dq_parts, blocks, dq, length, slots, pair, some, first, chunk, leaves, adds_dq, **by_query.options,
             )
         selected_sum[(total, -(-64 // sums.bn))](
             parts, bounds, dk_sum, dv_sum, None, length, slots, 0, k.shape[1],
@@ -4417,8 +4685,11 @@ def _window_combined(q, k, v, term0, term1, gates, cu_seqlens, scale):
     return out, lse, _combine(term0, term1, out, gates)
 
 
-def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one."""
+def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined=False, taken=(None, None)):
+    """dq, dk, dv, each added to its tensor of `into` if that has one.
+
+    joined: dq is in `into` already, and a warp can copy. taken: lse and delta of the branch that leaves this one some keys.
+    """
     if not launch.use_kernels(q):
         dq, dks, dvs = torch_path.attend_grad(
             q, (k,), (v,), _WINDOW, lse, delta, d_out, scale, cu_seqlens, (None,)
@@ -4427,20 +4698,21 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
     copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
-    c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
-    tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
-    total = tiles * 4 * batch
-    if copied:
-        window_queries_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, adds, **c.options,
-        )
-    else:
-        window_dq[(total,)](
-            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-            *launch.strides(q), *launch.strides(k), *launch.strides(v),
-            c.bm, c.bn, launch.precision(q), adds, **c.options,
-        )
+    if not joined:
+        c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
+        tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
+        total = tiles * 4 * batch
+        if copied:
+            window_queries_specialised[(hopper.programs(total, q),)](
+                q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+                *launch.strides(q), c.bn, c.stages, adds, **c.options,
+            )
+        else:
+            window_dq[(total,)](
+                q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+                *launch.strides(q), *launch.strides(k), *launch.strides(v),
+                c.bm, c.bn, launch.precision(q), adds, **c.options,
+            )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_keys" if copied else "window_dkv"], q)
@@ -4448,7 +4720,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     if copied:
         window_keys_specialised[(tiles * 4 * batch,)](
-            *maps, lse, delta, dk, dv, length, tiles, scale, k.shape[1], c.bn, c.stages, adds, **c.options,
+            *maps, lse, delta, *taken, dk, dv, length, tiles, scale, k.shape[1], c.bn, c.stages, adds, **c.options,
         )
     else:
         window_dkv[(tiles * 4 * batch,)](
@@ -4457,6 +4729,25 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
             c.bm, c.bn, launch.precision(q), adds, **c.options,
         )
     return dq, dk, dv
+
+
+def _joint_queries(q, k0, v0, k1, v1, d_out, statistics, into, cu_seqlens, scale):
+    """dq of compressed and window by one kernel, added to `into` if it is there; None where no warp can copy their keys.
+
+    statistics: lse and delta of each, and after the two of a branch those of one that leaves it some keys.
+    """
+    if scale <= 1e-30 or not launch.specialises(cu_seqlens, q, k0, v0, k1, v1, d_out):
+        return None
+    batch, length = q.shape[:2]
+    dq, adds = launch.target(into, q, None)
+    c = launch.pick(_CONFIGS["joint_queries"], q)
+    tiles = launch.tiles(length, 2 * (64 // 16), None)
+    total = tiles * 4 * batch
+    joint_queries_specialised[(hopper.programs(total, q),)](
+        q, *hopper.boxes(k0, (128,), c.bn), *hopper.boxes(v0, (128,), c.bn), *hopper.boxes(k1, (128,), c.bn), *hopper.boxes(v1, (128,), c.bn), d_out, *statistics, dq, length, tiles, total, scale,
+        *launch.strides(q), c.bn, c.stages, adds, **c.options,
+    )
+    return dq
 
 
 _SELECTION = torch_select.Selection(
@@ -4649,9 +4940,10 @@ def _attention_fake(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
 
 def _attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, out_compressed: Tensor, lse_compressed: Tensor, rest_compressed: Tensor, out_selected: Tensor, lse_selected: Tensor, out_window: Tensor, lse_window: Tensor, blocks: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (delta_compressed, delta_selected, delta_window,), (shift_compressed, shift_selected, shift_window,), d_gates = _combine_backward(d_out, out_compressed, out_selected, out_window, rest_compressed, lse_compressed, lse_selected, lse_window, gates)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, shift_compressed, delta_compressed, (None, None, None), cu_seqlens, scale)
-    dq_compressed, dk_selected, dv_selected = _selected_backward(q, k, v, blocks, d_out, shift_selected, delta_selected, (dq_compressed, None, None), cu_seqlens, scale)
-    dq_compressed, dk_selected, dv_selected = _window_backward(q, k, v, d_out, shift_window, delta_window, (dq_compressed, dk_selected, dv_selected), cu_seqlens, scale)
+    joined = _joint_queries(q, k_cmp, v_cmp, k, v, d_out, (shift_compressed, delta_compressed, shift_window, delta_window, shift_selected, delta_selected), None, cu_seqlens, scale)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, shift_compressed, delta_compressed, (joined, None, None), cu_seqlens, scale, joined is not None)
+    dq_compressed, dk_selected, dv_selected = _selected_backward(q, k, v, blocks, d_out, shift_selected, delta_selected, (dq_compressed, None, None), cu_seqlens, scale, 2 if joined is not None else 0)
+    dq_compressed, dk_selected, dv_selected = _window_backward(q, k, v, d_out, shift_window, delta_window, (dq_compressed, dk_selected, dv_selected), cu_seqlens, scale, joined is not None, (shift_selected, delta_selected) if joined is not None else (None, None))
     return dq_compressed, dk_cmp, dv_cmp, dk_selected, dv_selected, d_gates
 
 

@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  019a329f754f
-runtime  17
+content  1d8d04623cd0
+runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -23,6 +23,7 @@ row_delta                one_pass, because bound by memory: every term is read o
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
 compressed_gate          one_branch, because recompute: one branch's output at a time is made again, read once and dropped
 window_gate              one_branch, because recompute: one branch's output at a time is made again, read once and dropped
+joint_queries            joint, because q and d_out are read once and dq is written once for all branches whose keys a warp can copy: four passes over all rows fewer for each branch but the first; query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
@@ -42,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(17, "nsa_compressed_window")
+version.require(18, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -57,7 +58,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_019a329f754f"
+_SPACE = "nsagen_nsa_compressed_window_1d8d04623cd0"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -120,7 +121,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "compressed_queries": Tiles("compressed_queries", "4dc20aab5cda", {
+    "compressed_queries": Tiles("compressed_queries", "549b40f6529b", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
@@ -151,7 +152,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "compressed_keys": Tiles("compressed_keys", "76fa8912398a", {
+    "compressed_keys": Tiles("compressed_keys", "a325f030bdf8", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
@@ -222,7 +223,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "window_queries": Tiles("window_queries", "432880640227", {
+    "window_queries": Tiles("window_queries", "01cb905d4161", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
@@ -253,7 +254,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "1afff57af9f8", {
+    "window_keys": Tiles("window_keys", "511aa141e8db", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
@@ -296,6 +297,11 @@ _CONFIGS = {
         ),
         ("sm_80", 32): (
             Config(16, 1, 4, 1, 0),
+        ),
+    }),
+    "joint_queries": Tiles("joint_queries", "3b115d874343", {
+        ("sm_90", 16): (
+            Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
     }),
 }
@@ -727,7 +733,7 @@ def compressed_queries_place(number, tiles):
 
 @gluon.jit
 def compressed_queries_turn(
-    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale, STRIDE: gl.constexpr,
     C0: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 16 * s <= t - 31"""
@@ -742,7 +748,7 @@ def compressed_queries_turn(
         # A lane's columns are constants apart, as in the forward.
         x = gl.reshape(x, [64, BN // 8, 4, 2])
         s, lane, t = hopper.columns(x, time)
-        t = t - 16 * (s0 + lane)
+        t = t - STRIDE * (s0 + lane)
         if C0:
             x = gl.where(16 * s <= t - 31, x, float("-inf"))
         if EXTENT:
@@ -751,7 +757,8 @@ def compressed_queries_turn(
     p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
     dp = warpgroup_mma_wait(0, deps=(dp,))
     hopper.release(v_empty, number, STAGES)
-    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
     dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
     dq0 = warpgroup_mma_wait(0, deps=(dq0,))
     hopper.release(k_empty, number, STAGES)
@@ -778,7 +785,6 @@ def compressed_queries_multiply(
         tile, h, b = compressed_queries_place(work, tiles)
         t0 = tile * BT
         first = HALF * QUERIES + t0  # of the warpgroup's queries
-        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
         start = b.to(gl.int64) * T
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -799,13 +805,14 @@ def compressed_queries_multiply(
         fence_async_shared()
         hopper.sync()
         dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
         for s0 in range(cut0, cut1, BN):  # mid: no mask
             number, dq0 = compressed_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 16, False, False, WEIGHTS, STAGES,
             )
         for s0 in range(cut1, cut2, BN):  # hi: 16 * s <= t - 31, s < N
             number, dq0 = compressed_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, True, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 16, True, True, WEIGHTS, STAGES,
             )
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -984,17 +991,49 @@ def compressed_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def compressed_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+def compressed_keys_step(
+    dk, dv, number, t0, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0, T, lo, hi, scale, STAGES: gl.constexpr,
 ):
-    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: 16 * s <= t - 31"""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    """64 rows, of queries from t0 on. dk += dsᵀ·q, dv += pᵀ·d_out. C0: 16 * s <= t - 31"""
+    SCORES: gl.constexpr = zero.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     DTYPE: gl.constexpr = k.dtype
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    unscale = -1.0 / scale
+    at = number % STAGES
+    hopper.wait_full(full, number, STAGES)
+    # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+    lse = lse_ring.index(at).load(COLUMNS)
+    lse = gl.where(lse == float("-inf"), float("inf"), lse)
+    x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * (-1.0 / scale), 0), is_async=True)
+    delta = delta_ring.index(at).load(COLUMNS)
+    dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if (t0 < lo) | (t0 + 4 > hi):
+        t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+        s = s0 + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+        t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+        x = gl.where(16 * s <= t - 31, x, float("-inf"))
+        x = gl.where(t < T, x, float("-inf"))
+    p = gl.exp2(x * scale2)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = p * dp
+    weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2))
+    grads = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2))
+    dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+    dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+    hopper.release(empty, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def compressed_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+):
+    """A warpgroup: 64 of the keys."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
@@ -1004,31 +1043,7 @@ def compressed_keys_multiply(
     compressed_keys_pass(first, first, own, full, empty, STAGES)
     mbarrier.wait(arrived, 0)
     for step in range(own, end):
-        number = step - first
-        at = number % STAGES
-        t0 = step * 4
-        hopper.wait_full(full, number, STAGES)
-        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
-        lse = lse_ring.index(at).load(COLUMNS)
-        lse = gl.where(lse == float("-inf"), float("inf"), lse)
-        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
-        delta = delta_ring.index(at).load(COLUMNS)
-        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
-        x = warpgroup_mma_wait(1, deps=(x,))
-        if (t0 < lo) | (t0 + 4 > hi):
-            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
-            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
-            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
-            x = gl.where(16 * s <= t - 31, x, float("-inf"))
-            x = gl.where(t < T, x, float("-inf"))
-        p = gl.exp2(x * scale2)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
-        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
-        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
-        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
-        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-        hopper.release(empty, number, STAGES)
+        dk, dv = compressed_keys_step(dk, dv, step - first, step * 4, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0 + 64 * HALF, T, lo, hi, scale, STAGES)
     compressed_keys_pass(first, end, last, full, empty, STAGES)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
@@ -1572,7 +1587,7 @@ def window_queries_place(number, tiles):
 
 @gluon.jit
 def window_queries_turn(
-    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale, STRIDE: gl.constexpr,
     C0: gl.constexpr, C1: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
@@ -1587,7 +1602,7 @@ def window_queries_turn(
         # A lane's columns are constants apart, as in the forward.
         x = gl.reshape(x, [64, BN // 8, 4, 2])
         s, lane, t = hopper.columns(x, time)
-        t = t - 1 * (s0 + lane)
+        t = t - STRIDE * (s0 + lane)
         if C0:
             x = gl.where(s <= t, x, float("-inf"))
         if C1:
@@ -1598,7 +1613,8 @@ def window_queries_turn(
     p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
     dp = warpgroup_mma_wait(0, deps=(dp,))
     hopper.release(v_empty, number, STAGES)
-    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
     dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
     dq0 = warpgroup_mma_wait(0, deps=(dq0,))
     hopper.release(k_empty, number, STAGES)
@@ -1625,7 +1641,6 @@ def window_queries_multiply(
         tile, h, b = window_queries_place(work, tiles)
         t0 = tile * BT
         first = HALF * QUERIES + t0  # of the warpgroup's queries
-        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
         start = b.to(gl.int64) * T
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -1645,17 +1660,18 @@ def window_queries_multiply(
         fence_async_shared()
         hopper.sync()
         dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
         for s0 in range(cut0, cut1, BN):  # lo: s <= t, s > t - 512, s < T
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
             )
         for s0 in range(cut1, cut2, BN):  # mid: no mask
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, False, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, False, False, False, WEIGHTS, STAGES,
             )
         for s0 in range(cut2, cut3, BN):  # hi: s <= t, s > t - 512, s < T
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, BN + BT > 514, True, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, True, BN + BT > 514, True, WEIGHTS, STAGES,
             )
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -1828,17 +1844,49 @@ def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def window_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+def window_keys_step(
+    dk, dv, number, t0, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0, T, lo, hi, scale, STAGES: gl.constexpr,
 ):
-    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    """64 rows, of queries from t0 on. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
+    SCORES: gl.constexpr = zero.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     DTYPE: gl.constexpr = k.dtype
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    unscale = -1.0 / scale
+    at = number % STAGES
+    hopper.wait_full(full, number, STAGES)
+    # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+    lse = lse_ring.index(at).load(COLUMNS)
+    x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * (-1.0 / scale), 0), is_async=True)
+    delta = delta_ring.index(at).load(COLUMNS)
+    dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if (t0 < lo) | (t0 + 4 > hi):
+        t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+        s = s0 + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+        t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+        x = gl.where(s <= t, x, float("-inf"))
+        x = gl.where(s > t - 512, x, float("-inf"))
+        x = gl.where(t < T, x, float("-inf"))
+    p = gl.exp2(x * scale2)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = p * dp
+    weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2))
+    grads = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2))
+    dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+    dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+    hopper.release(empty, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def window_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+):
+    """A warpgroup: 64 of the keys."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
@@ -1848,31 +1896,7 @@ def window_keys_multiply(
     window_keys_pass(first, first, own, full, empty, STAGES)
     mbarrier.wait(arrived, 0)
     for step in range(own, end):
-        number = step - first
-        at = number % STAGES
-        t0 = step * 4
-        hopper.wait_full(full, number, STAGES)
-        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
-        lse = lse_ring.index(at).load(COLUMNS)
-        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
-        delta = delta_ring.index(at).load(COLUMNS)
-        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
-        x = warpgroup_mma_wait(1, deps=(x,))
-        if (t0 < lo) | (t0 + 4 > hi):
-            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
-            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
-            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
-            x = gl.where(s <= t, x, float("-inf"))
-            x = gl.where(s > t - 512, x, float("-inf"))
-            x = gl.where(t < T, x, float("-inf"))
-        p = gl.exp2(x * scale2)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
-        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
-        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
-        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
-        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-        hopper.release(empty, number, STAGES)
+        dk, dv = window_keys_step(dk, dv, step - first, step * 4, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0 + 64 * HALF, T, lo, hi, scale, STAGES)
     window_keys_pass(first, end, last, full, empty, STAGES)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
@@ -2045,6 +2069,206 @@ def window_gate(d_out_ptr, term1_ptr, lse1_ptr, gates_ptr, delta1_ptr, shift1_pt
     lse = tl.load(lse1_ptr + row, mask=live, other=0.0)
     shift = tl.where((gate > 0) & (lse > float("-inf")), lse - tl.log2(gate) * 0.6931471805599453, float("inf"))
     tl.store(shift1_ptr + row, shift, mask=live)
+
+
+@gluon.jit
+def joint_queries_cuts0(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = max(0, T - 16) // 16
+    # ended: 16 * s <= t - 31
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    all_hi = min(max(0, t0 - 15) // 16, n)
+    c2 = all_hi // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    return 0, c2, c3, n
+
+
+@gluon.jit
+def joint_queries_cuts1(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Where the segments of the tile's keys begin, and the last one ends; the keys there are."""
+    n = T
+    # window: s <= t, s > t - 512
+    some_lo = max(0, t0 - 511)
+    some_hi = min(BT + t0, T)
+    all_lo = max(0, BT + t0 - 512)
+    all_hi = min(T, t0 + 1)
+    c0 = some_lo // BN * BN
+    c3 = (BN + some_hi - 1) // BN * BN
+    c1 = max(c0, min((BN + all_lo - 1) // BN * BN, c3))
+    c2 = max(all_hi // BN * BN, c1)
+    return c0, c1, c2, c3, n
+
+
+@gluon.jit
+def joint_queries_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return tiles - 1 - number % tiles, number // tiles % 4, number // tiles // 4
+
+
+@gluon.jit
+def joint_queries_turn(
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale, STRIDE: gl.constexpr,
+    C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 16 * s <= t - 31; C1: s <= t; C2: s > t - 512"""
+    BN: gl.constexpr = zero.shape[1]
+    at = number % STAGES
+    hopper.wait_full(k_full, number, STAGES)
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.wait_full(v_full, number, STAGES)
+    dp = warpgroup_mma(do0, v0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if EXTENT or C0 or C1 or C2:
+        # A lane's columns are constants apart, as in the forward.
+        x = gl.reshape(x, [64, BN // 8, 4, 2])
+        s, lane, t = hopper.columns(x, time)
+        t = t - STRIDE * (s0 + lane)
+        if C0:
+            x = gl.where(16 * s <= t - 31, x, float("-inf"))
+        if C1:
+            x = gl.where(s <= t, x, float("-inf"))
+        if C2:
+            x = gl.where(s > t - 512, x, float("-inf"))
+        if EXTENT:
+            x = gl.where(s < n - s0 - lane, x, float("-inf"))
+        x = gl.convert_layout(gl.reshape(x, [64, BN]), zero.type.layout)
+    p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    hopper.release(v_empty, number, STAGES)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
+    dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
+    dq0 = warpgroup_mma_wait(0, deps=(dq0,))
+    hopper.release(k_empty, number, STAGES)
+    return number + 1, dq0
+
+
+@gluon.jit
+def joint_queries_multiply(
+    q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
+    QUERIES: gl.constexpr = 64 // 16
+    BT: gl.constexpr = 2 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    DQ0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ0, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = joint_queries_place(work, tiles)
+        t0 = tile * BT
+        first = HALF * QUERIES + t0  # of the warpgroup's queries
+        start = b.to(gl.int64) * T
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        q_row = gl.expand_dims(b.to(gl.int64) * q_sb + at.to(gl.int64) * q_st + head.to(gl.int64) * q_sh, 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        q0.store(gl.load(q_ptr + q_row + d, mask=there, other=0.0))
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        do0.store(gl.load(do_ptr + place * 128 + d, mask=there, other=0.0))
+        row = hopper.fresh(gl.arange(0, 64, layout=ROWS))
+        time = first + row // 16
+        some = (time < T)
+        stat = (start + time) * 64 + h * 16 + row % 16
+        lse0 = gl.load(lse0_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse0 = gl.where(lse0 == float("-inf"), float("inf"), lse0)
+        delta0 = gl.load(delta0_ptr + stat, mask=some, other=0.0)
+        lse1 = gl.load(lse1_ptr + stat, mask=some, other=float("inf")) * 1.4426950408889634
+        lse1 = gl.where(lse1 == float("-inf"), float("inf"), lse1)
+        delta1 = gl.load(delta1_ptr + stat, mask=some, other=0.0)
+        fence_async_shared()
+        hopper.sync()
+        dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, n = joint_queries_cuts0(t0, T, BT, BN)
+        for s0 in range(cut0, cut1, BN):  # mid: no mask
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse0, delta0, time, s0, n, scale2, 16, False, False, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # hi: 16 * s <= t - 31, s < N
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse0, delta0, time, s0, n, scale2, 16, True, False, False, True, WEIGHTS, STAGES,
+            )
+        cut0, cut1, cut2, cut3, n = joint_queries_cuts1(t0, T, BT, BN)
+        for s0 in range(cut0, cut1, BN):  # lo: s <= t, s > t - 512, s < T
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse1, delta1, time, s0, n, scale2, 1, False, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut1, cut2, BN):  # mid: no mask
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse1, delta1, time, s0, n, scale2, 1, False, False, False, False, WEIGHTS, STAGES,
+            )
+        for s0 in range(cut2, cut3, BN):  # hi: s <= t, s > t - 512, s < T
+            number, dq0 = joint_queries_turn(
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse1, delta1, time, s0, n, scale2, 1, False, True, BN + BT > 514, True, WEIGHTS, STAGES,
+            )
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
+        at, head = first + row // 16, h * 16 + row % 16
+        there = gl.expand_dims((at < T), 1)
+        place = gl.expand_dims((start + at) * 64 + head, 1)
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        hopper.store_sum(dq_ptr + place * 128 + d, gl.convert_layout(dq0 * scale, MEMORY), there, ACCUMULATE)
+
+
+@gluon.jit
+def joint_queries_copy(k0, v0, k_full, k_empty, v_full, v_empty, k0_map0, v0_map0, k1_map0, v1_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = joint_queries_place(work, tiles)
+        cut0, cut1, cut2, n = joint_queries_cuts0(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut2, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k0_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v0_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+        cut0, cut1, cut2, cut3, n = joint_queries_cuts1(tile * BT, T, BT, BN)
+        for s0 in range(cut0, cut3, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k1_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            hopper.wait_empty(v_empty, number, STAGES)
+            mbarrier.expect(v_full.index(at), BN * 128 * 2)
+            hopper.fetch(v1_map0, b, s0, h, 0, v0.index(at), v_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def joint_queries_specialised(
+    q_ptr, k0_map0, v0_map0, k1_map0, v1_map0, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, dq_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):
+    """dq from the scores recomputed with lse; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k0_map0.dtype
+    q0 = hopper.tiles(DTYPE, 2, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    do0 = hopper.tiles(DTYPE, 2, 64, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    v_full, v_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (joint_queries_multiply, (
+            q0.index(0), do0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 0, BN, STAGES, ACCUMULATE,
+        )),
+        (joint_queries_multiply, (
+            q0.index(1), do0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, do_ptr, lse0_ptr, delta0_ptr, lse1_ptr, delta1_ptr, dq_ptr,
+            T, tiles, total, scale, q_sb, q_st, q_sh, 1, BN, STAGES, ACCUMULATE,
+        )),
+        (joint_queries_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k0_map0, v0_map0, k1_map0, v1_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
+    ], [4, 1], [240, 24])
 
 
 @triton.jit
@@ -2739,8 +2963,11 @@ def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     )
 
 
-def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one."""
+def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined=False):
+    """dq, dk, dv, each added to its tensor of `into` if that has one.
+
+    joined: dq is in `into` already, and a warp can copy.
+    """
     if not launch.use_kernels(q):
         dq, dks, dvs = torch_path.attend_grad(
             q, (k,), (v,), _COMPRESSED, lse, delta, d_out, scale, cu_seqlens, (None,)
@@ -2749,20 +2976,21 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
     copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
-    c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
-    tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
-    total = tiles * 4 * batch
-    if copied:
-        compressed_queries_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, adds, **c.options,
-        )
-    else:
-        compressed_dq[(total,)](
-            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-            *launch.strides(q), *launch.strides(k), *launch.strides(v),
-            c.bm, c.bn, launch.precision(q), adds, **c.options,
-        )
+    if not joined:
+        c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
+        tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
+        total = tiles * 4 * batch
+        if copied:
+            compressed_queries_specialised[(hopper.programs(total, q),)](
+                q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+                *launch.strides(q), c.bn, c.stages, adds, **c.options,
+            )
+        else:
+            compressed_dq[(total,)](
+                q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+                *launch.strides(q), *launch.strides(k), *launch.strides(v),
+                c.bm, c.bn, launch.precision(q), adds, **c.options,
+            )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_keys" if copied else "compressed_dkv"], q)
@@ -2829,8 +3057,11 @@ def _window_combined(q, k, v, term0, gates, cu_seqlens, scale):
     return out, lse, _combine(term0, out, gates)
 
 
-def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
-    """dq, dk, dv, each added to its tensor of `into` if that has one."""
+def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined=False):
+    """dq, dk, dv, each added to its tensor of `into` if that has one.
+
+    joined: dq is in `into` already, and a warp can copy.
+    """
     if not launch.use_kernels(q):
         dq, dks, dvs = torch_path.attend_grad(
             q, (k,), (v,), _WINDOW, lse, delta, d_out, scale, cu_seqlens, (None,)
@@ -2839,20 +3070,21 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
     copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
-    c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
-    tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
-    total = tiles * 4 * batch
-    if copied:
-        window_queries_specialised[(hopper.programs(total, q),)](
-            q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
-            *launch.strides(q), c.bn, c.stages, adds, **c.options,
-        )
-    else:
-        window_dq[(total,)](
-            q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-            *launch.strides(q), *launch.strides(k), *launch.strides(v),
-            c.bm, c.bn, launch.precision(q), adds, **c.options,
-        )
+    if not joined:
+        c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
+        tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
+        total = tiles * 4 * batch
+        if copied:
+            window_queries_specialised[(hopper.programs(total, q),)](
+                q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
+                *launch.strides(q), c.bn, c.stages, adds, **c.options,
+            )
+        else:
+            window_dq[(total,)](
+                q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+                *launch.strides(q), *launch.strides(k), *launch.strides(v),
+                c.bm, c.bn, launch.precision(q), adds, **c.options,
+            )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_keys" if copied else "window_dkv"], q)
@@ -2869,6 +3101,25 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
             c.bm, c.bn, launch.precision(q), adds, **c.options,
         )
     return dq, dk, dv
+
+
+def _joint_queries(q, k0, v0, k1, v1, d_out, statistics, into, cu_seqlens, scale):
+    """dq of compressed and window by one kernel, added to `into` if it is there; None where no warp can copy their keys.
+
+    statistics: lse and delta of each, and after the two of a branch those of one that leaves it some keys.
+    """
+    if scale <= 1e-30 or not launch.specialises(cu_seqlens, q, k0, v0, k1, v1, d_out):
+        return None
+    batch, length = q.shape[:2]
+    dq, adds = launch.target(into, q, None)
+    c = launch.pick(_CONFIGS["joint_queries"], q)
+    tiles = launch.tiles(length, 2 * (64 // 16), None)
+    total = tiles * 4 * batch
+    joint_queries_specialised[(hopper.programs(total, q),)](
+        q, *hopper.boxes(k0, (128,), c.bn), *hopper.boxes(v0, (128,), c.bn), *hopper.boxes(k1, (128,), c.bn), *hopper.boxes(v1, (128,), c.bn), d_out, *statistics, dq, length, tiles, total, scale,
+        *launch.strides(q), c.bn, c.stages, adds, **c.options,
+    )
+    return dq
 
 
 def _delta(d_out, out, rest):
@@ -2984,8 +3235,9 @@ def _attention_fake(q, k_cmp, v_cmp, k, v, gates, cu_seqlens, scale):
 
 def _attention_grad(d_out: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, out_compressed: Tensor, lse_compressed: Tensor, rest_compressed: Tensor, out_window: Tensor, lse_window: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (delta_compressed, delta_window,), (shift_compressed, shift_window,), d_gates = _combine_backward(d_out, out_compressed, out_window, rest_compressed, lse_compressed, lse_window, gates)
-    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, shift_compressed, delta_compressed, (None, None, None), cu_seqlens, scale)
-    dq_compressed, dk, dv = _window_backward(q, k, v, d_out, shift_window, delta_window, (dq_compressed, None, None), cu_seqlens, scale)
+    joined = _joint_queries(q, k_cmp, v_cmp, k, v, d_out, (shift_compressed, delta_compressed, shift_window, delta_window), None, cu_seqlens, scale)
+    dq_compressed, dk_cmp, dv_cmp = _compressed_backward(q, k_cmp, v_cmp, d_out, shift_compressed, delta_compressed, (joined, None, None), cu_seqlens, scale, joined is not None)
+    dq_compressed, dk, dv = _window_backward(q, k, v, d_out, shift_window, delta_window, (dq_compressed, None, None), cu_seqlens, scale, joined is not None)
     return dq_compressed, dk_cmp, dv_cmp, dk, dv, d_gates
 
 

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  f0febcf73598
-runtime  17
+content  ce0360002206
+runtime  18
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(17, "selected_only")
+version.require(18, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_f0febcf73598"
+_SPACE = "nsagen_selected_only_ce0360002206"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -132,7 +132,7 @@ _CONFIGS = {
             Config(64, 64, 4, 4, 183296, maps=True, specialised=True),
         ),
     }),
-    "selected_dq_sum": Tiles("selected_dq_sum", "cbd4f2d6eb0b", {
+    "selected_dq_sum": Tiles("selected_dq_sum", "3f859c9b719e", {
         ("sm_80", 16): (
             Config(1, 1, 4, 1, 0),
         ),
@@ -680,7 +680,7 @@ def selected_grads_specialised(
 
 @triton.jit(do_not_specialize=["T", "slots", "pair", "pairs", "chunk_first", "chunk_rows"])
 def selected_dq_sum(
-    dq_parts_ptr, blocks_ptr, dq_ptr, T, slots, pair, pairs, chunk_first, chunk_rows, ACCUMULATE: tl.constexpr
+    dq_parts_ptr, blocks_ptr, dq_ptr, T, slots, pair, pairs, chunk_first, chunk_rows, LEAVES: tl.constexpr, ACCUMULATE: tl.constexpr
 ):
     """dq from the parts of the query's listed blocks, added in order; one program: a query and the heads of one KV head."""
     pid = tl.program_id(0)
@@ -691,7 +691,8 @@ def selected_dq_sum(
     part = ((pid % pairs).to(tl.int64) * chunk_rows + pid // pairs) * 16
     entry = tl.arange(0, 16)
     block = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
-    end = tl.max(tl.where(block >= 0, entry + 1, 0))
+    last = t // 64 - LEAVES if LEAVES else slots - 1  # those behind it left nothing, like those that are not there
+    end = tl.max(tl.where((block >= 0) & (block <= last), entry + 1, 0))
     head = h * 16 + tl.arange(0, 16)[:, None]
     row = ((b * T + t) * 64 + head) * 128
     # 16 rows a warp, of which a thread had two, 8 apart, of every 8 columns two: [warp, half, columns of 32, row, lane, 8, 2].
@@ -700,7 +701,7 @@ def selected_dq_sum(
     acc = tl.zeros([2048], dtype=tl.float32)
     for i in range(0, end):
         own = tl.load(blocks_ptr + listed + i)
-        mine = (own >= 0) & (own < slots)  # a list may name others, which left nothing
+        mine = (own >= 0) & (own <= last)
         acc += tl.load(dq_parts_ptr + (part + i) * 2048 + place, mask=mine, other=0.0).to(tl.float32)
     dq = tl.permute(tl.reshape(acc, [1, 2, 4, 8, 4, 4, 2]), [0, 1, 3, 2, 5, 4, 6])
     d = tl.arange(0, 128)[None, :]
@@ -1195,7 +1196,7 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
                 length, slots, pair, some, first, chunk, scale, c.bn, c.stages, **c.options,
             )
             selected_dq_sum[(rows * some,)](
-                dq_parts, blocks, dq, length, slots, pair, some, first, chunk, adds_dq, **by_query.options,
+                dq_parts, blocks, dq, length, slots, pair, some, first, chunk, 0, adds_dq, **by_query.options,
             )
         selected_sum[(total, -(-64 // sums.bn))](
             parts, bounds, dk_sum, dv_sum, None, length, slots, 0, k.shape[1],

@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  06e3aa852e08
-runtime  17
+content  441a390fabe5
+runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -52,7 +52,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(17, "tiny")
+version.require(18, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -69,7 +69,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_06e3aa852e08"
+_SPACE = "nsagen_tiny_441a390fabe5"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -114,7 +114,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 6144),
         ),
     }),
-    "compressed_queries": Tiles("compressed_queries", "5a15313efc82", {
+    "compressed_queries": Tiles("compressed_queries", "35c749cf117d", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 45568, maps=True, specialised=True),
         ),
@@ -741,7 +741,7 @@ def compressed_queries_place(number, tiles):
 
 @gluon.jit
 def compressed_queries_turn(
-    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale, STRIDE: gl.constexpr,
     C0: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: 4 * s <= t - 7"""
@@ -756,7 +756,7 @@ def compressed_queries_turn(
         # A lane's columns are constants apart, as in the forward.
         x = gl.reshape(x, [64, BN // 8, 4, 2])
         s, lane, t = hopper.columns(x, time)
-        t = t - 4 * (s0 + lane)
+        t = t - STRIDE * (s0 + lane)
         if C0:
             x = gl.where(4 * s <= t - 7, x, float("-inf"))
         if EXTENT:
@@ -765,7 +765,8 @@ def compressed_queries_turn(
     p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
     dp = warpgroup_mma_wait(0, deps=(dp,))
     hopper.release(v_empty, number, STAGES)
-    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
     dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
     dq0 = warpgroup_mma_wait(0, deps=(dq0,))
     hopper.release(k_empty, number, STAGES)
@@ -792,7 +793,6 @@ def compressed_queries_multiply(
         tile, h, b = compressed_queries_place(work, tiles)
         t0 = tile * BT
         first = HALF * QUERIES + t0  # of the warpgroup's queries
-        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
         start = b.to(gl.int64) * T
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 3, h * 3 + row % 3
@@ -813,13 +813,14 @@ def compressed_queries_multiply(
         fence_async_shared()
         hopper.sync()
         dq0 = gl.zeros([64, 32], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, n = compressed_queries_cuts(t0, T, BT, BN)
         for s0 in range(cut0, cut1, BN):  # mid: no mask
             number, dq0 = compressed_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 4, False, False, WEIGHTS, STAGES,
             )
         for s0 in range(cut1, cut2, BN):  # hi: 4 * s <= t - 7, s < N
             number, dq0 = compressed_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, True, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 4, True, True, WEIGHTS, STAGES,
             )
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 3, h * 3 + row % 3

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  0defe028b5f8
-runtime  17
+content  92ff242ddc50
+runtime  18
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(17, "window_only")
+version.require(18, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_0defe028b5f8"
+_SPACE = "nsagen_window_only_92ff242ddc50"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -107,7 +107,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 32768),
         ),
     }),
-    "window_queries": Tiles("window_queries", "432880640227", {
+    "window_queries": Tiles("window_queries", "01cb905d4161", {
         ("sm_90", 16): (
             Config(128, 64, 4, 4, 205312, maps=True, specialised=True),
         ),
@@ -138,7 +138,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "1afff57af9f8", {
+    "window_keys": Tiles("window_keys", "511aa141e8db", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
@@ -609,7 +609,7 @@ def window_queries_place(number, tiles):
 
 @gluon.jit
 def window_queries_turn(
-    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale,
+    number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale, STRIDE: gl.constexpr,
     C0: gl.constexpr, C1: gl.constexpr, EXTENT: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One key tile: ds = p·(dp − delta), dq += ds·k. C0: s <= t; C1: s > t - 512"""
@@ -624,7 +624,7 @@ def window_queries_turn(
         # A lane's columns are constants apart, as in the forward.
         x = gl.reshape(x, [64, BN // 8, 4, 2])
         s, lane, t = hopper.columns(x, time)
-        t = t - 1 * (s0 + lane)
+        t = t - STRIDE * (s0 + lane)
         if C0:
             x = gl.where(s <= t, x, float("-inf"))
         if C1:
@@ -635,7 +635,8 @@ def window_queries_turn(
     p = gl.exp2(x * scale - gl.expand_dims(lse, 1))
     dp = warpgroup_mma_wait(0, deps=(dp,))
     hopper.release(v_empty, number, STAGES)
-    grads = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(q0.dtype), WEIGHTS)
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    grads = gl.convert_layout(ds.to(q0.dtype), WEIGHTS)
     dq0 = warpgroup_mma(grads, k0.index(at), dq0, is_async=True)
     dq0 = warpgroup_mma_wait(0, deps=(dq0,))
     hopper.release(k_empty, number, STAGES)
@@ -662,7 +663,6 @@ def window_queries_multiply(
         tile, h, b = window_queries_place(work, tiles)
         t0 = tile * BT
         first = HALF * QUERIES + t0  # of the warpgroup's queries
-        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
         start = b.to(gl.int64) * T
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -682,17 +682,18 @@ def window_queries_multiply(
         fence_async_shared()
         hopper.sync()
         dq0 = gl.zeros([64, 128], gl.float32, layout=DQ0)
+        cut0, cut1, cut2, cut3, n = window_queries_cuts(t0, T, BT, BN)
         for s0 in range(cut0, cut1, BN):  # lo: s <= t, s > t - 512, s < T
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, BN + BT > 514, True, BN + BT > 514, WEIGHTS, STAGES,
             )
         for s0 in range(cut1, cut2, BN):  # mid: no mask
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, False, False, False, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, False, False, False, WEIGHTS, STAGES,
             )
         for s0 in range(cut2, cut3, BN):  # hi: s <= t, s > t - 512, s < T
             number, dq0 = window_queries_turn(
-                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, True, BN + BT > 514, True, WEIGHTS, STAGES,
+                number, dq0, q0, do0, k0, v0, k_full, k_empty, v_full, v_empty, zero, lse, delta, time, s0, n, scale2, 1, True, BN + BT > 514, True, WEIGHTS, STAGES,
             )
         row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, MEMORY)))
         at, head = first + row // 16, h * 16 + row % 16
@@ -865,17 +866,49 @@ def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def window_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+def window_keys_step(
+    dk, dv, number, t0, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0, T, lo, hi, scale, STAGES: gl.constexpr,
 ):
-    """A warpgroup: 64 of the keys. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    """64 rows, of queries from t0 on. dk += dsᵀ·q, dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
+    SCORES: gl.constexpr = zero.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     DTYPE: gl.constexpr = k.dtype
     scale2 = scale * 1.4426950408889634  # scores in log2 units
-    unscale = -1.0 / scale
+    at = number % STAGES
+    hopper.wait_full(full, number, STAGES)
+    # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+    lse = lse_ring.index(at).load(COLUMNS)
+    x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * (-1.0 / scale), 0), is_async=True)
+    delta = delta_ring.index(at).load(COLUMNS)
+    dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
+    x = warpgroup_mma_wait(1, deps=(x,))
+    if (t0 < lo) | (t0 + 4 > hi):
+        t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+        s = s0 + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+        t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+        x = gl.where(s <= t, x, float("-inf"))
+        x = gl.where(s > t - 512, x, float("-inf"))
+        x = gl.where(t < T, x, float("-inf"))
+    p = gl.exp2(x * scale2)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = p * dp
+    weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dv.type.layout, k_width=2))
+    grads = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2))
+    dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
+    dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
+    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+    hopper.release(empty, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def window_keys_multiply(
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+):
+    """A warpgroup: 64 of the keys."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
@@ -885,31 +918,7 @@ def window_keys_multiply(
     window_keys_pass(first, first, own, full, empty, STAGES)
     mbarrier.wait(arrived, 0)
     for step in range(own, end):
-        number = step - first
-        at = number % STAGES
-        t0 = step * 4
-        hopper.wait_full(full, number, STAGES)
-        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
-        lse = lse_ring.index(at).load(COLUMNS)
-        x = warpgroup_mma(k, q_ring.index(at).permute((1, 0)), zero + gl.expand_dims(lse * unscale, 0), is_async=True)
-        delta = delta_ring.index(at).load(COLUMNS)
-        dp = warpgroup_mma(v, do_ring.index(at).permute((1, 0)), zero - gl.expand_dims(delta, 0), is_async=True)
-        x = warpgroup_mma_wait(1, deps=(x,))
-        if (t0 < lo) | (t0 + 4 > hi):
-            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
-            s = s0 + 64 * HALF + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
-            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
-            x = gl.where(s <= t, x, float("-inf"))
-            x = gl.where(s > t - 512, x, float("-inf"))
-            x = gl.where(t < T, x, float("-inf"))
-        p = gl.exp2(x * scale2)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DV, k_width=2))
-        grads = gl.convert_layout((p * dp).to(DTYPE), gl.DotOperandLayout(operand_index=0, parent=DK, k_width=2))
-        dv = warpgroup_mma(weights, do_ring.index(at), dv, is_async=True)
-        dk = warpgroup_mma(grads, q_ring.index(at), dk, is_async=True)
-        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-        hopper.release(empty, number, STAGES)
+        dk, dv = window_keys_step(dk, dv, step - first, step * 4, k, v, q_ring, do_ring, lse_ring, delta_ring, full, empty, zero, s0 + 64 * HALF, T, lo, hi, scale, STAGES)
     window_keys_pass(first, end, last, full, empty, STAGES)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from nsagen.errors import IRError
@@ -52,15 +54,43 @@ def attend_dq(p: Program) -> None:
     """dq of a query tile, its scores from lse."""
     kernel, rows = p.run.kernel, p.queries(p.first)
     q, d_out = split(p.load("q", rows), kernel.qk_parts), split(p.load("d_out", rows), kernel.v_parts)
-    lse, delta = row_statistics(p, rows)
     dq = split(np.zeros((len(rows.at), 0)), kernel.qk_parts)
     for walk in kernel.walks:
+        statistics = row_statistics(p, rows, source=walk.source)
         for step in p.steps(walk):
             k, v = _keys(p, walk, step)
-            weight = np.where(_seen(p, walk, step, rows.at), np.exp(dot(q, k) * p.run.scale - lse[:, None]), 0.0)
-            ds = weight * (dot(d_out, v) - delta[:, None])
+            seen = _seen(p, walk, step, rows.at)
+            scored = Scored(rows, step.indices, seen, dot(q, k) * p.run.scale, dot(d_out, v))
+            ds = scored.weighed(p, statistics, walk.source, guarded=True)[1]
             dq = [a + ds @ x for a, x in zip(dq, k, strict=True)]
     p.store("dq", rows, join(dq, p.run.heads.qk_dim) * p.run.scale)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores and d_out·vᵀ of a tile's rows [rows] and keys [keys], and which pairs are `seen`."""
+
+    rows: Rows
+    keys: Array
+    seen: Array
+    scores: Array
+    products: Array
+
+    def weighed(self, p: Program, statistics: tuple[Array, Array], source: int, guarded: bool) -> tuple[Array, Array]:
+        """p and ds by the rows' lse and delta; and of keys that the kernel takes over, where the launch says so."""
+        weight, ds = self._by(self.seen, statistics)
+        taken = p.run.kernel.takes
+        if taken is None or taken.source != source or "lse_taken" not in p.run.arrays:
+            return weight, ds
+        lse, delta = (p.load(f"{x}_taken", self.rows, guarded) for x in ("lse", "delta"))
+        first = (self.rows.at // taken.size - taken.count + 1) * taken.size
+        more, more_ds = self._by(self.seen & (self.keys[None, :] >= first[:, None]), (lse, delta))
+        return weight + more, ds + more_ds
+
+    def _by(self, seen: Array, statistics: tuple[Array, Array]) -> tuple[Array, Array]:
+        lse, delta = statistics
+        weight = np.where(seen, np.exp(self.scores - lse[:, None]), 0.0)
+        return weight, weight * (self.products - delta[:, None])
 
 
 def attend_dkv(p: Program) -> None:
@@ -104,11 +134,10 @@ class KeyGrads:
         p, kernel = self.p, self.p.run.kernel
         q = split(p.load("q", rows, guarded), kernel.qk_parts)
         d_out = split(p.load("d_out", rows, guarded), kernel.v_parts)
-        lse, delta = row_statistics(p, rows, guarded)
         seen = step.seen(rows.at[:, None], self.keys.at[None, :], {"T": rows.length}, extents=False)
         seen &= self.keys.live[None, :]
-        weight = np.where(seen, np.exp(dot(q, self.k) * p.run.scale - lse[:, None]), 0.0)
-        ds = weight * (dot(d_out, self.v) - delta[:, None])
+        scored = Scored(rows, self.keys.at, seen, dot(q, self.k) * p.run.scale, dot(d_out, self.v))
+        weight, ds = scored.weighed(p, row_statistics(p, rows, guarded), 0, guarded)
         self.dv = [a + weight.T @ x for a, x in zip(self.dv, d_out, strict=True)]
         self.dk = [a + ds.T @ x for a, x in zip(self.dk, q, strict=True)]
         return ds
@@ -118,9 +147,10 @@ class KeyGrads:
         return join(self.dk, heads.qk_dim) * self.p.run.scale, join(self.dv, heads.v_dim)
 
 
-def row_statistics(p: Program, rows: Rows, guarded: bool = True) -> tuple[Array, Array]:
-    """(lse, delta) of the rows; rows that see nothing get lse = +inf, so p = 0."""
-    lse, delta = p.load("lse", rows, guarded), p.load("delta", rows, guarded)
+def row_statistics(p: Program, rows: Rows, guarded: bool = True, source: int = 0) -> tuple[Array, Array]:
+    """(lse, delta) of the rows, of the source where each has its own; a row that sees nothing: lse = +inf, so p = 0."""
+    suffix = str(source) if p.run.kernel.apart else ""
+    lse, delta = (p.load(f"{x}{suffix}", rows, guarded) for x in ("lse", "delta"))
     if "rows_may_be_empty" in p.run.kernel.facts:
         lse = np.where(np.isneginf(lse), np.inf, lse)
     return lse, delta

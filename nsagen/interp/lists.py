@@ -41,14 +41,20 @@ def key_blocks(blocks: Array, size: int, sequences: tuple[Sequence, ...]) -> Ite
             yield Block(b, sequence, h, number)
 
 
-def invert(blocks: Array, size: int, sequences: tuple[Sequence, ...], chunk: range = range(0)) -> list[Item]:
-    """The items of blocks [B, T, Hkv, n], those of one key block side by side; of the chunk's rows if there is one."""
+def invert(
+    blocks: Array, size: int, sequences: tuple[Sequence, ...], chunk: range = range(0), leaves: int = 0
+) -> list[Item]:
+    """The items of blocks [B, T, Hkv, n], those of one key block side by side; of the chunk's rows if there is one.
+
+    Without the last `leaves` blocks up to each query's own.
+    """
     found: list[Item] = []
     for block in key_blocks(blocks, size, sequences):
         start, end = block.sequence.start, block.sequence.start + block.sequence.tokens
         lists = blocks[block.batch, start:end, block.head]
         queries = tuple(int(t) for t in np.flatnonzero((lists == block.number).any(-1)))
         queries = tuple(t for t in queries if not chunk or start + t in chunk)
+        queries = tuple(t for t in queries if not leaves or block.number <= t // size - leaves)
         found += [Item(block, queries[i : i + PER_ITEM]) for i in range(0, len(queries), PER_ITEM)]
     return found
 
@@ -56,7 +62,7 @@ def invert(blocks: Array, size: int, sequences: tuple[Sequence, ...], chunk: ran
 def attend_list_dkv(run: Run) -> None:
     """An item's part of dk and dv: its key block against its queries, BT entries at a time."""
     size = run.arrays["parts"].shape[1]
-    for number, item in enumerate(invert(run.arrays["items"], size, run.sequences, run.chunk)):
+    for number, item in enumerate(invert(run.arrays["items"], size, run.sequences, run.chunk, run.leaves)):
         for offset in range(0, size, run.bn):
             block = item.block
             p = Program(run, block.batch, block.sequence, block.head, block.number * size + offset)
@@ -154,7 +160,9 @@ def _chunk_queries(run: Run) -> Iterator[tuple[Program, tuple[int, int, int], Ar
         for t in range(sequence.tokens):
             row = sequence.start + t
             if row in run.chunk:
-                yield Program(run, b, sequence, h, t), (b, row - run.chunk.start, h), lists[b, row, h] >= 0
+                own = lists[b, row, h]
+                live = (own >= 0) & ((own <= t // run.size - run.leaves) if run.leaves else True)
+                yield Program(run, b, sequence, h, t), (b, row - run.chunk.start, h), live
 
 
 def _own_rows(p: Program) -> Rows:
@@ -178,7 +186,7 @@ def sum_items(run: Run) -> None:
     """dk and dv of a key block: its items' parts, added in order."""
     parts = run.arrays["parts"]
     size = parts.shape[1]
-    items = invert(run.arrays["items"], size, run.sequences, run.chunk)
+    items = invert(run.arrays["items"], size, run.sequences, run.chunk, run.leaves)
     for block in key_blocks(run.arrays["items"], size, run.sequences):
         own = [i for i, item in enumerate(items) if item.block == block]
         for offset in range(0, size, run.bn):

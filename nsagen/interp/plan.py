@@ -139,7 +139,10 @@ class _Host:
         batch = self.sizes["B"]
         later = kernel.body == "sum_items" and chunk.start > 0  # adds to what earlier chunks gave every key
         add = launch.accumulate or later
-        BODIES[kernel.body](Run(kernel, self.plan.heads, arrays, self.sequences, batch, bm, bn, self.scale, add, chunk))
+        sizes = (w.listed.size for k in self.plan.kernels for w in k.walks if w.listed)  # of one kind in a plan
+        left = (launch.leaves, next(sizes, 0))
+        run = Run(kernel, self.plan.heads, arrays, self.sequences, batch, bm, bn, self.scale, add, chunk, *left)
+        BODIES[kernel.body](run)
 
     def _bound(self, kernel: Kernel, operand: str, launch: Launch, chunk: range) -> Array:
         """The buffer of an operand; the first launch to name it finds it empty."""
@@ -158,7 +161,7 @@ class _Host:
 
     def _items(self, launch: Launch, size: int, chunk: range) -> int:
         """How many items the inverse of the launch's block lists has."""
-        return len(invert(self.buffers[dict(launch.binds)["items"]], size, self.sequences, chunk))
+        return len(invert(self.buffers[dict(launch.binds)["items"]], size, self.sequences, chunk, launch.leaves))
 
     def _tile(self, kernel: Kernel) -> Tile:
         if isinstance(self.tiles, tuple):

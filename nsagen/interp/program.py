@@ -40,6 +40,8 @@ class Run:
     scale: float
     accumulate: bool = False
     chunk: range = range(0)  # query rows of a launch over chunks
+    leaves: int = 0  # of each list, the last blocks up to the query's own, which another kernel takes
+    size: int = 0  # tokens of a listed block
 
     @property
     def line(self) -> str:

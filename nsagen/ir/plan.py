@@ -82,6 +82,19 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """Listed keys whose gradients a kernel adds for another branch, since the source that it walks has them all.
+
+    They are the last `count` blocks of `size` tokens up to the query's own, which every list of that branch names. The
+    branch's row statistics are the operands `lse_taken` and `delta_taken`.
+    """
+
+    source: int
+    size: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Walk:
     """One piece of a source, walked by a tile. `all` is None where refused, with the reason beside it."""
 
@@ -202,6 +215,12 @@ class Kernel:
     facts: tuple[str, ...] = ()  # names from FACTS below
     select: Select | None = None  # what a selection kernel computes
     cached: bool = False  # queries continue sequences whose keys lie in a cache, perhaps in pages
+    takes: Taken | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether each source has a softmax, and so row statistics, of its own."""
+        return any(o.role == "lse" and o.source > 0 for o in self.operands)
 
     def follows_lists(self, source: int) -> bool:
         """Whether query tiles find the source's keys by block lists."""
@@ -263,6 +282,7 @@ class Launch:
     over: str | None = None  # "chunks": a host loop over chunks of queries, so that the scores of all never exist
     when: tuple[Guard, ...] = ()
     rides: str | None = None  # the kernel next to it whose program may do its work for a row, else it is launched
+    leaves: int = 0  # of each list, the last blocks up to the query's own, which another kernel takes
 
 
 @dataclass(frozen=True)

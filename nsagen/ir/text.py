@@ -95,6 +95,7 @@ def _launch(launch: Launch) -> str:
     flags = f" over {launch.over}" if launch.over else ""
     flags += " accumulate" if launch.accumulate else ""
     flags += f" rides on {launch.rides}" if launch.rides else ""
+    flags += f" leaves {launch.leaves}" if launch.leaves else ""
     when = "".join(f" when {g.key} {g.op} {g.value}" for g in launch.when)
     return f"  launch {launch.kernel} {binds}{flags}{when}"
 
@@ -111,6 +112,9 @@ def _kernel(kernel: Kernel) -> list[str]:
         for o in kernel.operands
     ]
     lines += [line for w in kernel.walks for line in _walk(w)]
+    if kernel.takes:
+        of = kernel.takes
+        lines.append(f"  takes    source {of.source}: the last {of.count} blocks of l' {of.size}")
     if kernel.qk_parts:
         lines.append(f"  parts    qk {'+'.join(map(str, kernel.qk_parts))}  v {'+'.join(map(str, kernel.v_parts))}")
     lines += [line for t in kernel.tiles for line in _tiles(t)]

@@ -165,6 +165,23 @@ def _op(op: Op, kernels: dict[str, Kernel], buffers: set[str]) -> None:
             known |= _launch(launch, kernels[launch.kernel], known, buffers, f"{line}: launch {launch.kernel}")
         for name in op.outputs:
             _need(name in known, line, f"output %{name} is never written")
+    _taken(op, kernels, line)
+
+
+def _taken(op: Op, kernels: dict[str, Kernel], line: str) -> None:
+    """Keys that launches leave are taken by others, once for dq and once for dk and dv, and none else are."""
+    left = {x.leaves for x in op.launches if SPECIALISED in x.when and kernels[x.kernel].branch in _givers(op, kernels)}
+    takers = [(kernels[x.kernel], x) for x in op.launches if "lse_taken" in dict(x.binds)]
+    counts = {k.takes.count for k, _ in takers if k.takes}
+    _need(all(SPECIALISED in x.when for _, x in takers), line, "keys are taken over where a warp copies alone")
+    rule = f"launches leave {sorted(left)} blocks, others take {sorted(counts)}"
+    _need(left == counts and len(left) <= 1, line, rule)
+    stored = [o.role for k, _ in takers for o in k.operands if o.mode != "load"]
+    _need(not takers or sorted(stored) == ["dk", "dq", "dv"], line, f"the keys taken count for {stored}")
+
+
+def _givers(op: Op, kernels: dict[str, Kernel]) -> set[str]:
+    return {kernels[x.kernel].branch for x in op.launches if x.leaves}
 
 
 def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], line: str) -> set[str]:

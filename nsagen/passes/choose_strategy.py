@@ -19,6 +19,7 @@ from nsagen.ir.graph import (
 )
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
 from nsagen.passes.decode import decode_kernels
+from nsagen.passes.joint import joint_kernels
 from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
 from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
 from nsagen.passes.rings import over_rings
@@ -99,6 +100,7 @@ class ChooseStrategy:
                 kernels += _selection(node)
             elif isinstance(node, (Combine, CombineGrad)):
                 kernels += _combination(node)
+        kernels = joint_kernels(graph, kernels)
         kernels += [_cached(k) for k in kernels if k.name in {x.kernel for x in serving_sources(graph)}]
         kernels += decode_kernels(graph)
         ops = operators(graph)

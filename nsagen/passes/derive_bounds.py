@@ -45,10 +45,13 @@ def _bounded(walk: Walk) -> Walk:
 
 
 def _facts(kernel: Kernel) -> tuple[str, ...]:
-    """A row surely sees a key only if every domain holds s = t, for every t: checked on the predicates."""
+    """A row surely sees a key only if a domain holds s = t, for every t: checked on the predicates.
+
+    Of sources that have a softmax each, each must have such a domain.
+    """
     if not kernel.body.startswith(("attend", "score_lse")):
         return ()
-    own_key = any(_sees_itself(w) for w in kernel.walks)
+    own_key = (all if kernel.apart else any)(_sees_itself(w) for w in kernel.walks)
     return () if own_key else ("rows_may_be_empty",)
 
 

@@ -23,6 +23,7 @@ from nsagen.ir.graph import (
 )
 from nsagen.ir.plan import PLAIN, SPECIALISED, Buffer, Guard, Launch, Op
 from nsagen.passes.decode import decode_buffers, decode_op
+from nsagen.passes.joint import joined, joint_launch, taken_binds, takeover
 from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
 from nsagen.passes.specialise import keys_may_specialise, keys_name, queries_may_specialise, queries_name
 from nsagen.sym import Expr, const, count, floordiv
@@ -122,6 +123,7 @@ class _Gradients:
         self.gated = gated  # with the gate's shift in place of lse
         self.heads = heads
         self.into: dict[str, str] = {}
+        self.joint: _Joint | None = None
 
     def launches(self, node: Attend, grad: AttendGrad) -> list[Launch]:
         lse = grad.lse if self.gated else node.lse
@@ -130,7 +132,9 @@ class _Gradients:
             return self._by_blocks(node, grad, rows)
         adds, dq = self._target(node.q, grad.dq)
         result = [Launch(f"{node.branch}_dq", (("q", node.q), *_key_binds(node.sources), *rows, ("dq", dq)), adds)]
-        if queries_may_specialise(node, self.heads):
+        if self.joint and self.joint.has(node):
+            result = [*self.joint.launch(dq, adds), replace(result[0], when=(PLAIN,))]
+        elif queries_may_specialise(node, self.heads):
             result = _both_forms(result[0], queries_name(result[0].kernel))
         for source, suffix, dk, dv in zip(node.sources, suffixes(node.sources), grad.dk, grad.dv, strict=True):
             adds, dk = self._target(source.k, dk)
@@ -138,8 +142,8 @@ class _Gradients:
             keys: Binds = (("q", node.q), ("k", source.k), ("v", source.v))
             result += self._keys(f"{node.branch}", suffix, source, (*keys, *rows), (("dk", dk), ("dv", dv)), adds)
         if specialised_by_blocks(node, self.heads):
-            return [*(replace(x, when=(PLAIN,)) for x in result), *_in_parts(node.branch, *result)]
-        return result
+            result = [*(replace(x, when=(PLAIN,)) for x in result), *_in_parts(node.branch, *result)]
+        return [self.joint.taking(x) for x in result] if self.joint else result
 
     def _by_blocks(self, node: Attend, grad: AttendGrad, rows: Binds) -> list[Launch]:
         """Over chunks: dk and dv with parts of dq, the sums of either."""
@@ -172,6 +176,33 @@ class _Gradients:
     def _target(self, value: str, gradient: str) -> tuple[bool, str]:
         known = value in self.into
         return known, self.into.setdefault(value, gradient)
+
+
+class _Joint:
+    """The launch of the joint kernel in the whole op's gradient, and what it changes about others."""
+
+    def __init__(self, graph: Graph, grads: dict[str, AttendGrad]) -> None:
+        self.graph, self.nodes, self.over = graph, joined(graph), takeover(graph)
+        self.statistics = {branch: (grad.lse, grad.delta) for branch, grad in grads.items()}
+        self.launched = False
+
+    def has(self, node: Attend) -> bool:
+        return node in self.nodes
+
+    def launch(self, dq: str, accumulate: bool) -> list[Launch]:
+        """At the first of its branches; nothing at the others."""
+        first, self.launched = not self.launched, True
+        return [joint_launch(self.graph, self.statistics, dq, accumulate)] if first else []
+
+    def taking(self, launch: Launch) -> Launch:
+        """The launch, with the statistics of keys that its kernel takes over, or without the keys that one leaves."""
+        if self.over is None:
+            return launch
+        giver, keys = self.over.giver.branch, keys_name(f"{self.over.taker.branch}_dkv")
+        if launch.kernel == keys:
+            return replace(launch, binds=(*launch.binds, *taken_binds(self.over, self.statistics)))
+        leaves = launch.kernel in (f"{giver}_grads", f"{giver}_dq_sum", f"{giver}_sum") and SPECIALISED in launch.when
+        return replace(launch, leaves=self.over.taken.count) if leaves else launch
 
 
 def _both_forms(launch: Launch, specialised: str) -> list[Launch]:
@@ -281,6 +312,7 @@ def _whole_grad(
     split = (*loads, *deltas, *shifts, ("d_gates", d_gates))
     launches = [Launch("combine_bwd", split)]
     gradients = _Gradients(True, graph.heads)
+    gradients.joint = _Joint(graph, grads)
     for node in attends:
         launches += gradients.launches(node, grads[node.branch])
     outputs = (*(gradients.into[x] for x in ("q", *inputs_of(attends)[0])), d_gates)

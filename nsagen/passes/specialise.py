@@ -84,7 +84,8 @@ def keys_tile(kernel: Kernel) -> TileConfig:
     qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
     smem = 2 * (qk + v) * (KEYS_TILE + KEYS_STAGES * GROUP_ROWS) + 8 * GROUP_ROWS * KEYS_STAGES + 1024
     registers = (qk + v + 2 * GROUP_ROWS) // 2 + GROUP_ROWS // 2 + 20
-    spills = 16 if qk + v == 256 else 0  # before and after the loop, for groups of 2 and 64
+    smem += 8 * GROUP_ROWS * KEYS_STAGES if kernel.takes else 0  # another branch's lse and delta
+    spills = (150 if kernel.takes else 16) if qk + v == 256 else 0  # around its loops
     return TileConfig(
         GROUP_ROWS, KEYS_TILE, 4, KEYS_STAGES, smem, registers, 1.0, maps=True, specialised=True, spills=spills
     )

@@ -20,7 +20,8 @@ from nsagen.ir.graph import (
     chosen_ahead,
     phi,
 )
-from nsagen.ir.plan import BT, SPECIALISED, T0, Launch, N, Op, Plan, Ring, Walk
+from nsagen.ir.plan import BT, SPECIALISED, T0, Kernel, Launch, N, Op, Plan, Ring, Walk
+from nsagen.passes.joint import JOINT, joined
 from nsagen.passes.operators import cached_name, suffixes
 from nsagen.passes.rings import rings
 from nsagen.render.view import Combined, Named, combined_view
@@ -84,6 +85,22 @@ class BranchView:
     maps: tuple[str, ...]  # those, as a launch makes them for its config c
     boxes: tuple[str, ...]  # the maps of the forward whose warp copies, where it has that form
     combined: Combined | None  # what may ride on that form
+    joined: bool  # dq may come from a kernel for several branches
+    takes: bool  # some keys may count for another branch's gradients, too
+    leaves: int  # the last blocks of a list, which may be left to another branch
+
+    @property
+    def more(self) -> str:
+        """Parameters of the gradient in the whole operation: is dq there, do keys count twice, what is left."""
+        joined, takes = ", joined=False" if self.joined else "", ", taken=(None, None)" if self.takes else ""
+        return joined + takes + (", leaves=0" if self.leaves else "")
+
+    @property
+    def more_doc(self) -> str:
+        told = ["joined: dq is in `into` already, and a warp can copy."] if self.joined else []
+        told += ["taken: lse and delta of the branch that leaves this one some keys."] if self.takes else []
+        told += ["leaves: the last blocks up to a query's own, left to another branch."] if self.leaves else []
+        return f"\n\n    {' '.join(told)}\n    " if told else ""
 
     @property
     def listed(self) -> bool:
@@ -204,7 +221,30 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         maps=tuple(made for _, made in maps),
         boxes=tuple(_boxes(plan, f"{node.branch}_fwd", sources)),
         combined=combined_view(plan.kernel(f"{node.branch}_fwd"), plan),
+        joined=queries is not None and _if_there(plan, JOINT) is not None,
+        takes=any(plan.kernel(s.keys).takes for s in sources if s.keys),
+        leaves=max((x.leaves for x in plan.launches(f"{node.branch}_grads")), default=0) if grads else 0,
     )
+
+
+@dataclass(frozen=True)
+class JointView:
+    """The kernel of several branches' dq."""
+
+    name: str
+    keys: tuple[str, ...]  # keys and values, as its host function calls them
+    boxes: tuple[str, ...]  # their maps, as its launch makes them for its config c
+    branches: str
+
+
+def joint_view(graph: Graph, plan: Plan) -> JointView | None:
+    if _if_there(plan, JOINT) is None:
+        return None
+    kernel, nodes = plan.kernel(JOINT), joined(graph)
+    operands = [o for o in kernel.operands if o.role in ("k", "v")]
+    widths = {"k": kernel.qk_parts, "v": kernel.v_parts}
+    boxes = tuple(f"hopper.boxes({o.name}, {widths[o.role]}, c.bn)" for o in operands)
+    return JointView(JOINT, tuple(o.name for o in operands), boxes, " and ".join(n.branch for n in nodes))
 
 
 def _if_there(plan: Plan, kernel: str) -> str | None:
@@ -341,6 +381,8 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
                 others = [b for o, b in carried.items() if o.startswith("term") and b != bind["out"]]
                 arguments = ", ".join([arguments, *others, carried["gates"]])
             lines.append(f"{outs} = {function}(q, {arguments}, {past}cu_seqlens, scale{keep})")
+        elif kernel.name == JOINT:
+            lines.append(_joint(launch, kernel))
         elif kernel.body in ("attend_dq", "sum_lists"):
             lines += _backward(op, launch, kernel.branch, bind, graph, plan)
         elif kernel.body == "score_lse":
@@ -386,12 +428,40 @@ def _split(launch: Launch, terms: list[str], bind: dict[str, str]) -> str:
     return f"{outs} = _combine_backward(d_out, {arguments})"
 
 
+def _joint(launch: Launch, kernel: Kernel) -> str:
+    """The call of _joint_queries; later gradients ask whether it did anything."""
+    bind, keys, statistics = dict(launch.binds), list[str](), list[str]()
+    for i in range(len(kernel.walks)):
+        keys += [bind[f"k{i}"], bind[f"v{i}"]]
+        taken = kernel.takes is not None and kernel.takes.source == i
+        statistics += [bind[f"{x}{more}"] for more in (i, *(["_taken"] if taken else [])) for x in ("lse", "delta")]
+    into = bind["dq"] if launch.accumulate else "None"
+    arguments = f"q, {', '.join(keys)}, d_out, ({', '.join(statistics)}), {into}"
+    return f"joined = _{JOINT}({arguments}, cu_seqlens, scale)"
+
+
+def _beside_joint(op: Op, branch: str, plan: Plan) -> str:
+    """What a branch's gradient is told where the op has a joint kernel: BranchView.more."""
+    joint = next((dict(x.binds) for x in op.launches if x.kernel == JOINT), None)
+    if joint is None:
+        return ""
+    told = "joined is not None" if _if_there(plan, f"{branch}_queries") else ""
+    keys = _if_there(plan, f"{branch}_keys")
+    if keys and plan.kernel(keys).takes:
+        told += f", ({joint['lse_taken']}, {joint['delta_taken']}) if joined is not None else (None, None)"
+    leaves = max((x.leaves for x in op.launches if x.kernel == f"{branch}_grads"), default=0)
+    told += f"{leaves} if joined is not None else 0" if leaves else ""
+    return f", {told}" if told else ""
+
+
 def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: Graph, plan: Plan) -> list[str]:
     """dq and the keys' gradients of one branch; what an earlier branch wrote goes in and comes out summed.
 
     Where two sources of the branch itself share keys, the second's gradients come out beside and are added after.
     """
-    outs, into, after = [bind["dq"]], [bind["dq"] if launch.accumulate else "None"], []
+    more = _beside_joint(op, branch, plan)
+    first = "joined" if more.startswith(", joined") else "None"
+    outs, into, after = [bind["dq"]], [bind["dq"] if launch.accumulate else first], []
     own = [x for x in op.launches if plan.kernel(x.kernel).branch == branch and SPECIALISED not in x.when]
     for other in own:
         bound = dict(other.binds)
@@ -405,7 +475,7 @@ def _backward(op: Op, launch: Launch, branch: str, bind: dict[str, str], graph: 
     statistics = next(dict(x.binds) for x in own if "delta" in dict(x.binds))
     rows = ["d_out", statistics["lse"], statistics["delta"]]
     arguments = ["q", *_arguments(branch, graph), *rows, f"({', '.join(into)})"]
-    return [f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale)", *after]
+    return [f"{', '.join(outs)} = _{branch}_backward({', '.join(arguments)}, cu_seqlens, scale{more})", *after]
 
 
 def _attend(branch: str, graph: Graph) -> Attend:

@@ -18,6 +18,7 @@ from nsagen.render.decode import DecodeView, decode_view
 from nsagen.render.host import (
     ahead_view,
     branch_views,
+    joint_view,
     op_views,
     part_views,
     pool_node,
@@ -100,6 +101,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "kernels_with_choices": [Named(k.name, _choices(k)) for k in plan.kernels],
         "kernels": [_kernel_text(k, plan) for k in plan.kernels],
         "attends": branch_views(graph, plan),
+        "joint": joint_view(graph, plan),
         "specialised": any(k.specialised for k in plan.kernels),
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from nsagen.ir.graph import BlockList, Heads, KeyAxis, Select
-from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Access, Kernel, Mask, Plan, Ring, Segment, Walk
+from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, Access, Kernel, Mask, Plan, Ring, Segment, Taken, Walk
 from nsagen.passes.specialise import ahead
 from nsagen.render.kernel_doc import kernel_doc
 from nsagen.sym import Conjunct, Expr, as_int, conjunct_text, const, expand, substitute, to_text
@@ -53,6 +53,7 @@ class Named:
 
 @dataclass(frozen=True)
 class SegmentView:
+    name: str
     lo: str
     hi: str
     comment: str
@@ -129,6 +130,22 @@ class SourceView:
     walks: tuple[WalkView, ...]
     listed: BlockList | None
     ring: Ring | None  # how its keys lie in a cache
+    taken: Taken | None  # those of its keys that count for another branch, too
+    own: str  # the suffix of its row statistics, where it has some of its own
+
+    @property
+    def statistics(self) -> str:
+        """Pointers to its rows' lse and delta, and to the other branch's."""
+        return f"lse{self.own}_ptr, delta{self.own}_ptr, " + ("lse_taken_ptr, delta_taken_ptr, " if self.taken else "")
+
+    def pieces(self, segment: SegmentView, lo: str, hi: str) -> list[tuple[str, str, bool]]:
+        """The segment's keys [lo, hi), and whether they count for another branch, too: from the key `taken` on.
+
+        That lies in the middle, or where there is none at its end: passes/joint.py asks for so many keys before it.
+        """
+        if self.taken is None or segment.name != "mid":
+            return [(lo, hi, self.taken is not None and segment.name == "hi")]
+        return [(lo, f"max({lo}, min(taken, {hi}))", False), (f"max({lo}, min(taken, {hi}))", hi, True)]
 
 
 @dataclass(frozen=True)
@@ -189,6 +206,7 @@ class KernelView:
     parted: bool  # leaves parts of a result in the queries' lists
     specialised: bool  # has a second form, in which a warp only copies
     combined: Combined | None  # what may ride on that form
+    taken: Taken | None  # keys that count for another branch, too
 
     maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
@@ -280,7 +298,11 @@ class KernelView:
     @property
     def box_arguments(self) -> list[str]:
         """Of the kernel whose warp copies: the tensor maps of keys and values, a part each."""
-        return [f"{side}_map{p.i}" for side, parts in (("k", self.qk_parts), ("v", self.v_parts)) for p in parts]
+        return [name for source in self.sources for name in self.boxes_of(source)]
+
+    def boxes_of(self, source: SourceView) -> list[str]:
+        sides = (("k", self.qk_parts), ("v", self.v_parts))
+        return [f"{side}{source.suffix}_map{p.i}" for side, parts in sides for p in parts]
 
     def half_live(self, time: str, row: str) -> str:
         """Which of a warpgroup's 64 rows are queries."""
@@ -339,6 +361,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
         specialised=kernel.specialised and not kernel.cached,
         combined=combined_view(kernel, plan),
+        taken=kernel.takes,
         maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
@@ -413,16 +436,19 @@ def _sources(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan) -> tu
     for number in numbers:
         walks = [w for w in kernel.walks if w.source == number]
         axis: KeyAxis = walks[0].axis
+        suffix = str(number) if len(numbers) > 1 else ""
         views.append(
             SourceView(
-                suffix=str(number) if len(numbers) > 1 else "",
+                suffix=suffix,
                 length=to_text(axis.length()),
                 base=to_text(axis.base()),
                 stride=axis.stride,
                 tokens=axis.is_tokens,
-                walks=tuple(_walk(w, conjuncts, str(number) if len(numbers) > 1 else "", plan.heads) for w in walks),
+                walks=tuple(_walk(w, conjuncts, suffix, plan.heads) for w in walks),
                 listed=walks[0].listed,
                 ring=next(o.ring for o in kernel.operands if o.role == "k" and o.source == number),
+                taken=kernel.takes if kernel.takes and kernel.takes.source == number else None,
+                own=suffix if kernel.apart else "",
             )
         )
     return tuple(views)
@@ -480,7 +506,8 @@ def _segment(segment: Segment, conjuncts: dict[Conjunct, Named]) -> SegmentView:
     flags = tuple(Named(n.name, _flag(masks.get(c))) for c, n in conjuncts.items())
     text = ", ".join(conjunct_text(m.conjunct) for m in segment.masks) or "no mask"
     comment = f"{segment.name}: {text}"
-    return SegmentView(to_text(segment.lo), to_text(segment.hi), comment, (*flags, Named("EXTENT", _flag(extent))))
+    flags = (*flags, Named("EXTENT", _flag(extent)))
+    return SegmentView(segment.name, to_text(segment.lo), to_text(segment.hi), comment, flags)
 
 
 def _flag(mask: Mask | None) -> str:

@@ -43,9 +43,14 @@ def queries_of(pid, length, pairs, chunk, tiles, tile):
 
 
 @triton.jit
-def slots_of(blocks_ptr, cu_ptr, place, t, live, slots, sequences, SIZE: tl.constexpr):
-    """The slots of the blocks listed at `place` by queries t; `slots` for none and where the sequence ends before."""
+def slots_of(blocks_ptr, cu_ptr, place, t, live, slots, sequences, SIZE: tl.constexpr, LEAVES: tl.constexpr):
+    """The slots of the blocks listed at `place` by queries t; `slots` for none and where the sequence ends before.
+
+    The last LEAVES blocks up to a query's own count as none; packed, there must be no such.
+    """
     block = tl.load(blocks_ptr + place, mask=live, other=-1)
+    if LEAVES:
+        block = tl.where(block <= t // SIZE - LEAVES, block, -1)
     if cu_ptr is None:
         return tl.where((block >= 0) & (block < slots), block, slots)
     else:
@@ -58,7 +63,7 @@ def slots_of(blocks_ptr, cu_ptr, place, t, live, slots, sequences, SIZE: tl.cons
 @triton.jit(do_not_specialize=["length", "heads", "pairs", "slots", "sequences", "chunk", "tiles", "tile"])
 def count_entries(
     blocks_ptr, counts_ptr, cu_ptr, length, heads, pairs, slots, sequences, chunk, tiles, tile,
-    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, LEAVES: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """counts int32 [programs, slots]: how often a tile's queries list each block. The order of adding does not show."""
     pid = tl.program_id(0)
@@ -73,7 +78,7 @@ def count_entries(
         t = t0 + i // COUNT
         live = (i < STEP * COUNT) & (t < end)
         place = ((pair // heads * length + t) * heads + pair % heads) * COUNT + i % COUNT
-        slot = slots_of(blocks_ptr, cu_ptr, place, t, live, slots, sequences, SIZE)
+        slot = slots_of(blocks_ptr, cu_ptr, place, t, live, slots, sequences, SIZE, LEAVES)
         tl.atomic_add(row + slot, 1, mask=slot < slots, sem="relaxed")
 
 
@@ -135,8 +140,8 @@ def write_items(starts_ptr, first_ptr, items_ptr, most, blocks, per_item, WIDTH:
 @triton.jit(do_not_specialize=["length", "heads", "pairs", "slots", "sequences", "chunk", "tiles", "tile"])
 def place_entries(
     blocks_ptr, counts_ptr, starts_ptr, entries_ptr, cu_ptr, length, heads, pairs, slots, sequences, chunk, tiles, tile,
-    COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    PLACES: tl.constexpr,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, LEAVES: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
+    KEY: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """entries: the tile's, each at its place in the inverse. The row of counts is used up.
 
@@ -154,7 +159,7 @@ def place_entries(
         t = t0 + i // COUNT
         live = (i < STEP * COUNT) & (t < end)
         place = ((pair // heads * length + t) * heads + pair % heads) * COUNT + i % COUNT
-        slot = slots_of(blocks_ptr, cu_ptr, place, t, live, slots, sequences, SIZE)
+        slot = slots_of(blocks_ptr, cu_ptr, place, t, live, slots, sequences, SIZE, LEAVES)
         key = sort(slot.to(KEY) * WIDTH + i, i, BITS)
         slot, listed = (key // WIDTH).to(tl.int32), (key % WIDTH).to(tl.int32)
         some = slot < slots

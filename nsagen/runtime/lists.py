@@ -33,11 +33,14 @@ class Inverse(NamedTuple):
     slots: int
 
 
-def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, chunk: int | None = None) -> Inverse:
+def invert(
+    blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, chunk: int | None = None, leaves: int = 0
+) -> Inverse:
     """Invert contiguous blocks int32 [B, T, Hkv, n] of `size` tokens, −1 for none, in chunks of queries.
 
     Entries are the places in the lists, where kernels leave parts for a chunk of queries at a time; without a chunk
-    there are no parts, and entries are token rows. Raises InputError from 2³¹ entries on.
+    there are no parts, and entries are token rows. leaves: the last blocks up to each query's own that are left out;
+    not of packed sequences. Raises InputError from 2³¹ entries on.
     """
     batch, length, heads, count = blocks.shape
     if blocks.numel() >= 2**31:
@@ -45,7 +48,8 @@ def invert(blocks: Tensor, size: int, cu_seqlens: Tensor | None, per_item: int, 
     packed = sequences(cu_seqlens)
     slots = length // size + packed if packed else -(-length // size)
     g = _grid(blocks.shape, slots, min(chunk or length, length))
-    shape = (cu_seqlens, length, heads, g.pairs, slots, packed, g.chunk, g.tiles, g.tile, count, size, g.step, g.bits)
+    shape = (cu_seqlens, length, heads, g.pairs, slots, packed, g.chunk, g.tiles, g.tile)
+    shape = (*shape, count, size, leaves, g.step, g.bits)
     counts = blocks.new_empty(g.programs * slots)
     inverse.count_entries[(g.programs,)](blocks, counts, *shape, **g.options)
     starts, first = _totals(counts, g, g.pairs * slots, per_item)

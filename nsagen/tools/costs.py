@@ -65,16 +65,24 @@ def _in_blocks(listed: BlockList) -> str:
 
 
 @lru_cache(maxsize=256)
-def pairs(piece: Piece, axis: KeyAxis, tokens: int, listed: BlockList | None = None) -> int:
-    """Σ_t of the keys that query t sees, t < tokens."""
+def pairs(piece: Piece, axis: KeyAxis, tokens: int, listed: BlockList | None = None, leaves: int = 0) -> int:
+    """Σ_t of the keys that query t sees, t < tokens; of a list without its last `leaves` blocks up to t's own."""
     n = evaluate(axis.length(), {TOKENS.name: tokens})
     at = keys_of_query(piece, axis)
     thinned = [c for c in piece.where if isinstance(c, Multiple)]
     if thinned:
         return _thinned(thinned, at, tokens, n)
     seen = f"max(0, {to_text(at.hi)} - ({to_text(at.lo)}))"
+    if listed and leaves:
+        return _before(listed, leaves, tokens)
     count = _function(f"min({seen}, {_in_blocks(listed)})" if listed else seen)
     return sum(count(t, tokens, n) for t in range(tokens))
+
+
+def _before(listed: BlockList, leaves: int, tokens: int) -> int:
+    """The same of whole blocks alone, those before the last `leaves` ones."""
+    most = listed.count - leaves
+    return sum(min(max(0, t // listed.size - leaves + 1), most) * listed.size for t in range(tokens))
 
 
 def _thinned(conditions: list[Multiple], at: Interval, tokens: int, n: int) -> int:
@@ -115,14 +123,23 @@ def flops_of_pair(kernel: Kernel, heads: Heads) -> int:
 
 def work_of(launch: Launch, plan: Plan, tokens: int) -> Work:
     kernel = plan.kernel(launch.kernel)
-    seen = sum(pairs(w.piece, w.axis, tokens, w.listed) for w in kernel.walks)
+    seen = sum(pairs(w.piece, w.axis, tokens, w.listed, launch.leaves) for w in kernel.walks)
     flops = seen * plan.heads.query * flops_of_pair(kernel, plan.heads)
     modes = {o.name: o.mode for o in kernel.operands}
     sizes = [
         _size(plan.buffer(b), tokens, plan) * (2 if launch.accumulate and modes[o] == "accumulate" else 1)
         for o, b in launch.binds
     ]
-    return Work(kernel.name, flops, sum(sizes))
+    left = sum(_left(launch, o, plan.buffer(b), tokens, plan) for o, b in launch.binds)
+    return Work(kernel.name, flops, sum(sizes) - left)
+
+
+def _left(launch: Launch, operand: str, buffer: Buffer, tokens: int, plan: Plan) -> int:
+    """Bytes of parts that nobody writes or reads, since another kernel takes their blocks."""
+    if operand != "dq_parts" or not launch.leaves:
+        return 0
+    count = evaluate(buffer.shape[buffer.axes.index("n")], {})
+    return _size(buffer, tokens, plan) * launch.leaves // count
 
 
 def _size(buffer: Buffer, tokens: int, plan: Plan) -> int:

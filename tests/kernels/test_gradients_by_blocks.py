@@ -149,23 +149,27 @@ def test_calls_that_cannot_have_it(device: str) -> None:
     assert not launch.specialises(None, x[..., 1:])
 
 
-@pytest.mark.parametrize(("group", "dim"), [(16, 128), (32, 64)])
-def test_sums_of_parts_as_threads_hold_them(group: int, dim: int, device: str) -> None:
-    """The layout of hopper.put_part, written out, and the way back to rows; −1 and blocks past the end are left out."""
+@pytest.mark.parametrize(("group", "dim", "leaves"), [(16, 128, 0), (32, 64, 0), (32, 64, 2)])
+def test_sums_of_parts_as_threads_hold_them(group: int, dim: int, leaves: int, device: str) -> None:
+    """The layout of hopper.put_part, written out, and the way back to rows; −1 and blocks past the end are left out.
+
+    And the last blocks up to a query's own, where they are another branch's: here those of queries from 128 on.
+    """
     spec = spec_of("group of 16") | {"heads": {"query": 2 * group, "kv": 2, "qk_dim": dim, "v_dim": 128}}
     module = nsagen.load(spec | {"name": f"gradients_{group}_{dim}"})
-    tokens, count, slots = 5, 6, 3
+    tokens, count, slots, first = 5, 6, 3, 128 if leaves else 0
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(2, tokens, count, group, dim, generator=g)
-    lists_ = torch.tensor([0, 1, 2, 7, -1, -1], dtype=torch.int32).expand(1, tokens, 2, count).contiguous()
+    lists_ = torch.tensor([0, 1, 2, 7, -1, -1], dtype=torch.int32).expand(1, first + tokens, 2, count).contiguous()
     #  row = 16·w + 8·half + r, column = 32·i + 8·c + 2·j + e
     held = rows.reshape(2, tokens, count, group // 16, 2, 8, dim // 32, 4, 4, 2).permute(0, 1, 2, 3, 4, 6, 5, 8, 7, 9)
-    before = torch.randn(1, tokens, 2 * group, dim, generator=g)
+    before = torch.randn(1, first + tokens, 2 * group, dim, generator=g)
     dq = before.clone().to(device)
     c = launch.pick(module._CONFIGS["selected_dq_sum"], dq)
     parts = held.contiguous().to(device)
     module.selected_dq_sum[(tokens * 2,)](
-        parts, lists_.to(device), dq, tokens, slots, 0, 2, 0, tokens, True, **c.options
+        parts, lists_.to(device), dq, first + tokens, slots, 0, 2, first, tokens, leaves, True, **c.options
     )
-    want = before + rows[:, :, :3].sum(2).permute(1, 0, 2, 3).reshape(1, tokens, 2 * group, dim)
+    want = before.clone()
+    want[:, first:] += rows[:, :, : 3 - leaves].sum(2).permute(1, 0, 2, 3).reshape(1, tokens, 2 * group, dim)
     torch.testing.assert_close(dq.cpu(), want, rtol=1e-5, atol=1e-5)

@@ -128,3 +128,15 @@ def test_memory_of_the_counts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_too_many_entries_are_refused() -> None:
     with pytest.raises(InputError, match="fewer than"):
         invert(torch.empty((1, 2**27, 1, 16), dtype=torch.int32, device="meta"), 64, None, 64)
+
+
+@pytest.mark.parametrize("leaves", [1, 3])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_the_last_blocks_up_to_a_query_can_be_left_out(leaves: int, chunk: int | None, device: str) -> None:
+    """As if the lists did not name them; nothing is left of a query near the start."""
+    blocks = some_lists((2, 61, 2, 5), 3, 8).to(device)
+    own = (torch.arange(61, device=device) // 8)[None, :, None, None]
+    far = torch.where(blocks > own - leaves, torch.full_like(blocks, -1), blocks)
+    assert (far != blocks).any() and (far >= 0).any()
+    got, want = invert(blocks, 8, None, 4, chunk, leaves), invert(far, 8, None, 4, chunk)
+    check(got, want._replace(entries=want.entries[: int(((far >= 0) & (far < 8)).sum())]))

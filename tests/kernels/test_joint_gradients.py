@@ -1,0 +1,113 @@
+"""The whole gradient by kernels whose warp copies, one of them for several branches: beside the others, on Hopper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen import api
+from nsagen.runtime import launch
+
+SPEC = {
+    "heads": {"query": 32, "kv": 2, "qk_dim": 128, "v_dim": 128},
+    "kv": "shared",
+    "branches": {
+        "compressed": {"block": 32, "stride": 16, "pool": "mean"},
+        "selected": {"block": 64, "top_n": 6, "initial": 1, "local": 2, "from": "compressed"},
+        "window": {"size": 220},
+    },
+    "combine": "gated_sum",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "takes": {},
+    "group of 32": {"heads": {"query": 32, "kv": 1, "qk_dim": 64, "v_dim": 64}},
+    "three local": {"selected": {"local": 3}, "window": {"size": 512}},
+    "own keys": {"kv": "per_branch"},
+    "the paper's": {"kv": "per_branch", "heads": {"query": 32, "kv": 2, "qk_dim": 192, "v_dim": 128}},
+    "group of 4": {"heads": {"query": 8, "kv": 2, "qk_dim": 128, "v_dim": 128}},
+    "group of 12": {"heads": {"query": 12, "kv": 1, "qk_dim": 72, "v_dim": 40}},
+    "none selected": {"selected": None},
+}
+LENGTHS = (33, 63, 64, 65, 127, 129, 200, 257, 700, 1500)
+
+
+def module_of(case: str) -> Any:
+    change = CASES[case]
+    branches = {b: {**o, **(change.get(b, {}))} for b, o in SPEC["branches"].items() if change.get(b, {}) is not None}
+    spec = {"name": "joint", **SPEC, **{x: y for x, y in change.items() if x in ("kv", "heads")}, "branches": branches}
+    return api.module_of(api.compiled_of(api.read(spec)))
+
+
+def needs_hopper() -> None:
+    if not torch.cuda.is_available() or launch.chip(0).arch != "sm_90":
+        pytest.skip("needs a GPU of sm_90")
+
+
+def inputs(module: Any, length: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """q, k, v, gates, some of them 0, and d_out, of two batch entries; keys by branch where they are."""
+    heads, branches = module.SPEC["heads"], module.SPEC["branches"]
+    g = torch.Generator().manual_seed(length)
+
+    def rows(count: int, dim: int) -> Tensor:
+        return torch.randn(2, length, count, dim, generator=g).to(device, dtype).requires_grad_()
+
+    def keys(dim: int) -> Any:
+        shared = module.SPEC["kv"] == "shared"
+        return rows(heads["kv"], dim) if shared else {b: rows(heads["kv"], dim) for b in branches}
+
+    gates = torch.rand(2, length, heads["query"], len(branches), generator=g)
+    gates[:, ::3, :, -1] = gates[:, ::5, :, -2] = 0.0
+    found = {"q": rows(heads["query"], heads["qk_dim"]), "k": keys(heads["qk_dim"]), "v": keys(heads["v_dim"])}
+    found |= {"gates": gates.to(device, dtype).requires_grad_()}
+    return found | {"d_out": torch.randn(2, length, heads["query"], heads["v_dim"], generator=g).to(device, dtype)}
+
+
+def leaves(given: dict[str, Any]) -> list[Tensor]:
+    nested = [x if isinstance(x, Tensor) else list(x.values()) for n, x in given.items() if n != "d_out"]
+    return [x for some in nested for x in (some if isinstance(some, list) else [some])]
+
+
+def gradients(module: Any, given: dict[str, Any], recompute: bool = False) -> list[Tensor]:
+    out = module.attention(given["q"], given["k"], given["v"], given["gates"], module.Compressor(), recompute=recompute)
+    return list(torch.autograd.grad(out, leaves(given), given["d_out"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_as_without(case: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_hopper()
+    module, joints = module_of(case), list[bool]()
+    joint = module._joint_queries
+    monkeypatch.setattr(module, "_joint_queries", lambda *x: joints.append((y := joint(*x)) is not None) or y)
+    monkeypatch.setattr(launch, "POISON", True)
+    for length in LENGTHS:
+        given = inputs(module, length, dtype, device)
+        got, again, lean = (gradients(module, given, recompute) for recompute in (False, False, True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "PLAIN", True)
+            want = gradients(module, given)
+        largest = max(float(x.float().norm()) for x in want)
+        for number, (a, b, c, d) in enumerate(zip(got, want, again, lean, strict=True)):
+            assert oracle.error(a.float(), b.float(), largest) < 5e-3, (length, number)
+            assert oracle.error(a.float(), d.float(), largest) < 5e-3, (length, number)
+            assert torch.equal(a, c), (length, number)
+    assert joints == [True, True, False] * len(LENGTHS)
+
+
+def test_keys_taken_over_are_the_local_blocks(device: str) -> None:
+    """dk of a key that only the selected branch's gate lets through, beside float64."""
+    needs_hopper()
+    module, length = module_of("takes"), 300
+    given = inputs(module, length, torch.bfloat16, device)
+    gates = torch.zeros_like(given["gates"])
+    gates[..., 1] = 1.0
+    given["gates"] = gates.requires_grad_()
+    got = gradients(module, given)
+    doubles = {n: x.detach().double().requires_grad_(n != "d_out") for n, x in given.items()}
+    want = gradients(module, doubles)
+    for a, b in zip(got[:3], want[:3], strict=True):
+        assert oracle.error(a.double(), b) < 1e-2

@@ -1,0 +1,146 @@
+"""dq of several branches in one kernel, and listed keys that one takes over: in which plans, and to the same end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsagen import api
+from nsagen.compiler import lower
+from nsagen.errors import IRError
+from nsagen.interp.plan import run_op
+from nsagen.ir.graph import Graph
+from nsagen.ir.plan import PLAIN, SPECIALISED, Launch, Plan, Taken
+from nsagen.ir.verify import verify
+from nsagen.passes.joint import JOINT
+from nsagen.tools.costs import pairs
+
+HEADS = {"query": 16, "kv": 1, "qk_dim": 64, "v_dim": 64}
+COMPRESSED = {"block": 32, "stride": 16, "pool": "mean"}
+SELECTED = {"block": 64, "top_n": 4, "initial": 1, "local": 2, "from": "compressed"}
+WINDOW = {"size": 220}
+
+
+def plan_of(heads: dict[str, int] | None = None, kv: str = "shared", **branches: dict[str, Any] | None) -> Plan:
+    found = {"compressed": COMPRESSED, "selected": SELECTED, "window": WINDOW} | branches
+    given = {x: y for x, y in found.items() if y is not None}
+    spec = {"name": "joint", "heads": heads or HEADS, "kv": kv, "branches": given, "combine": "gated_sum"}
+    plan = lower(api.read(spec))[-1].ir
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def launches(plan: Plan, op: str = "attention_grad") -> list[Launch]:
+    return list(next(o for o in plan.ops if o.name == op).launches)
+
+
+def has_joint(plan: Plan) -> bool:
+    return any(k.name == JOINT for k in plan.kernels)
+
+
+def taken(plan: Plan) -> set[tuple[str, Taken]]:
+    return {(k.name, k.takes) for k in plan.kernels if k.takes}
+
+
+def test_one_kernel_has_dq_of_both_dense_branches() -> None:
+    plan = plan_of()
+    found = launches(plan)
+    joint = next(x for x in found if x.kernel == JOINT)
+    assert joint.when == (SPECIALISED,) and not joint.accumulate
+    assert {x.kernel for x in found if PLAIN in x.when} >= {"compressed_dq", "window_dq"}
+    assert not {"compressed_queries", "window_queries"} & {x.kernel for x in found}
+    assert {w.axis.name for w in plan.kernel(JOINT).walks} == {"compressed", "T"}
+    alone = launches(plan, "window_attention_grad") + launches(plan, "attention_lean_grad")
+    assert "window_queries" in {x.kernel for x in alone} and JOINT not in {x.kernel for x in alone}
+
+
+def test_a_row_may_be_empty_in_one_branch_of_two() -> None:
+    assert "rows_may_be_empty" in plan_of().kernel(JOINT).facts
+    assert "rows_may_be_empty" not in plan_of().kernel("window_queries").facts
+
+
+def test_the_window_takes_the_local_blocks() -> None:
+    plan = plan_of()
+    assert taken(plan) == {(JOINT, Taken(1, 64, 2)), ("window_keys", Taken(0, 64, 2))}
+    left = {x.kernel: x.leaves for x in launches(plan) if x.leaves}
+    assert left == {"selected_grads": 2, "selected_dq_sum": 2, "selected_sum": 2}
+    assert not any(x.leaves for op in plan.ops if op.doc != "whole_grad" for x in op.launches)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kv": "per_branch"},
+        {"selected": SELECTED | {"local": 0}},
+        {"selected": SELECTED | {"block": 32}},
+        {"window": {"size": 200}},
+        {"heads": HEADS | {"query": 8}},
+        {"heads": HEADS | {"qk_dim": 192}},
+    ],
+    ids=["own keys", "no local block", "small blocks", "short window", "small group", "wide keys"],
+)
+def test_where_it_cannot_it_does_not(given: dict[str, Any]) -> None:
+    plan = plan_of(**given)
+    assert has_joint(plan) and not taken(plan)
+    assert not any(x.leaves for op in plan.ops for x in op.launches)
+
+
+def test_windows_just_long_enough() -> None:
+    """128 local keys, a tile of 64 and one of 8 queries: no key of a masked tile counts twice."""
+    assert taken(plan_of(window={"size": 201})) and not taken(plan_of(window={"size": 200}))
+
+
+def test_one_dense_branch_has_nothing_to_join() -> None:
+    assert not has_joint(plan_of(window=None))
+    assert not has_joint(plan_of(window={"size": 220, "sinks": 4}))  # two pieces: without that form
+
+
+def test_costs_know_what_is_left() -> None:
+    plan = plan_of()
+    walk = plan.kernel("selected_grads").walks[0]
+    assert walk.listed is not None
+    every, far = (pairs(walk.piece, walk.axis, 1000, walk.listed, leaves) for leaves in (0, 2))
+    assert far == sum(64 * min(2, max(0, t // 64 - 1)) for t in range(1000))
+    assert every - far == sum(t + 1 if t < 128 else 64 + t % 64 + 1 for t in range(1000))
+
+
+def test_the_verifier_wants_what_is_left_to_be_taken() -> None:
+    plan = plan_of()
+    for change in (
+        lambda x: replace(x, leaves=0),
+        lambda x: replace(x, leaves=1) if x.kernel == "selected_sum" else x,
+        lambda x: replace(x, binds=tuple(b for b in x.binds if not b[0].endswith("_taken"))),
+        lambda x: replace(x, binds=x.binds[:-2]) if x.kernel == "window_keys" else x,
+    ):
+        ops = tuple(replace(op, launches=tuple(map(change, op.launches))) for op in plan.ops)
+        with pytest.raises(IRError, match="attention_grad"):
+            verify(replace(plan, ops=ops), "place_accesses")
+    verify(plan, "place_accesses")
+
+
+@pytest.mark.parametrize("chunk", [None, 150])
+def test_the_gradients_are_the_same(chunk: int | None) -> None:
+    """The kernels that a GPU of sm_90 takes, and the others; a gate of 0 shifts lse to infinity."""
+    stages = lower(api.read({"name": "j", "heads": HEADS, "kv": "shared", "branches": {
+        "compressed": COMPRESSED, "selected": SELECTED, "window": WINDOW}, "combine": "gated_sum"}))  # fmt: skip
+    graph, plan = next(s.ir for s in stages if s.name == "derive_weights"), stages[-1].ir
+    assert isinstance(plan, Plan) and isinstance(graph, Graph)
+    tokens, rng = 300, np.random.default_rng(0)
+    heads = {"q": 16, "k": 1, "v": 1, "d_out": 16}
+    values = {x: rng.standard_normal((1, tokens, count, 64)) for x, count in heads.items()}
+    for x in ("k", "v"):
+        values[f"{x}_cmp"] = np.stack([values[x][:, i * 16 : i * 16 + 32].mean(1) for i in range(17)], 1)
+    values["gates"] = rng.uniform(size=(1, tokens, 16, 3))
+    values["gates"][:, ::7, :, 2] = values["gates"][:, ::5, :, 1] = 0.0
+    forward = next(o for o in plan.ops if o.name == "attention")
+    values |= run_op(plan, "attention", {x: values[x] for x in forward.inputs}, (64, 64))
+    inputs = {x: values[x] for x in next(o for o in plan.ops if o.name == "attention_grad").inputs}
+    plain, other = (
+        run_op(plan, "attention_grad", inputs, (128, 64), chunk=chunk, form=form) for form in ("plain", "specialised")
+    )
+    for name, got in other.items():
+        assert np.isfinite(got).all(), name
+        np.testing.assert_allclose(got, plain[name], rtol=1e-9, atol=1e-11, err_msg=name)
