@@ -284,7 +284,7 @@ class MeanCompressor(Compressor):
         if not (launch.use_kernels(k) and launch.use_kernels(v)):
             return super().forward(k, v, cu_seqlens, start)
         self._check(k, v, cu_seqlens)
-        k_cmp, v_cmp = (mean_pool.pooled(x, cu_seqlens, self.block, self.stride) for x in (k, v))
+        k_cmp, v_cmp = mean_pool.pooled_pair(k, v, cu_seqlens, self.block, self.stride)
         if self.rope is None:
             return k_cmp, v_cmp
         rows = self._rows(k, cu_seqlens, start)

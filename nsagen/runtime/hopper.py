@@ -9,7 +9,6 @@ from __future__ import annotations
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 from functools import lru_cache
-from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -165,14 +164,12 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 def boxes(x: torch.Tensor, widths: tuple[int, ...], rows: int) -> list[Boxes]:
     """Tensor maps of keys or values [B, N, H, D] for boxes of `rows` rows of one head, one for each part of D."""
-    shape, strides = list(x.shape), launch.map_strides(x)
-    return [Boxes(x, shape, strides, [1, rows, 1, width], _layout((1, rows, 1, width), x.dtype)) for width in widths]
+    return [_map_of(x, (1, rows, 1, width)) for width in widths]
 
 
 def row_boxes(x: torch.Tensor, heads: int, tokens: int = 1) -> Boxes:
     """A tensor map of rows [B, T, H, D] for boxes of 64 columns of the `heads` heads of so many tokens."""
-    box = (1, tokens, heads, 64)
-    return Boxes(x, list(x.shape), launch.map_strides(x), list(box), _layout(box, x.dtype))
+    return _map_of(x, (1, tokens, heads, 64))
 
 
 def key_maps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor, group: int) -> list[Boxes]:
@@ -181,10 +178,15 @@ def key_maps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Ten
     return [*boxes(k, (k.shape[-1],), 64), *boxes(v, (v.shape[-1],), 64), *rows]
 
 
-@lru_cache(maxsize=256)
-def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """How a box lies in shared memory. Kept, since a launch that asks for it anew takes longer."""
-    return gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[dtype])
+def _map_of(x: torch.Tensor, box: tuple[int, ...]) -> Boxes:
+    return launch.placed(_form(x.shape, x.stride(), x.dtype, box), x)
+
+
+@lru_cache(maxsize=1024)
+def _form(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, box: tuple[int, ...]) -> Boxes:
+    layout = gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[dtype])  # how a box lies in shared memory
+    steps = launch.map_strides(shape, strides, dtype)
+    return Boxes(launch.nowhere(dtype), list(shape), steps, list(box), layout)
 
 
 def programs(total: int, x: torch.Tensor) -> int:

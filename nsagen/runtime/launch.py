@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -151,9 +152,9 @@ def splits(programs: int, length: int, step: int) -> int:
     return max(1, min(MOST_SPLITS, -(-PROGRAMS // max(1, programs)), length // (4 * step)))
 
 
-def strides(x: torch.Tensor) -> tuple[int, int, int]:
+def strides(x: torch.Tensor) -> tuple[int, ...]:
     """Strides of [B, T, H, D] but the last, which is 1."""
-    return x.stride(0), x.stride(1), x.stride(2)
+    return x.stride()[:3]
 
 
 def mapped(cu_seqlens: torch.Tensor | None, *keys: torch.Tensor) -> bool:
@@ -181,23 +182,47 @@ def maps(
     """
     if block % rows or not mapped(cu_seqlens, x):
         return [None] * len(widths)
-    return [TensorDescriptor(x, list(x.shape), map_strides(x), [1, rows, 1, width]) for width in widths]
+    return [placed(_form(x.shape, x.stride(), x.dtype, (1, rows, 1, width)), x) for width in widths]
 
 
-def map_strides(x: torch.Tensor) -> list[int]:
+def placed(form: Any, x: torch.Tensor) -> Any:
+    """A copy of the tensor map at x. Its checks were the form's, and to repeat them takes as long as a launch.
+
+    Of an address Triton asks what `mapped` does.
+    """
+    made = copy(form)
+    made.base = x
+    return made
+
+
+@lru_cache(maxsize=1024)
+def _form(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, box: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(nowhere(dtype), list(shape), map_strides(shape, strides, dtype), list(box))
+
+
+def nowhere(dtype: torch.dtype) -> torch.Tensor:
+    """What a form is made with in place of a tensor, which would be kept."""
+    return torch.empty(0, dtype=dtype, device="meta")
+
+
+def map_strides(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> list[int]:
     """Strides as a tensor map takes them, which asks for whole 16 bytes of a dim of one, too."""
-    some = x.shape[-1] * x.element_size()
-    strides = (stride if size > 1 else some for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    return [*strides, 1]
+    some = shape[-1] * dtype.itemsize
+    return [*(stride if size > 1 else some for size, stride in zip(shape[:-1], strides[:-1], strict=True)), 1]
 
 
 def _can_map(x: torch.Tensor) -> bool:
-    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
-    if x.data_ptr() % 16 or any(s <= 0 or s % 16 for s in steps) or not x.numel():
+    if x.data_ptr() % 16 or not _mappable(x.shape, x.stride(), x.dtype):
         return False
     if not x.is_cuda:
         return True  # the interpreter has them, for every dtype
     return x.element_size() == 2 and chip(x.device.index or 0).arch != ARCHES[0]
+
+
+@lru_cache(maxsize=1024)
+def _mappable(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> bool:
+    steps = [stride * dtype.itemsize for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1]
+    return bool(shape.numel()) and all(s > 0 and s % 16 == 0 for s in steps)
 
 
 def rest(q: torch.Tensor, shape: tuple[int, ...] | None = None, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,16 +13,25 @@ from torch import Tensor
 from nsagen.runtime import device, launch
 from nsagen.runtime.ops import differentiate, register
 
-NAMESPACE = "nsagen_mean_pool_1"  # copies of other versions in the process share what they register
+NAMESPACE = "nsagen_mean_pool_2"  # copies of other versions in the process share what they register
 
 
 def pooled(x: Tensor, cu_seqlens: Tensor | None, block: int, stride: int) -> Tensor:
     """The means of blocks of `block` tokens, one every `stride`: x [B, T, Hkv, D] -> [B, rows, Hkv, D] in x's dtype.
 
     Sums in float32. rows = max(0, ⌊(T − block)/stride⌋ + 1); packed: ⌊T/stride⌋, block i of sequence s at row
-    ⌊cu[s]/stride⌋ + i, unused rows zero.
+    ⌊cu[s]/stride⌋ + i, unused rows zero. Without a gradient.
     """
-    return _forward(x if x.stride(-1) == 1 else x.contiguous(), cu_seqlens, block, stride)
+    return _one(_last_contiguous(x), cu_seqlens, block, stride)
+
+
+def pooled_pair(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, block: int, stride: int) -> tuple[Tensor, Tensor]:
+    """`pooled` of k and v in one operator, which has a gradient: half of what torch does beside the kernels."""
+    return _pair(_last_contiguous(k), _last_contiguous(v), cu_seqlens, block, stride)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows(x: Tensor, cu_seqlens: Tensor | None, block: int, stride: int) -> int:
@@ -46,6 +55,14 @@ def _mean_fake(x: Tensor, cu_seqlens: Optional[Tensor], block: int, stride: int)
     return x.new_empty((x.shape[0], _rows(x, cu_seqlens, block, stride), *x.shape[2:]))
 
 
+def _means(k: Tensor, v: Tensor, cu_seqlens: Optional[Tensor], block: int, stride: int) -> tuple[Tensor, Tensor]:
+    return _mean(k, cu_seqlens, block, stride), _mean(v, cu_seqlens, block, stride)
+
+
+def _means_fake(k: Tensor, v: Tensor, cu_seqlens: Optional[Tensor], block: int, stride: int) -> tuple[Tensor, Tensor]:
+    return _mean_fake(k, cu_seqlens, block, stride), _mean_fake(v, cu_seqlens, block, stride)
+
+
 def _grad(d_out: Tensor, cu_seqlens: Optional[Tensor], length: int, block: int, stride: int) -> Tensor:
     batch, rows, heads, dim = d_out.shape
     d_x = launch.empty(d_out, (batch, length, heads, dim), cu_seqlens)
@@ -63,22 +80,29 @@ def _grad_fake(d_out: Tensor, cu_seqlens: Optional[Tensor], length: int, block: 
     return d_out.new_empty((d_out.shape[0], length, *d_out.shape[2:]))
 
 
-_forward = register(NAMESPACE, "mean", _mean, _mean_fake)
-_backward = register(NAMESPACE, "mean_grad", _grad, _grad_fake)
+_one = register(NAMESPACE, "mean", _mean, _mean_fake)
+_pair = register(NAMESPACE, "means", _means, _means_fake)
+_one_grad = register(NAMESPACE, "mean_grad", _grad, _grad_fake)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, cu_seqlens, ctx.block, ctx.stride = inputs
-    ctx.length = x.shape[1]
+    k, _, cu_seqlens, ctx.block, ctx.stride = inputs
+    ctx.length = k.shape[1]
+    ctx.set_materialize_grads(False)  # a mean that nothing was made of has no gradient to share out
     ctx.save_for_backward(cu_seqlens)
 
 
-def _gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, *d_outs: Tensor | None) -> tuple[Any, ...]:
     (cu_seqlens,) = ctx.saved_tensors
-    return _backward(d_out.contiguous(), cu_seqlens, ctx.length, ctx.block, ctx.stride), None, None, None
+    sizes = cu_seqlens, ctx.length, ctx.block, ctx.stride
+    d_inputs = (
+        _one_grad(d.contiguous(), *sizes) if d is not None and needed else None
+        for d, needed in zip(d_outs, ctx.needs_input_grad[:2], strict=True)
+    )
+    return *d_inputs, None, None, None
 
 
-differentiate(_forward, _keep, _gradient)
+differentiate(_pair, _keep, _gradients)
 
 
 @triton.jit(do_not_specialize=["T", "rows", "sequences"])

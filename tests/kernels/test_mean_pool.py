@@ -71,3 +71,17 @@ def test_no_row_at_all(shape: tuple[int, int], device: str) -> None:
     assert k_cmp.shape[1] == max(0, (shape[1] - 4) // 2 + 1)
     (k_cmp.sum() + v_cmp.sum()).backward()
     assert k.grad is not None and (k.grad == 0).all()
+
+
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_a_gradient_for_one_alone(of: str, device: str) -> None:
+    """What nothing is made of, or what asks for none, gets no gradient, and no kernel shares one out."""
+    phi = MeanCompressor(block=4, stride=2, kv_heads=HEADS, k_dim=K_DIM, v_dim=V_DIM)
+    one, other = (0, 1) if of == "k" else (1, 0)
+    x = [torch.ones(1, 9, HEADS, d, device=device, requires_grad=True) for d in (K_DIM, V_DIM)]
+    phi(*x)[one].sum().backward()
+    assert x[one].grad is not None and x[other].grad is None
+    alone = [y.detach().requires_grad_(i == one) for i, y in enumerate(x)]
+    sum(y.sum() for y in phi(*alone)).backward()
+    assert alone[other].grad is None
+    torch.testing.assert_close(alone[one].grad, x[one].grad)

@@ -112,12 +112,12 @@ def test_a_window_of_one_token_more_is_seen(device: str) -> None:
 
 def test_compressed_lengths_of_packed_sequences_are_their_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fla #707: lengths from the total. Also where a sequence is shorter than l."""
-    sound = mean_pool.pooled
+    sound = mean_pool.pooled_pair
 
-    def from_total(x: Tensor, cu_seqlens: Tensor, *sizes: int) -> Tensor:
-        return sound(x, cu_seqlens[[0, -1]], *sizes)
+    def from_total(k: Tensor, v: Tensor, cu_seqlens: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+        return sound(k, v, cu_seqlens[[0, -1]], *sizes)
 
-    monkeypatch.setattr(mean_pool, "pooled", from_total)
+    monkeypatch.setattr(mean_pool, "pooled_pair", from_total)
     sees(PACKED, None, device)
 
 

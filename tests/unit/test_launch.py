@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsagen.runtime import launch
 
@@ -46,6 +47,16 @@ def test_boxes_of_a_block_s_keys() -> None:
     assert (first.block_shape, second.block_shape) == ([1, 32, 1, 128], [1, 32, 1, 64])
     by_head = launch.maps(x.transpose(1, 2).contiguous().transpose(1, 2), (128, 64), 64, 64, None)
     assert by_head[0] is not None and by_head[0].strides == [76800, 192, 19200, 1]
+
+
+def test_maps_of_equal_form_are_of_their_own_tensors() -> None:
+    """Triton's checks are made once a form, with no tensor that would be kept."""
+    a, b = (torch.zeros(1, 96, 2, 64) for _ in range(2))
+    (of_a,), (of_b,) = (launch.maps(x, (64,), 16, 64, None) for x in (a, b))
+    assert of_a is not None and of_b is not None and of_a is not of_b
+    assert of_a.base is a and of_b.base is b
+    made = TensorDescriptor(b, [1, 96, 2, 64], [64 * 4, 128, 64, 1], [1, 16, 1, 64])
+    assert type(of_b) is TensorDescriptor and vars(of_b) | {"base": None} == vars(made) | {"base": None}
 
 
 @pytest.mark.parametrize(
