@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  12f65b405a3f
+content  b53fe15563a3
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -26,7 +26,8 @@ window_fwd               query_major, because mode=train: every query tile has B
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
+window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
+window_sum               shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32; rides, because the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
@@ -74,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_12f65b405a3f"
+_SPACE = "nsagen_gqa_llama_b53fe15563a3"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -168,7 +169,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "compressed_keys": Tiles("compressed_keys", "f28fcf409de9", {
+    "compressed_keys": Tiles("compressed_keys", "ee5ed2577f8b", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
@@ -389,9 +390,17 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "ce22bb105a37", {
+    "window_keys": Tiles("window_keys", "5cb354c1841d", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
+        ),
+    }),
+    "window_sum": Tiles("window_sum", "e138fe1926e3", {
+        ("sm_80", 16): (
+            Config(16, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
         ),
     }),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
@@ -1128,16 +1137,24 @@ def compressed_dkv(
 
 
 @gluon.jit
-def compressed_keys_range(s0, T, run_lo, run_hi, BN: gl.constexpr):
+def compressed_keys_range(s0, T, BN: gl.constexpr):
     """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
     BT: gl.constexpr = 16
     some_lo = 16 * s0 + 31
     some_hi = T
     all_lo = 16 * BN + 16 * s0 + 15
     all_hi = T
-    some_lo, some_hi = max(some_lo, run_lo), min(some_hi, run_hi)
     first = some_lo // BT
     return first, max(first, (some_hi + 15) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def compressed_keys_share(s0, T, shares):
+    """Those of this program, of all that share the tile: a run of all queries, none for many of a late tile."""
+    first, last, _, _ = compressed_keys_range(s0, T, 128)
+    steps = (T + 16 * shares - 1) // (16 * shares)
+    first = max(first, gl.program_id(1) * steps)
+    return first, max(first, min(last, (gl.program_id(1) + 1) * steps))
 
 
 @gluon.jit
@@ -1186,7 +1203,7 @@ def compressed_keys_step(
 
 @gluon.jit
 def compressed_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, HALF: gl.constexpr, STAGES: gl.constexpr
 ):
     """A warpgroup: 64 of the keys."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -1195,8 +1212,8 @@ def compressed_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)  # of the tile's steps
-    own, end, lo, hi = compressed_keys_range(s0 + 64 * HALF, T, run_lo, run_hi, 64)
+    first, last = compressed_keys_share(s0, T, shares)
+    own, end, lo, hi = compressed_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     compressed_keys_pass(first, first, own, full, empty, STAGES)
     mbarrier.wait(arrived, 0)
@@ -1206,18 +1223,18 @@ def compressed_keys_multiply(
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
-    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 256, 1) + d
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 256, 1) + d
     gl.store(out, dk * scale, mask=inside)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
-    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 256 + 128, 1) + d
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 256 + 128, 1) + d
     gl.store(out, dv, mask=inside)
 
 
 @gluon.jit
 def compressed_keys_copy(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES: gl.constexpr
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES: gl.constexpr
 ):
     """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
     mbarrier.expect(arrived, 65536)
@@ -1225,7 +1242,7 @@ def compressed_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)
+    first, last = compressed_keys_share(s0, T, shares)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -1242,9 +1259,9 @@ def compressed_keys_copy(
         hopper.fetch_rows(do_map0, b, step * 16, h * 4, 64, do_ring.index(at), 1, full.index(at))
 
 
-@gluon.jit(do_not_specialize=["T", "tiles", "splits"])
+@gluon.jit(do_not_specialize=["T", "tiles", "shares"])
 def compressed_keys_specialised(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, splits, split_st, scale, key_rows,
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, shares, share_st, scale, key_rows,
     BN: gl.constexpr, STAGES: gl.constexpr,
 ):
     """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 4 heads of one KV head."""
@@ -1254,9 +1271,6 @@ def compressed_keys_specialised(
     s0 = tile * BN
     n = max(0, T - 16) // 16
     key_row = b.to(gl.int64) * key_rows * 8 + h  # of key 0, in rows of one head
-    run = (T + 16 * splits - 1) // (16 * splits) * 16  # queries of a program
-    run_lo = gl.program_id(1) * run
-    run_hi = run_lo + run
     DTYPE: gl.constexpr = k_map0.dtype
     k_tiles, v_tiles = hopper.tiles(DTYPE, 2, 64, 128), hopper.tiles(DTYPE, 2, 64, 128)
     q_ring, do_ring = hopper.tiles(DTYPE, STAGES, 64, 128), hopper.tiles(DTYPE, STAGES, 64, 128)
@@ -1266,12 +1280,12 @@ def compressed_keys_specialised(
     fence_async_shared()
     gl.warp_specialize([
         (compressed_keys_multiply, (
-            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 0, STAGES,
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 0, STAGES,
         )),
         (compressed_keys_multiply, (
-            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 1, STAGES,
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 1, STAGES,
         )),
-        (compressed_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES)),
+        (compressed_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES)),
     ], [4, 1], [240, 24])
 
 
@@ -2555,6 +2569,15 @@ def window_keys_range(s0, T, BN: gl.constexpr):
 
 
 @gluon.jit
+def window_keys_share(s0, T, shares):
+    """Those of this program, of all that share the tile: as many for each."""
+    first, last, _, _ = window_keys_range(s0, T, 128)
+    steps = (last - first + shares - 1) // shares
+    first = min(first + gl.program_id(1) * steps, last)
+    return first, min(first + steps, last)
+
+
+@gluon.jit
 def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
     """Steps that none of the warpgroup's keys are seen in."""
     for number in range(start - first, end - first):
@@ -2600,7 +2623,7 @@ def window_keys_step(
 
 @gluon.jit
 def window_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
 ):
     """A warpgroup: 64 of the keys."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -2609,7 +2632,7 @@ def window_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last, _, _ = window_keys_range(s0, T, 128)  # of the tile's steps
+    first, last = window_keys_share(s0, T, shares)
     own, end, lo, hi = window_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     window_keys_pass(first, first, own, full, empty, STAGES)
@@ -2620,16 +2643,24 @@ def window_keys_multiply(
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
-    hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
+    if parts_ptr is not None:
+        out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 256, 1) + d
+        gl.store(out, dk * scale, mask=inside)
+    else:
+        hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
-    hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 128, 1) + d, dv, inside, ACCUMULATE)
+    if parts_ptr is not None:
+        out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 256 + 128, 1) + d
+        gl.store(out, dv, mask=inside)
+    else:
+        hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 8) * 128, 1) + d, dv, inside, ACCUMULATE)
 
 
 @gluon.jit
 def window_keys_copy(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES: gl.constexpr
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES: gl.constexpr
 ):
     """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
     mbarrier.expect(arrived, 65536)
@@ -2637,7 +2668,7 @@ def window_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last, _, _ = window_keys_range(s0, T, 128)
+    first, last = window_keys_share(s0, T, shares)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -2654,12 +2685,12 @@ def window_keys_copy(
         hopper.fetch_rows(do_map0, b, step * 16, h * 4, 64, do_ring.index(at), 1, full.index(at))
 
 
-@gluon.jit(do_not_specialize=["T", "tiles"])
+@gluon.jit(do_not_specialize=["T", "tiles", "shares"])
 def window_keys_specialised(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, tiles, scale, key_rows,
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, dk_ptr, dv_ptr, T, tiles, shares, share_st, scale, key_rows,
     BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):
-    """dk and dv from the scores recomputed with lse; one program: BN keys × the 4 heads of one KV head."""
+    """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 4 heads of one KV head."""
     tile = gl.program_id(0) % tiles
     h = gl.program_id(0) // tiles % 8
     b = gl.program_id(0) // tiles // 8
@@ -2675,13 +2706,33 @@ def window_keys_specialised(
     fence_async_shared()
     gl.warp_specialize([
         (window_keys_multiply, (
-            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 0, STAGES, ACCUMULATE,
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, 0, STAGES, ACCUMULATE,
         )),
         (window_keys_multiply, (
-            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 1, STAGES, ACCUMULATE,
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, 1, STAGES, ACCUMULATE,
         )),
-        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES)),
+        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES)),
     ], [4, 1], [240, 24])
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < rows)[:, None]
+    row = row[:, None]
+    dk0 = tl.zeros([BM, 128], dtype=tl.float32)
+    dv0 = tl.zeros([BM, 128], dtype=tl.float32)
+    for split in range(splits):
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 256
+        d = tl.arange(0, 128)[None, :]
+        dk0 += tl.load(part + d, mask=inside, other=0.0)
+        d = tl.arange(0, 128)[None, :]
+        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dk_ptr + row * 128 + d, dk0, inside, ACCUMULATE)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dv_ptr + row * 128 + d, dv0, inside, ACCUMULATE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -4605,9 +4656,17 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
     maps = hopper.key_maps(q, k, v, d_out, 4) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     if copied:
-        window_keys_specialised[(tiles * 8 * batch,)](
-            *maps, lse, delta, dk, dv, length, tiles, scale, k.shape[1], c.bn, c.stages, adds, **c.options,
+        shares = hopper.shares(tiles * 8 * batch, min(-(-length // 16), 40), q.device)
+        shape = (shares, *k.shape[:3], 256)
+        parts = launch.empty(q, shape, None, torch.float32) if shares > 1 else None
+        window_keys_specialised[(tiles * 8 * batch, shares)](
+            *maps, lse, delta, parts, dk, dv, length, tiles, shares, 0 if parts is None else parts.stride(0), scale,
+            k.shape[1], c.bn, c.stages, adds, **c.options,
         )
+        if parts is not None:
+            c = launch.pick(_CONFIGS["window_sum"], q)
+            rows = parts[0].numel() // 256
+            window_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, shares, c.bm, adds, **c.options)
     else:
         window_dkv[(tiles * 8 * batch,)](
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  47498db5041d
+content  63ab54c9eb26
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -26,7 +26,8 @@ window_fwd               query_major, because mode=train: every query tile has B
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90); shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and of d_out and v, serves the gradients of both
+window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90); shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and of d_out and v, serves the gradients of both
+window_sum               shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32; rides, because the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
@@ -74,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_47498db5041d"
+_SPACE = "nsagen_nsa_128_63ab54c9eb26"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -168,7 +169,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "compressed_keys": Tiles("compressed_keys", "a325f030bdf8", {
+    "compressed_keys": Tiles("compressed_keys", "36415cd47aea", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
@@ -388,9 +389,17 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "abd9c078b413", {
+    "window_keys": Tiles("window_keys", "db558a28286e", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 201728, maps=True, specialised=True),
+        ),
+    }),
+    "window_sum": Tiles("window_sum", "e138fe1926e3", {
+        ("sm_80", 16): (
+            Config(16, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
         ),
     }),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
@@ -1127,16 +1136,24 @@ def compressed_dkv(
 
 
 @gluon.jit
-def compressed_keys_range(s0, T, run_lo, run_hi, BN: gl.constexpr):
+def compressed_keys_range(s0, T, BN: gl.constexpr):
     """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
     BT: gl.constexpr = 4
     some_lo = 16 * s0 + 31
     some_hi = T
     all_lo = 16 * BN + 16 * s0 + 15
     all_hi = T
-    some_lo, some_hi = max(some_lo, run_lo), min(some_hi, run_hi)
     first = some_lo // BT
     return first, max(first, (some_hi + 3) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def compressed_keys_share(s0, T, shares):
+    """Those of this program, of all that share the tile: a run of all queries, none for many of a late tile."""
+    first, last, _, _ = compressed_keys_range(s0, T, 128)
+    steps = (T + 4 * shares - 1) // (4 * shares)
+    first = max(first, gl.program_id(1) * steps)
+    return first, max(first, min(last, (gl.program_id(1) + 1) * steps))
 
 
 @gluon.jit
@@ -1185,7 +1202,7 @@ def compressed_keys_step(
 
 @gluon.jit
 def compressed_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, HALF: gl.constexpr, STAGES: gl.constexpr
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, HALF: gl.constexpr, STAGES: gl.constexpr
 ):
     """A warpgroup: 64 of the keys."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -1194,8 +1211,8 @@ def compressed_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)  # of the tile's steps
-    own, end, lo, hi = compressed_keys_range(s0 + 64 * HALF, T, run_lo, run_hi, 64)
+    first, last = compressed_keys_share(s0, T, shares)
+    own, end, lo, hi = compressed_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     compressed_keys_pass(first, first, own, full, empty, STAGES)
     mbarrier.wait(arrived, 0)
@@ -1205,18 +1222,18 @@ def compressed_keys_multiply(
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
-    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256, 1) + d
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256, 1) + d
     gl.store(out, dk * scale, mask=inside)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
-    out = parts_ptr + gl.program_id(1).to(gl.int64) * split_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256 + 128, 1) + d
+    out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256 + 128, 1) + d
     gl.store(out, dv, mask=inside)
 
 
 @gluon.jit
 def compressed_keys_copy(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES: gl.constexpr
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES: gl.constexpr
 ):
     """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
     mbarrier.expect(arrived, 65536)
@@ -1224,7 +1241,7 @@ def compressed_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last, _, _ = compressed_keys_range(s0, T, run_lo, run_hi, 128)
+    first, last = compressed_keys_share(s0, T, shares)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -1241,9 +1258,9 @@ def compressed_keys_copy(
         hopper.fetch_rows(do_map0, b, step * 4, h * 16, 64, do_ring.index(at), 1, full.index(at))
 
 
-@gluon.jit(do_not_specialize=["T", "tiles", "splits"])
+@gluon.jit(do_not_specialize=["T", "tiles", "shares"])
 def compressed_keys_specialised(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, splits, split_st, scale, key_rows,
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, shares, share_st, scale, key_rows,
     BN: gl.constexpr, STAGES: gl.constexpr,
 ):
     """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 16 heads of one KV head."""
@@ -1253,9 +1270,6 @@ def compressed_keys_specialised(
     s0 = tile * BN
     n = max(0, T - 16) // 16
     key_row = b.to(gl.int64) * key_rows * 4 + h  # of key 0, in rows of one head
-    run = (T + 4 * splits - 1) // (4 * splits) * 4  # queries of a program
-    run_lo = gl.program_id(1) * run
-    run_hi = run_lo + run
     DTYPE: gl.constexpr = k_map0.dtype
     k_tiles, v_tiles = hopper.tiles(DTYPE, 2, 64, 128), hopper.tiles(DTYPE, 2, 64, 128)
     q_ring, do_ring = hopper.tiles(DTYPE, STAGES, 64, 128), hopper.tiles(DTYPE, STAGES, 64, 128)
@@ -1265,12 +1279,12 @@ def compressed_keys_specialised(
     fence_async_shared()
     gl.warp_specialize([
         (compressed_keys_multiply, (
-            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 0, STAGES,
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 0, STAGES,
         )),
         (compressed_keys_multiply, (
-            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, split_st, s0, n, T, run_lo, run_hi, scale, 1, STAGES,
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 1, STAGES,
         )),
-        (compressed_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, run_lo, run_hi, STAGES)),
+        (compressed_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES)),
     ], [4, 1], [240, 24])
 
 
@@ -2675,6 +2689,15 @@ def window_keys_range(s0, T, BN: gl.constexpr):
 
 
 @gluon.jit
+def window_keys_share(s0, T, shares):
+    """Those of this program, of all that share the tile: as many for each."""
+    first, last, _, _ = window_keys_range(s0, T, 128)
+    steps = (last - first + shares - 1) // shares
+    first = min(first + gl.program_id(1) * steps, last)
+    return first, min(first + steps, last)
+
+
+@gluon.jit
 def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
     """Steps that none of the warpgroup's keys are seen in."""
     for number in range(start - first, end - first):
@@ -2737,7 +2760,7 @@ def window_keys_step(
 
 @gluon.jit
 def window_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
 ):
     """A warpgroup: 64 of the keys."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -2746,7 +2769,7 @@ def window_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last, _, _ = window_keys_range(s0, T, 128)  # of the tile's steps
+    first, last = window_keys_share(s0, T, shares)
     own, end, lo, hi = window_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     window_keys_pass(first, first, own, full, empty, STAGES)
@@ -2762,16 +2785,24 @@ def window_keys_multiply(
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
-    hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
+    if parts_ptr is not None:
+        out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256, 1) + d
+        gl.store(out, dk * scale, mask=inside)
+    else:
+        hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
-    hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dv, inside, ACCUMULATE)
+    if parts_ptr is not None:
+        out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256 + 128, 1) + d
+        gl.store(out, dv, mask=inside)
+    else:
+        hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dv, inside, ACCUMULATE)
 
 
 @gluon.jit
 def window_keys_copy(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, b, h, s0, T, STAGES: gl.constexpr
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, b, h, s0, T, shares, STAGES: gl.constexpr
 ):
     """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
     mbarrier.expect(arrived, 65536)
@@ -2779,7 +2810,7 @@ def window_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last, _, _ = window_keys_range(s0, T, 128)
+    first, last = window_keys_share(s0, T, shares)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -2799,12 +2830,12 @@ def window_keys_copy(
         hopper.fetch_rows(do_map0, b, step * 4, h * 16, 64, do_ring.index(at), 1, full.index(at))
 
 
-@gluon.jit(do_not_specialize=["T", "tiles"])
+@gluon.jit(do_not_specialize=["T", "tiles", "shares"])
 def window_keys_specialised(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, dk_ptr, dv_ptr, T, tiles, scale, key_rows,
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, parts_ptr, dk_ptr, dv_ptr, T, tiles, shares, share_st, scale, key_rows,
     BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):
-    """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
+    """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 16 heads of one KV head."""
     tile = gl.program_id(0) % tiles
     h = gl.program_id(0) // tiles % 4
     b = gl.program_id(0) // tiles // 4
@@ -2821,13 +2852,33 @@ def window_keys_specialised(
     fence_async_shared()
     gl.warp_specialize([
         (window_keys_multiply, (
-            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 0, STAGES, ACCUMULATE,
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, 0, STAGES, ACCUMULATE,
         )),
         (window_keys_multiply, (
-            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 1, STAGES, ACCUMULATE,
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, lse_taken_ptr, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, 1, STAGES, ACCUMULATE,
         )),
-        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, b, h, s0, T, STAGES)),
+        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, lse_taken_ptr, delta_taken_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, lse_taken_ring, delta_taken_ring, full, empty, b, h, s0, T, shares, STAGES)),
     ], [4, 1], [240, 24])
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < rows)[:, None]
+    row = row[:, None]
+    dk0 = tl.zeros([BM, 128], dtype=tl.float32)
+    dv0 = tl.zeros([BM, 128], dtype=tl.float32)
+    for split in range(splits):
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 256
+        d = tl.arange(0, 128)[None, :]
+        dk0 += tl.load(part + d, mask=inside, other=0.0)
+        d = tl.arange(0, 128)[None, :]
+        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dk_ptr + row * 128 + d, dk0, inside, ACCUMULATE)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dv_ptr + row * 128 + d, dv0, inside, ACCUMULATE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -4666,7 +4717,7 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale, leaves)
     dv, _ = launch.target(into[2], v, None)
     c, sums, by_query = (launch.pick(_CONFIGS[x], q) for x in ("selected_grads", "selected_sum", "selected_dq_sum"))
     chunk, pairs = lists.pair_chunk(length, batch * 4, q.element_size() * 32768)
-    per_item = lists.per_item(chunk, 1024)
+    per_item = lists.in_rounds(pairs * chunk * 16, 1024)
     inverse = lists.invert(blocks, 64, None, per_item, chunk, leaves)
     parts = launch.empty(q, (inverse.items.shape[1], 64, 384), None, torch.float32)
     dq_parts = launch.empty(q, (pairs, chunk, 16, 16, 128), None)
@@ -4769,9 +4820,17 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
     maps = hopper.key_maps(q, k, v, d_out, 16) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     if copied:
-        window_keys_specialised[(tiles * 4 * batch,)](
-            *maps, lse, delta, *taken, dk, dv, length, tiles, scale, k.shape[1], c.bn, c.stages, adds, **c.options,
+        shares = hopper.shares(tiles * 4 * batch, min(-(-length // 4), 160), q.device)
+        shape = (shares, *k.shape[:3], 256)
+        parts = launch.empty(q, shape, None, torch.float32) if shares > 1 else None
+        window_keys_specialised[(tiles * 4 * batch, shares)](
+            *maps, lse, delta, *taken, parts, dk, dv, length, tiles, shares, 0 if parts is None else parts.stride(0), scale,
+            k.shape[1], c.bn, c.stages, adds, **c.options,
         )
+        if parts is not None:
+            c = launch.pick(_CONFIGS["window_sum"], q)
+            rows = parts[0].numel() // 256
+            window_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, shares, c.bm, adds, **c.options)
     else:
         window_dkv[(tiles * 4 * batch,)](
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  164044aa0b28
+content  ae9411296231
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -73,7 +73,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_164044aa0b28"
+_SPACE = "nsagen_nsa_paper_ae9411296231"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4548,7 +4548,7 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
     dv, _ = launch.target(into[2], v, None)
     c, sums, by_query = (launch.pick(_CONFIGS[x], q) for x in ("selected_grads", "selected_sum", "selected_dq_sum"))
     chunk, pairs = lists.pair_chunk(length, batch * 4, q.element_size() * 49152)
-    per_item = lists.per_item(chunk, 1024)
+    per_item = lists.in_rounds(pairs * chunk * 16, 1024)
     inverse = lists.invert(blocks, 64, None, per_item, chunk)
     parts = launch.empty(q, (inverse.items.shape[1], 64, 448), None, torch.float32)
     dq_parts = launch.empty(q, (pairs, chunk, 16, 16, 192), None)

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  ce0360002206
+content  0949bb3ac59d
 runtime  18
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_ce0360002206"
+_SPACE = "nsagen_selected_only_0949bb3ac59d"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1180,7 +1180,7 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
     dv, _ = launch.target(into[2], v, None)
     c, sums, by_query = (launch.pick(_CONFIGS[x], q) for x in ("selected_grads", "selected_sum", "selected_dq_sum"))
     chunk, pairs = lists.pair_chunk(length, batch * 4, q.element_size() * 32768)
-    per_item = lists.per_item(chunk, 1024)
+    per_item = lists.in_rounds(pairs * chunk * 16, 1024)
     inverse = lists.invert(blocks, 64, None, per_item, chunk)
     parts = launch.empty(q, (inverse.items.shape[1], 64, 384), None, torch.float32)
     dq_parts = launch.empty(q, (pairs, chunk, 16, 16, 128), None)

@@ -4,13 +4,14 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  92ff242ddc50
+content  7bf20a2a2cb6
 runtime  18
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
-window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
+window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
+window_sum               shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops
@@ -44,7 +45,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_92ff242ddc50"
+_SPACE = "nsagen_window_only_7bf20a2a2cb6"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -138,9 +139,17 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "511aa141e8db", {
+    "window_keys": Tiles("window_keys", "d55d6f66d67d", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
+        ),
+    }),
+    "window_sum": Tiles("window_sum", "e138fe1926e3", {
+        ("sm_80", 16): (
+            Config(16, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
         ),
     }),
     "row_delta": Tiles("row_delta", "0dc458fc13b6", {
@@ -858,6 +867,15 @@ def window_keys_range(s0, T, BN: gl.constexpr):
 
 
 @gluon.jit
+def window_keys_share(s0, T, shares):
+    """Those of this program, of all that share the tile: as many for each."""
+    first, last, _, _ = window_keys_range(s0, T, 128)
+    steps = (last - first + shares - 1) // shares
+    first = min(first + gl.program_id(1) * steps, last)
+    return first, min(first + steps, last)
+
+
+@gluon.jit
 def window_keys_pass(first, start, end, full, empty, STAGES: gl.constexpr):
     """Steps that none of the warpgroup's keys are seen in."""
     for number in range(start - first, end - first):
@@ -903,7 +921,7 @@ def window_keys_step(
 
 @gluon.jit
 def window_keys_multiply(
-    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
+    k, v, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, HALF: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr
 ):
     """A warpgroup: 64 of the keys."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -912,7 +930,7 @@ def window_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last, _, _ = window_keys_range(s0, T, 128)  # of the tile's steps
+    first, last = window_keys_share(s0, T, shares)
     own, end, lo, hi = window_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     window_keys_pass(first, first, own, full, empty, STAGES)
@@ -923,16 +941,24 @@ def window_keys_multiply(
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK)), 0)
-    hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
+    if parts_ptr is not None:
+        out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256, 1) + d
+        gl.store(out, dk * scale, mask=inside)
+    else:
+        hopper.store_sum(dk_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dk * scale, inside, ACCUMULATE)
     s = s0 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, DV))
     inside = gl.expand_dims(s < n, 1)
     d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV)), 0)
-    hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dv, inside, ACCUMULATE)
+    if parts_ptr is not None:
+        out = parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 256 + 128, 1) + d
+        gl.store(out, dv, mask=inside)
+    else:
+        hopper.store_sum(dv_ptr + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 128, 1) + d, dv, inside, ACCUMULATE)
 
 
 @gluon.jit
 def window_keys_copy(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES: gl.constexpr
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES: gl.constexpr
 ):
     """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
     mbarrier.expect(arrived, 65536)
@@ -940,7 +966,7 @@ def window_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last, _, _ = window_keys_range(s0, T, 128)
+    first, last = window_keys_share(s0, T, shares)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -957,12 +983,12 @@ def window_keys_copy(
         hopper.fetch_rows(do_map0, b, step * 4, h * 16, 64, do_ring.index(at), 1, full.index(at))
 
 
-@gluon.jit(do_not_specialize=["T", "tiles"])
+@gluon.jit(do_not_specialize=["T", "tiles", "shares"])
 def window_keys_specialised(
-    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, tiles, scale, key_rows,
+    k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, dk_ptr, dv_ptr, T, tiles, shares, share_st, scale, key_rows,
     BN: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):
-    """dk and dv from the scores recomputed with lse; one program: BN keys × the 16 heads of one KV head."""
+    """dk and dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 16 heads of one KV head."""
     tile = gl.program_id(0) % tiles
     h = gl.program_id(0) // tiles % 4
     b = gl.program_id(0) // tiles // 4
@@ -978,13 +1004,33 @@ def window_keys_specialised(
     fence_async_shared()
     gl.warp_specialize([
         (window_keys_multiply, (
-            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 0, STAGES, ACCUMULATE,
+            k_tiles.index(0), v_tiles.index(0), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, 0, STAGES, ACCUMULATE,
         )),
         (window_keys_multiply, (
-            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, dk_ptr, dv_ptr, key_row, s0, n, T, scale, 1, STAGES, ACCUMULATE,
+            k_tiles.index(1), v_tiles.index(1), arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, parts_ptr, dk_ptr, dv_ptr, key_row, share_st, s0, n, T, shares, scale, 1, STAGES, ACCUMULATE,
         )),
-        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, STAGES)),
+        (window_keys_copy, (k_map0, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k_tiles, v_tiles, arrived, q_ring, do_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES)),
     ], [4, 1], [240, 24])
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < rows)[:, None]
+    row = row[:, None]
+    dk0 = tl.zeros([BM, 128], dtype=tl.float32)
+    dv0 = tl.zeros([BM, 128], dtype=tl.float32)
+    for split in range(splits):
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 256
+        d = tl.arange(0, 128)[None, :]
+        dk0 += tl.load(part + d, mask=inside, other=0.0)
+        d = tl.arange(0, 128)[None, :]
+        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dk_ptr + row * 128 + d, dk0, inside, ACCUMULATE)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dv_ptr + row * 128 + d, dv0, inside, ACCUMULATE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -1455,9 +1501,17 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     maps = hopper.key_maps(q, k, v, d_out, 16) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     if copied:
-        window_keys_specialised[(tiles * 4 * batch,)](
-            *maps, lse, delta, dk, dv, length, tiles, scale, k.shape[1], c.bn, c.stages, adds, **c.options,
+        shares = hopper.shares(tiles * 4 * batch, min(-(-length // 4), 160), q.device)
+        shape = (shares, *k.shape[:3], 256)
+        parts = launch.empty(q, shape, None, torch.float32) if shares > 1 else None
+        window_keys_specialised[(tiles * 4 * batch, shares)](
+            *maps, lse, delta, parts, dk, dv, length, tiles, shares, 0 if parts is None else parts.stride(0), scale,
+            k.shape[1], c.bn, c.stages, adds, **c.options,
         )
+        if parts is not None:
+            c = launch.pick(_CONFIGS["window_sum"], q)
+            rows = parts[0].numel() // 256
+            window_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, shares, c.bm, adds, **c.options)
     else:
         window_dkv[(tiles * 4 * batch,)](
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

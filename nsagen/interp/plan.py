@@ -93,7 +93,7 @@ class _Host:
         self.plan, self.op, self.tiles, self.scale, self.form = plan, op, tiles, 1.0, "plain"
         self.buffers = {name: exact(inputs[name]) for name in op.inputs}
         batch, tokens = self.buffers["q"].shape[:2]
-        self.sizes = {"B": batch, "T": tokens, "chunk": tokens, "splits": SPLITS}
+        self.sizes = {"B": batch, "T": tokens, "chunk": tokens, "splits": SPLITS, "shares": SPLITS}
         self.packed = cu_seqlens is not None
         ends = [0, tokens] if cu_seqlens is None else cu_seqlens
         self.sequences = tuple(Packed(a, b - a) for a, b in pairwise(ends))
@@ -178,5 +178,5 @@ def _chunks(tokens: int, chunk: int | None) -> Iterator[range]:
 def _holds(guard: Guard, op: Op, tokens: int, form: str) -> bool:
     """Whether a variant is taken here: training, on no particular chip."""
     direction = "backward" if op.doc.endswith("_grad") else "forward"
-    found: str | int = {"mode": "train", "direction": direction, "length": tokens, "arch": "", "form": form}[guard.key]
-    return guard.holds(found)
+    found: dict[str, str | int] = {"mode": "train", "direction": direction, "arch": "", "form": form}
+    return guard.holds((found | {"length": tokens, "shares": SPLITS})[guard.key])

@@ -257,7 +257,7 @@ FACTS = {
 class Guard:
     """A host-side condition under which a launch (a variant of its node) is taken."""
 
-    key: Literal["mode", "direction", "length", "arch", "form"]
+    key: Literal["mode", "direction", "length", "arch", "form", "shares"]
     op: Literal["is", "is not", "from", "below"]
     value: str | int
 
@@ -270,6 +270,8 @@ class Guard:
 # Where a warp can copy by tensor maps: rows in 16 bits, not packed, 16 bytes aligned, on sm_90 (launch.specialises).
 SPECIALISED = Guard("form", "is", "specialised")
 PLAIN = Guard("form", "is not", "specialised")
+# Whether several programs share a key tile, since tiles alone would leave multiprocessors idle (hopper.shares).
+ALONE, SHARED = Guard("shares", "below", 2), Guard("shares", "from", 2)
 
 
 @dataclass(frozen=True)

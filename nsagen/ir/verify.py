@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from nsagen.errors import IRError
 from nsagen.ir.graph import Attend, AttendGrad, CombineGrad, Graph, LogSumExp, Node, Pool, Select, Value, reads, writes
 from nsagen.ir.plan import (
@@ -136,7 +138,7 @@ def _plan(plan: Plan, reached: int) -> None:
         line = f"buffer %{buffer.name}"
         _need(len(buffer.axes) == len(buffer.shape), line, "one size an axis")
         _need(buffer.kind != "saved" or buffer.dtype != "gate", line, "cannot be saved")
-        _symbols(buffer.shape, {"B", "T", "chunk", "items", "splits", "tiles"}, line)
+        _symbols(buffer.shape, {"B", "T", "chunk", "items", "splits", "shares", "tiles"}, line)
     for op in plan.ops:
         _op(op, kernels, buffers)
     for launch in (x for op in plan.ops for x in op.launches):
@@ -159,9 +161,9 @@ def _op(op: Op, kernels: dict[str, Kernel], buffers: set[str]) -> None:
         _need(launch.kernel in kernels, line, f"launches {launch.kernel}, which is not there")
         rides = launch.rides in (None, before, after)
         _need(rides, line, f"{launch.kernel} rides on {launch.rides}, which is not the launch before or after")
-    for form in ("plain", "specialised"):
-        known = set(op.inputs)
-        for launch in (x for x in op.launches if all(g.holds(form) for g in x.when if g.key == "form")):
+    for form, shares in product(("plain", "specialised"), (1, 2)):
+        known, found = set(op.inputs), {"form": form, "shares": shares}
+        for launch in (x for x in op.launches if all(g.holds(found[g.key]) for g in x.when if g.key in found)):
             known |= _launch(launch, kernels[launch.kernel], known, buffers, f"{line}: launch {launch.kernel}")
         for name in op.outputs:
             _need(name in known, line, f"output %{name} is never written")
@@ -176,8 +178,11 @@ def _taken(op: Op, kernels: dict[str, Kernel], line: str) -> None:
     _need(all(SPECIALISED in x.when for _, x in takers), line, "keys are taken over where a warp copies alone")
     rule = f"launches leave {sorted(left)} blocks, others take {sorted(counts)}"
     _need(left == counts and len(left) <= 1, line, rule)
-    stored = [o.role for k, _ in takers for o in k.operands if o.mode != "load"]
-    _need(not takers or sorted(stored) == ["dk", "dq", "dv"], line, f"the keys taken count for {stored}")
+    for shares in (1, 2) if takers else ():
+        runs = [(k, x) for k, x in takers if all(g.holds(shares) for g in x.when if g.key == "shares")]
+        stored = sorted(o.role for k, x in runs for o in k.operands if o.mode != "load" and o.name in dict(x.binds))
+        wanted = ["dk", "dq", "dv"] if shares == 1 else ["dq", "parts"]
+        _need(stored == wanted, line, f"the keys taken count for {stored}, not {wanted}")
 
 
 def _givers(op: Op, kernels: dict[str, Kernel]) -> set[str]:

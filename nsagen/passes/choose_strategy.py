@@ -44,6 +44,10 @@ ITEMS = Choice(
 SPLITS = Choice(
     "split_queries", "few key tiles, the first seen by every query: programs share a tile; float32 parts added in order"
 )
+SHARES = Choice(
+    "shared_tiles",
+    "programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone",
+)
 COPIED_KEYS = Choice(
     "warp_specialised",
     "a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)",
@@ -258,7 +262,14 @@ def _key_grads(node: Attend, heads: Heads) -> list[Kernel]:
         else:
             choices = (KEY_MAJOR, PACK, RECOMPUTE)
             kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, *outs), walks, choices))
-            kernels += _specialised_keys(kernels[-1], source, heads)
+            for kernel in _specialised_keys(kernels[-1], source, heads):
+                either = tuple(replace(o, optional=True) for o in (parts, *outs))
+                shared = replace(grid, split=True)
+                kernels.append(
+                    replace(kernel, grid=shared, operands=(*loads, *either), choices=(*choices, SHARES, COPIED))
+                )
+                sums, flat = (replace(parts, mode="load"), *outs), Grid(None, BM, "ascending")
+                kernels.append(Kernel(sum_name, node.branch, "sum_splits", flat, sums, (), (SHARES,)))
     return kernels
 
 

@@ -21,7 +21,7 @@ from nsagen.ir.graph import (
     chosen_ahead,
     writes,
 )
-from nsagen.ir.plan import PLAIN, SPECIALISED, Buffer, Guard, Launch, Op
+from nsagen.ir.plan import ALONE, PLAIN, SHARED, SPECIALISED, Buffer, Guard, Launch, Op
 from nsagen.passes.decode import decode_buffers, decode_op
 from nsagen.passes.joint import joined, joint_launch, taken_binds, takeover
 from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
@@ -159,9 +159,13 @@ class _Gradients:
 
     def _keys(self, branch: str, suffix: str, source: Source, loads: Binds, outs: Binds, adds: bool) -> list[Launch]:
         name = f"{branch}_dkv{suffix}"
-        if source.listed is None and source.axis.is_tokens:
-            return self._forms(Launch(name, (*loads, *outs), adds), source)
         parts: Binds = (("parts", _parts(source)),)
+        if source.listed is None and source.axis.is_tokens:
+            plain, *copied = self._forms(Launch(name, (*loads, *outs), adds), source)
+            return [
+                plain,
+                *(y for x in copied for y in _alone_or_shared(x, f"{branch}_sum{suffix}", loads, parts, outs)),
+            ]
         if source.listed:
             parts = (("items", source.listed.blocks), *parts)
         sums = Launch(f"{branch}_sum{suffix}", (*parts, *outs), adds)
@@ -207,6 +211,15 @@ class _Joint:
 
 def _both_forms(launch: Launch, specialised: str) -> list[Launch]:
     return [replace(launch, when=(PLAIN,)), replace(launch, kernel=specialised, when=(SPECIALISED,))]
+
+
+def _alone_or_shared(launch: Launch, sums: str, loads: Binds, parts: Binds, outs: Binds) -> list[Launch]:
+    """The launch whose programs have a key tile each, and the one of programs that share it, with the sum."""
+    return [
+        replace(launch, when=(*launch.when, ALONE)),
+        replace(launch, binds=(*loads, *parts), accumulate=False, when=(*launch.when, SHARED)),
+        Launch(sums, (*parts, *outs), launch.accumulate, when=(*launch.when, SHARED)),
+    ]
 
 
 def _in_parts(branch: str, dq: Launch, keys: Launch, sums: Launch) -> list[Launch]:
@@ -390,11 +403,12 @@ def _workspaces(graph: Graph, sizes: dict[str, Expr]) -> list[Buffer]:
         if isinstance(node, Select):
             found.append(_scores(node, sizes["Hkv"]))
         for source in node.sources if isinstance(node, Attend) else ():
-            axes: tuple[str, ...] = ("splits", "B", source.axis.name, "Hkv")
-            shape: tuple[Expr, ...] = (count("splits"), BATCH, source.axis.length(), sizes["Hkv"])
+            programs = "shares" if source.axis.is_tokens else "splits"
+            axes: tuple[str, ...] = (programs, "B", source.axis.name, "Hkv")
+            shape: tuple[Expr, ...] = (count(programs), BATCH, source.axis.length(), sizes["Hkv"])
             if source.listed:
                 axes, shape = ("items", "l'"), (count("items"), sizes["l'"])
-            elif source.axis.is_tokens:
+            elif source.axis.is_tokens and not keys_may_specialise(source, graph.heads):
                 continue
             found.append(Buffer(_parts(source), (*axes, "D"), (*shape, width), "float32", "workspace"))
         found += _list_parts(node, graph.heads) if isinstance(node, Attend) else []

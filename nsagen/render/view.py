@@ -191,6 +191,7 @@ class KernelView:
     gated: bool
     descending: bool
     split: bool  # programs share a tile's loop
+    gradients: bool  # dk and dv themselves may leave it
     heads_in_turn: bool  # a tile's rows are queries of one head
     cached: bool  # keys lie in a cache
     valued: bool  # and values
@@ -346,6 +347,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         gated=any(o.role == "gates" for o in kernel.operands),
         descending=kernel.grid.order == "descending",
         split=kernel.grid.split,
+        gradients=any(o.role == "dk" for o in kernel.operands),
         heads_in_turn=kernel.body in HEADS_IN_TURN,
         cached=kernel.cached,
         valued=any(o.role == "v" for o in kernel.operands),

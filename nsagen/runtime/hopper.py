@@ -194,6 +194,21 @@ def programs(total: int, x: torch.Tensor) -> int:
     return min(total, _multiprocessors(x.device.index or 0))
 
 
+MOST_SHARES = 16
+EXTRA = 5  # steps that a program's start and end take
+
+
+@lru_cache(maxsize=1024)
+def shares(tiles: int, steps: int, device: torch.device) -> int:
+    """How many programs share a key tile of so many steps: as few as fill the multiprocessors' rounds best.
+
+    A program has a multiprocessor to itself, so 192 equal ones take as long as 264 on 132.
+    """
+    places = _multiprocessors(device.index or 0)
+    most = max(1, min(MOST_SHARES, steps // EXTRA))
+    return min(range(1, most + 1), key=lambda n: -(-tiles * n // places) * (-(-steps // n) + EXTRA))
+
+
 @lru_cache(maxsize=64)
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -119,6 +119,15 @@ def per_item(length: int, entries: int) -> int:
     return max(64, min(entries, length))
 
 
+ITEMS = 1024  # of a launch of one program a multiprocessor: some rounds, so that few are idle in the last
+LEAST = 256  # entries of such an item: less than that is mostly start and end
+
+
+def in_rounds(total: int, most: int) -> int:
+    """Entries of an item, `most` or fewer, where a launch has `total` entries and each program a multiprocessor."""
+    return max(min(LEAST, most), min(most, total // ITEMS))
+
+
 PART_BYTES = 1 << 31  # of the parts of one chunk of queries
 
 

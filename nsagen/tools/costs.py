@@ -148,7 +148,7 @@ def _size(buffer: Buffer, tokens: int, plan: Plan) -> int:
     sizes = [w.listed.size for k in plan.kernels for w in k.walks if w.listed]
     items = plan.heads.kv * -(-tokens // min(sizes, default=1))
     size = BYTES[buffer.dtype]
-    at = {"T": tokens, "B": 1, "chunk": tokens, "items": items, "splits": MOST_SPLITS, "tiles": 1}
+    at = {"T": tokens, "B": 1, "chunk": tokens, "items": items, "splits": MOST_SPLITS, "shares": 1, "tiles": 1}
     for extent in buffer.shape:
         size *= evaluate(extent, at)
     return size
@@ -161,9 +161,9 @@ def work_of_op(op: Op, plan: Plan, tokens: int) -> list[Work]:
 def taken(op: Op, tokens: int, form: str = "specialised") -> list[Launch]:
     """The op's launches at that length: of a node's variants the one whose guards hold.
 
-    form: "specialised" in 16 bits on sm_90, unless packed; else "plain".
+    form: "specialised" in 16 bits on sm_90, unless packed; else "plain". As if no key tile were shared.
     """
-    found: dict[str, int | str] = {"length": tokens, "form": form}
+    found: dict[str, int | str] = {"length": tokens, "form": form, "shares": 1}
     return [x for x in op.launches if all(g.holds(found[g.key]) for g in x.when if g.key in found)]
 
 
