@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b53fe15563a3
+content  6aaf0a90f544
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_b53fe15563a3"
+_SPACE = "nsagen_gqa_llama_6aaf0a90f544"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -169,12 +169,12 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "compressed_keys": Tiles("compressed_keys", "ee5ed2577f8b", {
+    "compressed_keys": Tiles("compressed_keys", "b84d6488b7a0", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
     }),
-    "compressed_sum": Tiles("compressed_sum", "7da6c6ccd536", {
+    "compressed_sum": Tiles("compressed_sum", "6d5a95cf89d1", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
         ),
@@ -390,12 +390,12 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "5cb354c1841d", {
+    "window_keys": Tiles("window_keys", "2d708b3cb16a", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
     }),
-    "window_sum": Tiles("window_sum", "e138fe1926e3", {
+    "window_sum": Tiles("window_sum", "1bc53069d2e1", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
         ),
@@ -1149,9 +1149,9 @@ def compressed_keys_range(s0, T, BN: gl.constexpr):
 
 
 @gluon.jit
-def compressed_keys_share(s0, T, shares):
+def compressed_keys_share(s0, T, shares, BN: gl.constexpr):
     """Those of this program, of all that share the tile: a run of all queries, none for many of a late tile."""
-    first, last, _, _ = compressed_keys_range(s0, T, 128)
+    first, last, _, _ = compressed_keys_range(s0, T, BN)
     steps = (T + 16 * shares - 1) // (16 * shares)
     first = max(first, gl.program_id(1) * steps)
     return first, max(first, min(last, (gl.program_id(1) + 1) * steps))
@@ -1212,7 +1212,7 @@ def compressed_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last = compressed_keys_share(s0, T, shares)
+    first, last = compressed_keys_share(s0, T, shares, 128)
     own, end, lo, hi = compressed_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     compressed_keys_pass(first, first, own, full, empty, STAGES)
@@ -1242,7 +1242,7 @@ def compressed_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last = compressed_keys_share(s0, T, shares)
+    first, last = compressed_keys_share(s0, T, shares, 128)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -1290,7 +1290,7 @@ def compressed_keys_specialised(
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr):
     """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     inside = (row < rows)[:, None]
@@ -1298,11 +1298,12 @@ def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, AC
     dk0 = tl.zeros([BM, 128], dtype=tl.float32)
     dv0 = tl.zeros([BM, 128], dtype=tl.float32)
     for split in range(splits):
-        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 256
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * (128 + PIECES * 128)
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
         d = tl.arange(0, 128)[None, :]
-        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+        for piece in tl.static_range(PIECES):
+            dv0 += tl.load(part + 128 + piece * 128 + d, mask=inside, other=0.0)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + row * 128 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
@@ -2569,9 +2570,9 @@ def window_keys_range(s0, T, BN: gl.constexpr):
 
 
 @gluon.jit
-def window_keys_share(s0, T, shares):
+def window_keys_share(s0, T, shares, BN: gl.constexpr):
     """Those of this program, of all that share the tile: as many for each."""
-    first, last, _, _ = window_keys_range(s0, T, 128)
+    first, last, _, _ = window_keys_range(s0, T, BN)
     steps = (last - first + shares - 1) // shares
     first = min(first + gl.program_id(1) * steps, last)
     return first, min(first + steps, last)
@@ -2632,7 +2633,7 @@ def window_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last = window_keys_share(s0, T, shares)
+    first, last = window_keys_share(s0, T, shares, 128)
     own, end, lo, hi = window_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     window_keys_pass(first, first, own, full, empty, STAGES)
@@ -2668,7 +2669,7 @@ def window_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last = window_keys_share(s0, T, shares)
+    first, last = window_keys_share(s0, T, shares, 128)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -2716,7 +2717,7 @@ def window_keys_specialised(
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr):
     """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     inside = (row < rows)[:, None]
@@ -2724,11 +2725,12 @@ def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMU
     dk0 = tl.zeros([BM, 128], dtype=tl.float32)
     dv0 = tl.zeros([BM, 128], dtype=tl.float32)
     for split in range(splits):
-        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 256
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * (128 + PIECES * 128)
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
         d = tl.arange(0, 128)[None, :]
-        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+        for piece in tl.static_range(PIECES):
+            dv0 += tl.load(part + 128 + piece * 128 + d, mask=inside, other=0.0)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + row * 128 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
@@ -4476,7 +4478,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["compressed_keys" if copied else "compressed_dkv"], q)
-    maps = hopper.key_maps(q, k, v, d_out, 4) if copied else ()
+    maps = hopper.key_maps(q, k, v, d_out, 4, (128,)) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     splits = launch.splits(tiles * 8 * batch, length, c.bm // 4)
     parts = launch.empty(q, (splits, *k.shape[:3], 256), cu_seqlens, torch.float32)
@@ -4491,8 +4493,10 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
             c.bm, c.bn, launch.precision(q), **c.options,
         )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
-    rows = parts[0].numel() // 256
-    compressed_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, splits, c.bm, adds, **c.options)
+    rows = parts[0].numel() // parts.shape[-1]
+    compressed_sum[(-(-rows // c.bm),)](
+        parts, dk, dv, rows, splits, c.bm, 1, adds, **c.options
+    )
     return dq, dk, dv
 
 
@@ -4653,7 +4657,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_keys" if copied else "window_dkv"], q)
-    maps = hopper.key_maps(q, k, v, d_out, 4) if copied else ()
+    maps = hopper.key_maps(q, k, v, d_out, 4, (128,)) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     if copied:
         shares = hopper.shares(tiles * 8 * batch, min(-(-length // 16), 40), q.device)
@@ -4665,8 +4669,10 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         )
         if parts is not None:
             c = launch.pick(_CONFIGS["window_sum"], q)
-            rows = parts[0].numel() // 256
-            window_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, shares, c.bm, adds, **c.options)
+            rows = parts[0].numel() // parts.shape[-1]
+            window_sum[(-(-rows // c.bm),)](
+                parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
+            )
     else:
         window_dkv[(tiles * 8 * batch,)](
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

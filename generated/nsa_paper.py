@@ -6,12 +6,13 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  ae9411296231
+content  75a7bc202490
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+compressed_keys          key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups take turns, a third has dk (16-bit on sm_90)
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
@@ -25,6 +26,8 @@ window_fwd               query_major, because mode=train: every query tile has B
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
+window_keys              key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups take turns, a third has dk (16-bit on sm_90)
+window_sum               shared_tiles, because programs share a key tile where that fills the multiprocessors: float32 parts added in order, none of one alone
 combine_fwd              one_pass, because bound by memory: every term is read once, sums in float32; rides, because the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 combine_bwd              one_pass, because bound by memory: every term is read once, sums in float32
@@ -73,7 +76,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_ae9411296231"
+_SPACE = "nsagen_nsa_paper_75a7bc202490"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -166,7 +169,12 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 41984),
         ),
     }),
-    "compressed_sum": Tiles("compressed_sum", "9902f081fe34", {
+    "compressed_keys": Tiles("compressed_keys", "ccc9b422617b", {
+        ("sm_90", 16): (
+            Config(64, 64, 4, 4, 224256, maps=True, specialised=True),
+        ),
+    }),
+    "compressed_sum": Tiles("compressed_sum", "6047ce805306", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
         ),
@@ -382,6 +390,19 @@ _CONFIGS = {
             Config(16, 64, 8, 2, 126976), Config(16, 64, 8, 3, 147456), Config(32, 16, 4, 1, 63488), Config(32, 16, 4, 2, 104448),
             Config(32, 32, 8, 1, 86016), Config(32, 32, 8, 2, 126976), Config(32, 32, 8, 3, 167936), Config(32, 16, 4, 3, 145408),
             Config(16, 16, 4, 1, 41984),
+        ),
+    }),
+    "window_keys": Tiles("window_keys", "a9835e4eae1e", {
+        ("sm_90", 16): (
+            Config(64, 64, 4, 4, 224256, maps=True, specialised=True),
+        ),
+    }),
+    "window_sum": Tiles("window_sum", "cc7a00ccfe0e", {
+        ("sm_80", 16): (
+            Config(16, 1, 4, 1, 0),
+        ),
+        ("sm_80", 32): (
+            Config(16, 1, 4, 1, 0),
         ),
     }),
     "combine_fwd": Tiles("combine_fwd", "6b3766bd90af", {
@@ -1153,8 +1174,168 @@ def compressed_dkv(
     tl.store(part + (row + d + 192), dv0, mask=inside)
 
 
+@gluon.jit
+def compressed_keys_range(s0, T, BN: gl.constexpr):
+    """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
+    BT: gl.constexpr = 4
+    some_lo = 16 * s0 + 31
+    some_hi = T
+    all_lo = 16 * BN + 16 * s0 + 15
+    all_hi = T
+    first = some_lo // BT
+    return first, max(first, (some_hi + 3) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def compressed_keys_share(s0, T, shares, BN: gl.constexpr):
+    """Those of this program, of all that share the tile: a run of all queries, none for many of a late tile."""
+    first, last, _, _ = compressed_keys_range(s0, T, BN)
+    steps = (T + 4 * shares - 1) // (4 * shares)
+    first = max(first, gl.program_id(1) * steps)
+    return first, max(first, min(last, (gl.program_id(1) + 1) * steps))
+
+
+@gluon.jit
+def compressed_keys_rows(parts_ptr, key_row, share_st, s0, LAYOUT: gl.constexpr):
+    """Where the parts of the tile's keys go."""
+    s = s0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    return parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 448, 1), gl.expand_dims(s, 1)
+
+
+@gluon.jit
+def compressed_keys_weigh(k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, TURN: gl.constexpr, STAGES: gl.constexpr):
+    """A warpgroup: every second step, from step TURN on. ds of each, and dv += pᵀ·d_out. C0: 16 * s <= t - 31"""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DV0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DV0, k_width=2)
+    DTYPE: gl.constexpr = k0.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dv0 = gl.zeros([64, 128], gl.float32, layout=DV0)
+    first, last = compressed_keys_share(s0, T, shares, 64)
+    _, _, lo, hi = compressed_keys_range(s0, T, 64)
+    mbarrier.wait(arrived, 0)
+    for step in range(TURN, last - first, 2):
+        at = step % STAGES
+        t0 = (first + step) * 4
+        hopper.wait_full(full, step, STAGES)
+        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+        lse = lse_ring.index(at).load(COLUMNS)
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        x = zero + gl.expand_dims(lse * (-1.0 / scale), 0)
+        x = warpgroup_mma(k0, q0_ring.index(at).permute((1, 0)), x, is_async=True)
+        x = warpgroup_mma(k1, q1_ring.index(at).permute((1, 0)), x, is_async=True)
+        dp = zero - gl.expand_dims(delta_ring.index(at).load(COLUMNS), 0)
+        dp = warpgroup_mma(v0, do0_ring.index(at).permute((1, 0)), dp, is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (t0 < lo) | (t0 + 4 > hi):
+            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+            s = s0 + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+            x = gl.where(16 * s <= t - 31, x, float("-inf"))
+            x = gl.where(t < T, x, float("-inf"))
+        p = gl.exp2(x * scale2)
+        weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+        hopper.wait_empty(ds_empty, step, 2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        grads = (p * dp).to(DTYPE)
+        dv0 = warpgroup_mma(weights, do0_ring.index(at), dv0, is_async=True)
+        ds_ring.index(TURN).store(grads)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(TURN), count=1)
+        dv0 = warpgroup_mma_wait(0, deps=(dv0,))
+        mbarrier.arrive(empty.index(at), count=1)
+    out, s = compressed_keys_rows(parts_ptr, key_row, share_st, s0, DV0)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV0)), 0)
+    gl.store(out + 192 + TURN * 128 + d, dv0, mask=s < n)
+
+
+@gluon.jit
+def compressed_keys_spread(q0_ring, q1_ring, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, STAGES: gl.constexpr):
+    """A warpgroup: every step. dk += dsᵀ·q."""
+    DK0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    dk0 = gl.zeros([64, 128], gl.float32, layout=DK0)
+    DK1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    dk1 = gl.zeros([64, 64], gl.float32, layout=DK1)
+    first, last = compressed_keys_share(s0, T, shares, 64)
+    for step in range(0, last - first):
+        at = step % STAGES
+        hopper.wait_full(ds_full, step, 2)
+        dk0 = warpgroup_mma(ds_ring.index(step % 2), q0_ring.index(at), dk0, is_async=True)
+        dk1 = warpgroup_mma(ds_ring.index(step % 2), q1_ring.index(at), dk1, is_async=True)
+        dk0, dk1 = warpgroup_mma_wait(0, deps=(dk0, dk1))
+        mbarrier.arrive(empty.index(at), count=1)
+        mbarrier.arrive(ds_empty.index(step % 2), count=1)
+    out, s = compressed_keys_rows(parts_ptr, key_row, share_st, s0, DK0)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK0)), 0)
+    gl.store(out + d, dk0 * scale, mask=s < n)
+    out, s = compressed_keys_rows(parts_ptr, key_row, share_st, s0, DK1)
+    d = gl.expand_dims(gl.arange(128, 192, layout=gl.SliceLayout(0, DK1)), 0)
+    gl.store(out + d, dk1 * scale, mask=s < n)
+
+
+@gluon.jit
+def compressed_keys_copy(
+    k_map0, k_map1, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES: gl.constexpr
+):
+    """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
+    mbarrier.expect(arrived, 40960)
+    hopper.fetch(k_map0, b, s0, h, 0, k0, arrived)
+    hopper.fetch(k_map1, b, s0, h, 128, k1, arrived)
+    hopper.fetch(v_map0, b, s0, h, 0, v0, arrived)
+    row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    first, last = compressed_keys_share(s0, T, shares, 64)
+    for step in range(0, last - first):
+        at = step % STAGES
+        t0 = (first + step) * 4
+        t = gl.minimum(t0 + row // 16, T - 1)
+        place = (b.to(gl.int64) * T + t) * 64 + h * 16 + row % 16
+        hopper.wait_empty(empty, step, STAGES)
+        mbarrier.expect(full.index(at), 40960)
+        hopper.fetch_numbers(lse_ptr + place, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + place, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        hopper.fetch_rows(q_map0, b, t0, h * 16, 0, q0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, t0, h * 16, 64, q0_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(q_map0, b, t0, h * 16, 128, q1_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, t0, h * 16, 0, do0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, t0, h * 16, 64, do0_ring.index(at), 1, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "shares"])
+def compressed_keys_specialised(
+    k_map0, k_map1, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, shares, share_st, scale, key_rows, BN: gl.constexpr, STAGES: gl.constexpr
+):
+    """dk and two parts of dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 16 heads of one KV head."""
+    tile = gl.program_id(0) % tiles
+    h = gl.program_id(0) // tiles % 4
+    b = gl.program_id(0) // tiles // 4
+    s0 = tile * BN
+    n = max(0, T - 16) // 16
+    key_row = b.to(gl.int64) * key_rows * 4 + h  # of key 0, in rows of one head
+    DTYPE: gl.constexpr = k_map0.dtype
+    k0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+    q0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+    k1 = hopper.tiles(DTYPE, 1, BN, 64).index(0)
+    q1_ring = hopper.tiles(DTYPE, STAGES, 64, 64)
+    v0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+    do0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+    lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+    full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+    arrived = hopper.barriers(1, 1).index(0)
+    ds_ring, ds_full, ds_empty = hopper.tiles(DTYPE, 2, BN, 64), hopper.barriers(2, 1), hopper.barriers(2, 1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (compressed_keys_weigh, (k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 0, STAGES)),
+        (compressed_keys_weigh, (k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 1, STAGES)),
+        (compressed_keys_spread, (q0_ring, q1_ring, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, STAGES)),
+        (compressed_keys_copy, (k_map0, k_map1, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES)),
+    ], [4, 4, 1], [176, 136, 24])
+
+
 @triton.jit(do_not_specialize=["rows", "splits"])
-def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr):
     """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     inside = (row < rows)[:, None]
@@ -1163,13 +1344,14 @@ def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, AC
     dk1 = tl.zeros([BM, 64], dtype=tl.float32)
     dv0 = tl.zeros([BM, 128], dtype=tl.float32)
     for split in range(splits):
-        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 320
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * (192 + PIECES * 128)
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
         d = tl.arange(128, 192)[None, :]
         dk1 += tl.load(part + d, mask=inside, other=0.0)
         d = tl.arange(0, 128)[None, :]
-        dv0 += tl.load(part + 192 + d, mask=inside, other=0.0)
+        for piece in tl.static_range(PIECES):
+            dv0 += tl.load(part + 192 + piece * 128 + d, mask=inside, other=0.0)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + row * 192 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(128, 192)[None, :]
@@ -2652,6 +2834,192 @@ def window_dkv(
     device.add_to(dk_ptr + key_row * 192 + d, dk1 * scale, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dv_ptr + key_row * 128 + d, dv0, inside, ACCUMULATE)
+
+
+@gluon.jit
+def window_keys_range(s0, T, BN: gl.constexpr):
+    """The steps of queries [first, end) that see some of BN keys, and the queries [lo, hi) that see all of them."""
+    BT: gl.constexpr = 4
+    some_lo = s0
+    some_hi = min(BN + s0 + 511, T)
+    all_lo = max(0, BN + s0 - 1)
+    all_hi = min(T, s0 + 512)
+    first = some_lo // BT
+    return first, max(first, (some_hi + 3) // BT), all_lo, all_hi
+
+
+@gluon.jit
+def window_keys_share(s0, T, shares, BN: gl.constexpr):
+    """Those of this program, of all that share the tile: as many for each."""
+    first, last, _, _ = window_keys_range(s0, T, BN)
+    steps = (last - first + shares - 1) // shares
+    first = min(first + gl.program_id(1) * steps, last)
+    return first, min(first + steps, last)
+
+
+@gluon.jit
+def window_keys_rows(parts_ptr, key_row, share_st, s0, LAYOUT: gl.constexpr):
+    """Where the parts of the tile's keys go."""
+    s = s0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    return parts_ptr + gl.program_id(1).to(gl.int64) * share_st + gl.expand_dims((key_row + s.to(gl.int64) * 4) * 448, 1), gl.expand_dims(s, 1)
+
+
+@gluon.jit
+def window_keys_weigh(k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, TURN: gl.constexpr, STAGES: gl.constexpr):
+    """A warpgroup: every second step, from step TURN on. ds of each, and dv += pᵀ·d_out. C0: s <= t; C1: s > t - 512"""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    DV0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DV0, k_width=2)
+    DTYPE: gl.constexpr = k0.dtype
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    dv0 = gl.zeros([64, 128], gl.float32, layout=DV0)
+    first, last = window_keys_share(s0, T, shares, 64)
+    _, _, lo, hi = window_keys_range(s0, T, 64)
+    mbarrier.wait(arrived, 0)
+    for step in range(TURN, last - first, 2):
+        at = step % STAGES
+        t0 = (first + step) * 4
+        hopper.wait_full(full, step, STAGES)
+        # The products begin with −lse / scale and −delta in their accumulators: no registers for these beside p and dp.
+        lse = lse_ring.index(at).load(COLUMNS)
+        x = zero + gl.expand_dims(lse * (-1.0 / scale), 0)
+        x = warpgroup_mma(k0, q0_ring.index(at).permute((1, 0)), x, is_async=True)
+        x = warpgroup_mma(k1, q1_ring.index(at).permute((1, 0)), x, is_async=True)
+        dp = zero - gl.expand_dims(delta_ring.index(at).load(COLUMNS), 0)
+        dp = warpgroup_mma(v0, do0_ring.index(at).permute((1, 0)), dp, is_async=True)
+        x = warpgroup_mma_wait(1, deps=(x,))
+        if (t0 < lo) | (t0 + 4 > hi):
+            t = t0 + hopper.fresh(gl.arange(0, 64, layout=COLUMNS)) // 16
+            s = s0 + hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))
+            t, s = gl.expand_dims(t, 0), gl.expand_dims(s, 1)
+            x = gl.where(s <= t, x, float("-inf"))
+            x = gl.where(s > t - 512, x, float("-inf"))
+            x = gl.where(t < T, x, float("-inf"))
+        p = gl.exp2(x * scale2)
+        weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+        hopper.wait_empty(ds_empty, step, 2)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        grads = (p * dp).to(DTYPE)
+        dv0 = warpgroup_mma(weights, do0_ring.index(at), dv0, is_async=True)
+        ds_ring.index(TURN).store(grads)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(TURN), count=1)
+        dv0 = warpgroup_mma_wait(0, deps=(dv0,))
+        mbarrier.arrive(empty.index(at), count=1)
+    out, s = window_keys_rows(parts_ptr, key_row, share_st, s0, DV0)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DV0)), 0)
+    gl.store(out + 192 + TURN * 128 + d, dv0, mask=s < n)
+
+
+@gluon.jit
+def window_keys_spread(q0_ring, q1_ring, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, STAGES: gl.constexpr):
+    """A warpgroup: every step. dk += dsᵀ·q."""
+    DK0: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    dk0 = gl.zeros([64, 128], gl.float32, layout=DK0)
+    DK1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    dk1 = gl.zeros([64, 64], gl.float32, layout=DK1)
+    first, last = window_keys_share(s0, T, shares, 64)
+    for step in range(0, last - first):
+        at = step % STAGES
+        hopper.wait_full(ds_full, step, 2)
+        dk0 = warpgroup_mma(ds_ring.index(step % 2), q0_ring.index(at), dk0, is_async=True)
+        dk1 = warpgroup_mma(ds_ring.index(step % 2), q1_ring.index(at), dk1, is_async=True)
+        dk0, dk1 = warpgroup_mma_wait(0, deps=(dk0, dk1))
+        mbarrier.arrive(empty.index(at), count=1)
+        mbarrier.arrive(ds_empty.index(step % 2), count=1)
+    out, s = window_keys_rows(parts_ptr, key_row, share_st, s0, DK0)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, DK0)), 0)
+    gl.store(out + d, dk0 * scale, mask=s < n)
+    out, s = window_keys_rows(parts_ptr, key_row, share_st, s0, DK1)
+    d = gl.expand_dims(gl.arange(128, 192, layout=gl.SliceLayout(0, DK1)), 0)
+    gl.store(out + d, dk1 * scale, mask=s < n)
+
+
+@gluon.jit
+def window_keys_copy(
+    k_map0, k_map1, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES: gl.constexpr
+):
+    """A warp: the tile's keys and values, then what every step reads, as far ahead as there is room."""
+    mbarrier.expect(arrived, 40960)
+    hopper.fetch(k_map0, b, s0, h, 0, k0, arrived)
+    hopper.fetch(k_map1, b, s0, h, 128, k1, arrived)
+    hopper.fetch(v_map0, b, s0, h, 0, v0, arrived)
+    row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    first, last = window_keys_share(s0, T, shares, 64)
+    for step in range(0, last - first):
+        at = step % STAGES
+        t0 = (first + step) * 4
+        t = gl.minimum(t0 + row // 16, T - 1)
+        place = (b.to(gl.int64) * T + t) * 64 + h * 16 + row % 16
+        hopper.wait_empty(empty, step, STAGES)
+        mbarrier.expect(full.index(at), 40960)
+        hopper.fetch_numbers(lse_ptr + place, lse_ring.index(at))
+        hopper.fetch_numbers(delta_ptr + place, delta_ring.index(at))
+        hopper.numbers_arrive(full.index(at))
+        hopper.fetch_rows(q_map0, b, t0, h * 16, 0, q0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(q_map0, b, t0, h * 16, 64, q0_ring.index(at), 1, full.index(at))
+        hopper.fetch_rows(q_map0, b, t0, h * 16, 128, q1_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, t0, h * 16, 0, do0_ring.index(at), 0, full.index(at))
+        hopper.fetch_rows(do_map0, b, t0, h * 16, 64, do0_ring.index(at), 1, full.index(at))
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "shares"])
+def window_keys_specialised(
+    k_map0, k_map1, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, parts_ptr, T, tiles, shares, share_st, scale, key_rows, BN: gl.constexpr, STAGES: gl.constexpr
+):
+    """dk and two parts of dv from the scores recomputed with lse; one program: BN keys, one run of their queries × the 16 heads of one KV head."""
+    tile = gl.program_id(0) % tiles
+    h = gl.program_id(0) // tiles % 4
+    b = gl.program_id(0) // tiles // 4
+    s0 = tile * BN
+    n = T
+    key_row = b.to(gl.int64) * key_rows * 4 + h  # of key 0, in rows of one head
+    DTYPE: gl.constexpr = k_map0.dtype
+    k0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+    q0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+    k1 = hopper.tiles(DTYPE, 1, BN, 64).index(0)
+    q1_ring = hopper.tiles(DTYPE, STAGES, 64, 64)
+    v0 = hopper.tiles(DTYPE, 1, BN, 128).index(0)
+    do0_ring = hopper.tiles(DTYPE, STAGES, 64, 128)
+    lse_ring, delta_ring = hopper.numbers(STAGES, 64), hopper.numbers(STAGES, 64)
+    full, empty = hopper.barriers(STAGES, 33), hopper.barriers(STAGES, 2)  # full: 32 lanes' numbers and what is expected
+    arrived = hopper.barriers(1, 1).index(0)
+    ds_ring, ds_full, ds_empty = hopper.tiles(DTYPE, 2, BN, 64), hopper.barriers(2, 1), hopper.barriers(2, 1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (window_keys_weigh, (k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 0, STAGES)),
+        (window_keys_weigh, (k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, 1, STAGES)),
+        (window_keys_spread, (q0_ring, q1_ring, empty, ds_ring, ds_full, ds_empty, parts_ptr, key_row, share_st, s0, n, T, shares, scale, STAGES)),
+        (window_keys_copy, (k_map0, k_map1, v_map0, q_map0, do_map0, lse_ptr, delta_ptr, k0, k1, v0, arrived, q0_ring, q1_ring, do0_ring, lse_ring, delta_ring, full, empty, b, h, s0, T, shares, STAGES)),
+    ], [4, 4, 1], [176, 136, 24])
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < rows)[:, None]
+    row = row[:, None]
+    dk0 = tl.zeros([BM, 128], dtype=tl.float32)
+    dk1 = tl.zeros([BM, 64], dtype=tl.float32)
+    dv0 = tl.zeros([BM, 128], dtype=tl.float32)
+    for split in range(splits):
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * (192 + PIECES * 128)
+        d = tl.arange(0, 128)[None, :]
+        dk0 += tl.load(part + d, mask=inside, other=0.0)
+        d = tl.arange(128, 192)[None, :]
+        dk1 += tl.load(part + d, mask=inside, other=0.0)
+        d = tl.arange(0, 128)[None, :]
+        for piece in tl.static_range(PIECES):
+            dv0 += tl.load(part + 192 + piece * 128 + d, mask=inside, other=0.0)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dk_ptr + row * 192 + d, dk0, inside, ACCUMULATE)
+    d = tl.arange(128, 192)[None, :]
+    device.add_to(dk_ptr + row * 192 + d, dk1, inside, ACCUMULATE)
+    d = tl.arange(0, 128)[None, :]
+    device.add_to(dv_ptr + row * 128 + d, dv0, inside, ACCUMULATE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -4471,18 +4839,27 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
             )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
-    c = launch.pick(_CONFIGS["compressed_dkv"], q)
+    c = launch.pick(_CONFIGS["compressed_keys" if copied else "compressed_dkv"], q)
+    maps = hopper.key_maps(q, k, v, d_out, 16, (128, 64)) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     splits = launch.splits(tiles * 4 * batch, length, c.bm // 16)
-    parts = launch.empty(q, (splits, *k.shape[:3], 320), cu_seqlens, torch.float32)
-    compressed_dkv[(tiles * 4 * batch, splits)](
-        q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), **c.options,
-    )
+    pieces = 2 if copied else 1  # of dv
+    parts = launch.empty(q, (splits, *k.shape[:3], 192 + pieces * 128), cu_seqlens, torch.float32)
+    if copied:
+        compressed_keys_specialised[(tiles * 4 * batch, splits)](
+            *maps, lse, delta, parts, length, tiles, splits, parts.stride(0), scale, k.shape[1], c.bn, c.stages, **c.options,
+        )
+    else:
+        compressed_dkv[(tiles * 4 * batch, splits)](
+            q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
+            c.bm, c.bn, launch.precision(q), **c.options,
+        )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
-    rows = parts[0].numel() // 320
-    compressed_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, splits, c.bm, adds, **c.options)
+    rows = parts[0].numel() // parts.shape[-1]
+    compressed_sum[(-(-rows // c.bm),)](
+        parts, dk, dv, rows, splits, c.bm, pieces, adds, **c.options
+    )
     return dq, dk, dv
 
 
@@ -4647,13 +5024,26 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
             )
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
-    c = launch.pick(_CONFIGS["window_dkv"], q)
+    c = launch.pick(_CONFIGS["window_keys" if copied else "window_dkv"], q)
+    maps = hopper.key_maps(q, k, v, d_out, 16, (128, 64)) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
-    window_dkv[(tiles * 4 * batch,)](
-        q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
-        c.bm, c.bn, launch.precision(q), adds, **c.options,
-    )
+    if copied:
+        shares = hopper.shares(tiles * 4 * batch, min(-(-length // 4), 144), q.device)
+        parts = launch.empty(q, (shares, *k.shape[:3], 448), None, torch.float32)
+        window_keys_specialised[(tiles * 4 * batch, shares)](
+            *maps, lse, delta, parts, length, tiles, shares, parts.stride(0), scale, k.shape[1], c.bn, c.stages, **c.options,
+        )
+        c = launch.pick(_CONFIGS["window_sum"], q)
+        rows = parts[0].numel() // parts.shape[-1]
+        window_sum[(-(-rows // c.bm),)](
+            parts, dk, dv, rows, shares, c.bm, 2, adds, **c.options
+        )
+    else:
+        window_dkv[(tiles * 4 * batch,)](
+            q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
+            *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
+            c.bm, c.bn, launch.precision(q), adds, **c.options,
+        )
     return dq, dk, dv
 
 

@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  441a390fabe5
+content  61893ca4d545
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -69,7 +69,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_441a390fabe5"
+_SPACE = "nsagen_tiny_61893ca4d545"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -133,7 +133,7 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 7168),
         ),
     }),
-    "compressed_sum": Tiles("compressed_sum", "06acca900d04", {
+    "compressed_sum": Tiles("compressed_sum", "45eea67cbca7", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
         ),
@@ -978,7 +978,7 @@ def compressed_dkv(
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr):
     """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     inside = (row < rows)[:, None]
@@ -986,11 +986,12 @@ def compressed_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, AC
     dk0 = tl.zeros([BM, 32], dtype=tl.float32)
     dv0 = tl.zeros([BM, 16], dtype=tl.float32)
     for split in range(splits):
-        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 40
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * (24 + PIECES * 16)
         d = tl.arange(0, 32)[None, :]
         dk0 += tl.load(part + d, mask=inside & (d < 24), other=0.0)
         d = tl.arange(0, 16)[None, :]
-        dv0 += tl.load(part + 24 + d, mask=inside, other=0.0)
+        for piece in tl.static_range(PIECES):
+            dv0 += tl.load(part + 24 + piece * 16 + d, mask=inside, other=0.0)
     d = tl.arange(0, 32)[None, :]
     device.add_to(dk_ptr + row * 24 + d, dk0, inside & (d < 24), ACCUMULATE)
     d = tl.arange(0, 16)[None, :]
@@ -3449,8 +3450,10 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         c.bm, c.bn, launch.precision(q), **c.options,
     )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
-    rows = parts[0].numel() // 40
-    compressed_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, splits, c.bm, adds, **c.options)
+    rows = parts[0].numel() // parts.shape[-1]
+    compressed_sum[(-(-rows // c.bm),)](
+        parts, dk, dv, rows, splits, c.bm, 1, adds, **c.options
+    )
     return dq, dk, dv
 
 

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  7bf20a2a2cb6
+content  eb750d3e23d3
 runtime  18
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -45,7 +45,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_7bf20a2a2cb6"
+_SPACE = "nsagen_window_only_eb750d3e23d3"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -139,12 +139,12 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 33792),
         ),
     }),
-    "window_keys": Tiles("window_keys", "d55d6f66d67d", {
+    "window_keys": Tiles("window_keys", "1b6caa9d6f0a", {
         ("sm_90", 16): (
             Config(64, 128, 4, 4, 199680, maps=True, specialised=True),
         ),
     }),
-    "window_sum": Tiles("window_sum", "e138fe1926e3", {
+    "window_sum": Tiles("window_sum", "1bc53069d2e1", {
         ("sm_80", 16): (
             Config(16, 1, 4, 1, 0),
         ),
@@ -867,9 +867,9 @@ def window_keys_range(s0, T, BN: gl.constexpr):
 
 
 @gluon.jit
-def window_keys_share(s0, T, shares):
+def window_keys_share(s0, T, shares, BN: gl.constexpr):
     """Those of this program, of all that share the tile: as many for each."""
-    first, last, _, _ = window_keys_range(s0, T, 128)
+    first, last, _, _ = window_keys_range(s0, T, BN)
     steps = (last - first + shares - 1) // shares
     first = min(first + gl.program_id(1) * steps, last)
     return first, min(first + steps, last)
@@ -930,7 +930,7 @@ def window_keys_multiply(
     zero = gl.zeros([64, 64], gl.float32, layout=SCORES)
     dk = gl.zeros([64, 128], gl.float32, layout=DK)
     dv = gl.zeros([64, 128], gl.float32, layout=DV)
-    first, last = window_keys_share(s0, T, shares)
+    first, last = window_keys_share(s0, T, shares, 128)
     own, end, lo, hi = window_keys_range(s0 + 64 * HALF, T, 64)
     own, end = min(max(own, first), last), min(max(end, first), last)
     window_keys_pass(first, first, own, full, empty, STAGES)
@@ -966,7 +966,7 @@ def window_keys_copy(
         hopper.fetch(k_map0, b, s0 + 64 * half, h, 0, k_tiles.index(half), arrived)
         hopper.fetch(v_map0, b, s0 + 64 * half, h, 0, v_tiles.index(half), arrived)
     row = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    first, last = window_keys_share(s0, T, shares)
+    first, last = window_keys_share(s0, T, shares, 128)
     for step in range(first, last):
         number = step - first
         at = number % STAGES
@@ -1014,7 +1014,7 @@ def window_keys_specialised(
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMULATE: tl.constexpr):
+def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, PIECES: tl.constexpr, ACCUMULATE: tl.constexpr):
     """dk and dv of every key row: the parts of the programs that shared its tile, added in order; one program: BM flat rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     inside = (row < rows)[:, None]
@@ -1022,11 +1022,12 @@ def window_sum(parts_ptr, dk_ptr, dv_ptr, rows, splits, BM: tl.constexpr, ACCUMU
     dk0 = tl.zeros([BM, 128], dtype=tl.float32)
     dv0 = tl.zeros([BM, 128], dtype=tl.float32)
     for split in range(splits):
-        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * 256
+        part = parts_ptr + (row + tl.full([], split, dtype=tl.int64) * rows) * (128 + PIECES * 128)
         d = tl.arange(0, 128)[None, :]
         dk0 += tl.load(part + d, mask=inside, other=0.0)
         d = tl.arange(0, 128)[None, :]
-        dv0 += tl.load(part + 128 + d, mask=inside, other=0.0)
+        for piece in tl.static_range(PIECES):
+            dv0 += tl.load(part + 128 + piece * 128 + d, mask=inside, other=0.0)
     d = tl.arange(0, 128)[None, :]
     device.add_to(dk_ptr + row * 128 + d, dk0, inside, ACCUMULATE)
     d = tl.arange(0, 128)[None, :]
@@ -1498,7 +1499,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     dk, adds = launch.target(into[1], k, cu_seqlens)
     dv, _ = launch.target(into[2], v, cu_seqlens)
     c = launch.pick(_CONFIGS["window_keys" if copied else "window_dkv"], q)
-    maps = hopper.key_maps(q, k, v, d_out, 16) if copied else ()
+    maps = hopper.key_maps(q, k, v, d_out, 16, (128,)) if copied else ()
     tiles = launch.tiles(k.shape[1], c.bn, cu_seqlens)
     if copied:
         shares = hopper.shares(tiles * 4 * batch, min(-(-length // 4), 160), q.device)
@@ -1510,8 +1511,10 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         )
         if parts is not None:
             c = launch.pick(_CONFIGS["window_sum"], q)
-            rows = parts[0].numel() // 256
-            window_sum[(-(-rows // c.bm),)](parts, dk, dv, rows, shares, c.bm, adds, **c.options)
+            rows = parts[0].numel() // parts.shape[-1]
+            window_sum[(-(-rows // c.bm),)](
+                parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
+            )
     else:
         window_dkv[(tiles * 4 * batch,)](
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,

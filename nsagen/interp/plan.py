@@ -39,6 +39,7 @@ BODIES: dict[Body, Callable[[Run], None]] = {
     "attend_dq": _each(attend_dq),
     "attend_dkv": _each(attend_dkv),
     "attend_keys": _each(attend_dkv),
+    "attend_wide_keys": _each(attend_dkv),
     "attend_queries": _each(attend_dq),
     "attend_list_dkv": attend_list_dkv,
     "attend_list_grads": attend_list_dkv,

@@ -22,14 +22,15 @@ Body = Literal[
     "attend_fwd", "attend_dq", "attend_dkv", "attend_list_dkv", "combine_fwd", "combine_bwd",
     "score_lse", "select_scores", "select_blocks", "sum_items", "sum_splits",
     "attend_list_fwd", "merge_lists", "sum_lists", "attend_list_grads", "sum_list_parts",
-    "attend_keys", "attend_queries",
+    "attend_keys", "attend_wide_keys", "attend_queries",
     "split_attend", "split_select", "split_merge",
 ]  # fmt: skip
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 BY_LISTS = ("attend_fwd", "attend_dq")  # bodies whose query tiles may find their keys by block lists
 # Bodies that hold keys and walk the queries; bodies of kernels that have no form without a warp that copies.
-WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd", "attend_list_grads", "attend_keys")
-ONLY_SPECIALISED = ("attend_list_grads", "attend_keys", "attend_queries")
+BY_KEYS = ("attend_keys", "attend_wide_keys")  # bodies of dk and dv with a warp that copies
+WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd", "attend_list_grads", *BY_KEYS)
+ONLY_SPECIALISED = ("attend_list_grads", *BY_KEYS, "attend_queries")
 DEEP = 5  # stages of a decoding step over small pages, half of them before the keys; runtime/split.py asks for it
 MOST_NEW = 8  # tokens of a sequence that one step of decoding appends
 Direction = Literal["forward", "reverse"]

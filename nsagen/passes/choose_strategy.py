@@ -23,7 +23,7 @@ from nsagen.passes.joint import joint_kernels
 from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
 from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
 from nsagen.passes.rings import over_rings
-from nsagen.passes.specialise import keys_may_specialise, keys_name, queries_may_specialise, queries_name
+from nsagen.passes.specialise import keys_are_wide, keys_may_specialise, keys_name, queries_may_specialise, queries_name
 
 PACK = Choice(
     "head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head"
@@ -51,6 +51,10 @@ SHARES = Choice(
 COPIED_KEYS = Choice(
     "warp_specialised",
     "a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)",
+)
+COPIED_WIDE = Choice(
+    "warp_specialised",
+    "a warp copies the queries' rows by tensor maps, two warpgroups take turns, a third has dk (16-bit on sm_90)",
 )
 COPIED = Choice(
     "warp_specialised",
@@ -264,10 +268,9 @@ def _key_grads(node: Attend, heads: Heads) -> list[Kernel]:
             kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, *outs), walks, choices))
             for kernel in _specialised_keys(kernels[-1], source, heads):
                 either = tuple(replace(o, optional=True) for o in (parts, *outs))
-                shared = replace(grid, split=True)
-                kernels.append(
-                    replace(kernel, grid=shared, operands=(*loads, *either), choices=(*choices, SHARES, COPIED))
-                )
+                stored = (parts,) if keys_are_wide(heads) else either
+                found = replace(kernel, grid=replace(grid, split=True), operands=(*loads, *stored))
+                kernels.append(replace(found, choices=(*choices, SHARES, kernel.choices[-1])))
                 sums, flat = (replace(parts, mode="load"), *outs), Grid(None, BM, "ascending")
                 kernels.append(Kernel(sum_name, node.branch, "sum_splits", flat, sums, (), (SHARES,)))
     return kernels
@@ -277,7 +280,9 @@ def _specialised_keys(kernel: Kernel, source: Source, heads: Heads) -> list[Kern
     """The same with a warp that copies, where that has a form for it."""
     if not keys_may_specialise(source, heads):
         return []
-    return [replace(kernel, name=keys_name(kernel.name), body="attend_keys", choices=(*kernel.choices, COPIED))]
+    wide, name = keys_are_wide(heads), keys_name(kernel.name)
+    body, copied = ("attend_wide_keys", COPIED_WIDE) if wide else ("attend_keys", COPIED)
+    return [replace(kernel, name=name, body=body, choices=(*kernel.choices, copied))]
 
 
 def _normaliser(node: LogSumExp) -> Kernel:

@@ -18,6 +18,7 @@ from nsagen.passes.specialise import (
     queries_tile,
     specialised_speed,
     specialised_use,
+    wide_keys_tile,
 )
 
 BITS = (16, 32)
@@ -31,7 +32,12 @@ RIDES = Choice(
     "rides",
     "the last branch's programs, where warp-specialised, have the term in registers and memory to spare: one pass less",
 )
-ONLY_TILES = {"attend_list_grads": grads_tile, "attend_keys": keys_tile, "attend_queries": queries_tile}
+ONLY_TILES = {
+    "attend_list_grads": grads_tile,
+    "attend_keys": keys_tile,
+    "attend_wide_keys": wide_keys_tile,
+    "attend_queries": queries_tile,
+}
 UNROLLED = 128  # float32 scores a warp: more, and a kernel spills and takes minutes to compile
 
 

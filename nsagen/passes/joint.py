@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 from nsagen.ir.graph import Attend, Combine, Graph, Select
 from nsagen.ir.plan import BT, SPECIALISED, Choice, Grid, Kernel, Launch, Operand, Taken, Walk
 from nsagen.passes.loop_order import specialised_by_blocks
-from nsagen.passes.specialise import QUERIES_KEYS, keys_may_specialise, keys_name, queries, queries_may_specialise
+from nsagen.passes.specialise import (
+    QUERIES_KEYS,
+    keys_are_wide,
+    keys_may_specialise,
+    keys_name,
+    queries,
+    queries_may_specialise,
+)
 from nsagen.sym import KEY, QUERY, AtLeast
 
 JOINT = "joint_queries"
@@ -51,7 +58,8 @@ def joined(graph: Graph) -> tuple[Attend, ...]:
 
 def takeover(graph: Graph) -> Takeover | None:
     """Who takes listed keys over from whom, if anyone does."""
-    takers = [n for n in joined(graph) if keys_may_specialise(n.sources[0], graph.heads)]
+    narrow = not keys_are_wide(graph.heads)
+    takers = [n for n in joined(graph) if narrow and keys_may_specialise(n.sources[0], graph.heads)]
     for select in (n for n in graph.nodes if isinstance(n, Select) and n.local):
         for giver in (n for n in graph.nodes if isinstance(n, Attend) and specialised_by_blocks(n, graph.heads)):
             listed = giver.sources[0].listed

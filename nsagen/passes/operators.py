@@ -25,7 +25,7 @@ from nsagen.ir.plan import ALONE, PLAIN, SHARED, SPECIALISED, Buffer, Guard, Lau
 from nsagen.passes.decode import decode_buffers, decode_op
 from nsagen.passes.joint import joined, joint_launch, taken_binds, takeover
 from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
-from nsagen.passes.specialise import keys_may_specialise, keys_name, queries_may_specialise, queries_name
+from nsagen.passes.specialise import keys_are_wide, keys_may_specialise, keys_name, queries_may_specialise, queries_name
 from nsagen.sym import Expr, const, count, floordiv
 
 BATCH = count("B")
@@ -162,10 +162,9 @@ class _Gradients:
         parts: Binds = (("parts", _parts(source)),)
         if source.listed is None and source.axis.is_tokens:
             plain, *copied = self._forms(Launch(name, (*loads, *outs), adds), source)
-            return [
-                plain,
-                *(y for x in copied for y in _alone_or_shared(x, f"{branch}_sum{suffix}", loads, parts, outs)),
-            ]
+            sums = f"{branch}_sum{suffix}"
+            shares = _shared if keys_are_wide(self.heads) else _alone_or_shared
+            return [plain, *(y for x in copied for y in shares(x, sums, loads, parts, outs))]
         if source.listed:
             parts = (("items", source.listed.blocks), *parts)
         sums = Launch(f"{branch}_sum{suffix}", (*parts, *outs), adds)
@@ -215,11 +214,14 @@ def _both_forms(launch: Launch, specialised: str) -> list[Launch]:
 
 def _alone_or_shared(launch: Launch, sums: str, loads: Binds, parts: Binds, outs: Binds) -> list[Launch]:
     """The launch whose programs have a key tile each, and the one of programs that share it, with the sum."""
-    return [
-        replace(launch, when=(*launch.when, ALONE)),
-        replace(launch, binds=(*loads, *parts), accumulate=False, when=(*launch.when, SHARED)),
-        Launch(sums, (*parts, *outs), launch.accumulate, when=(*launch.when, SHARED)),
-    ]
+    shared = (replace(x, when=(*x.when, SHARED)) for x in _shared(launch, sums, loads, parts, outs))
+    return [replace(launch, when=(*launch.when, ALONE)), *shared]
+
+
+def _shared(launch: Launch, sums: str, loads: Binds, parts: Binds, outs: Binds) -> list[Launch]:
+    """Parts of each program, and their sum."""
+    stores = replace(launch, binds=(*loads, *parts), accumulate=False)
+    return [stores, Launch(sums, (*parts, *outs), launch.accumulate, when=launch.when)]
 
 
 def _in_parts(branch: str, dq: Launch, keys: Launch, sums: Launch) -> list[Launch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nsagen.ir.graph import Attend, Heads, Source
 from nsagen.ir.plan import Kernel, TileConfig
 from nsagen.passes.machine import Use
@@ -75,8 +77,18 @@ def keys_name(kernel: str) -> str:
 
 def keys_may_specialise(source: Source, heads: Heads) -> bool:
     """Whether dk and dv of a source have it: one walk of queries in a row, groups and head dims that fill its tiles."""
-    dims = all(dim % 64 == 0 and dim <= 128 for dim in (heads.qk_dim, heads.v_dim))
+    dims = heads.qk_dim % 64 == heads.v_dim % 64 == 0 and heads.qk_dim <= 192 and heads.v_dim <= 128
     return source.listed is None and len(source.pieces) == 1 and dims and GROUP_ROWS % heads.group == 0
+
+
+def keys_are_wide(heads: Heads) -> bool:
+    """Whether dk and dv do not fit a warpgroup beside two tiles of scores: dk then has one of its own."""
+    return heads.qk_dim > 128
+
+
+def wide_keys_tile(kernel: Kernel) -> TileConfig:
+    """As that of a gradient by blocks, without parts of dq."""
+    return replace(grads_tile(kernel), spills=64)
 
 
 def keys_tile(kernel: Kernel) -> TileConfig:

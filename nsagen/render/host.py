@@ -24,7 +24,7 @@ from nsagen.ir.plan import BT, SPECIALISED, T0, Kernel, Launch, N, Op, Plan, Rin
 from nsagen.passes.joint import JOINT, joined
 from nsagen.passes.operators import cached_name, suffixes
 from nsagen.passes.rings import rings
-from nsagen.passes.specialise import GROUP_ROWS, KEYS_TILE
+from nsagen.passes.specialise import GROUP_ROWS, KEYS_TILE, keys_are_wide
 from nsagen.render.view import Combined, Named, combined_view
 from nsagen.sym import Expr, Symbol, conjunct_text, evaluate, expand, substitute, symbol, to_text
 
@@ -42,7 +42,9 @@ class KeySourceView:
     keys: str | None  # the specialised form of dkv, where there is one
     sum: str
     split: bool  # programs share a key tile
-    steps: str  # of 64 rows: those of a key tile of 128 in the specialised form, no fewer than there are
+    steps: str  # of 64 rows: those of a key tile in the specialised form, no fewer than there are
+    wide: bool  # that form leaves parts always, with two of dv
+    key_parts: tuple[int, ...]  # widths of its tiles of keys
     ring: Ring | None  # how the keys lie in a cache
 
     @property
@@ -289,6 +291,8 @@ def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan
         sum=f"{branch}_sum{suffix}",
         split=plan.kernel(f"{branch}_dkv{suffix}").grid.split,
         steps=_steps(f"{branch}_keys{suffix}", plan) if _if_there(plan, f"{branch}_keys{suffix}") else "",
+        wide=keys_are_wide(plan.heads),
+        key_parts=plan.kernel(f"{branch}_dkv{suffix}").qk_parts,
         ring=next(o.ring for o in plan.kernel(cached_name(f"{branch}_fwd")).operands if o.name == "k" + suffix),
     )
 
@@ -298,10 +302,10 @@ FAR = 1 << 30
 
 def _steps(kernel: str, plan: Plan) -> str:
     """Text of a key tile's steps: of what a tile amid many tokens sees, or of all queries where that has no end."""
-    walk = plan.kernel(kernel).walks[0]
-    step = GROUP_ROWS // plan.heads.group
+    walk, step = plan.kernel(kernel).walks[0], GROUP_ROWS // plan.heads.group
+    tile = GROUP_ROWS if keys_are_wide(plan.heads) else KEYS_TILE
     assert walk.some is not None
-    at = {"s0": FAR >> 1, "T": FAR, "BN": KEYS_TILE, "BT": step, "N": FAR}
+    at = {"s0": FAR >> 1, "T": FAR, "BN": tile, "BT": step, "N": FAR}
     seen = evaluate(walk.some.hi, at) - evaluate(walk.some.lo, at)
     every = f"-(-length // {step})"
     return every if seen > FAR >> 2 else f"min({every}, {-(-seen // step)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nsagen.ir.graph import Heads
-from nsagen.ir.plan import HEADS_IN_TURN, Kernel
+from nsagen.ir.plan import BY_KEYS, HEADS_IN_TURN, Kernel
 
 
 def kernel_doc(kernel: Kernel, heads: Heads, rows: str) -> str:
@@ -14,6 +14,7 @@ def kernel_doc(kernel: Kernel, heads: Heads, rows: str) -> str:
         "attend_queries": "dq from the scores recomputed with lse",
         "attend_dkv": "dk and dv from the scores recomputed with lse",
         "attend_keys": "dk and dv from the scores recomputed with lse",
+        "attend_wide_keys": "dk and two parts of dv from the scores recomputed with lse",
         "attend_list_fwd": "an item's parts of out, each a softmax over the item's key block, and their log-sum-exp",
         "merge_lists": "out and its log-sum-exp from the parts of the query's listed blocks",
         "sum_lists": "dq from the parts of the query's listed blocks, added in order",
@@ -43,6 +44,6 @@ def kernel_doc(kernel: Kernel, heads: Heads, rows: str) -> str:
         tile = "BN keys and one item's queries" if listed else "one query"
     elif kernel.body in HEADS_IN_TURN:
         tile = "BM queries and BN keys"
-    elif kernel.body in ("attend_dkv", "attend_keys"):
+    elif kernel.body in ("attend_dkv", *BY_KEYS):
         tile = "BN keys, one run of their queries" if kernel.grid.split else "BN keys"
     return f"{what}; one program: {tile} × the {heads.group} heads of one KV head."

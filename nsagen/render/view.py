@@ -192,6 +192,7 @@ class KernelView:
     descending: bool
     split: bool  # programs share a tile's loop
     gradients: bool  # dk and dv themselves may leave it
+    equal_shares: bool  # programs that share a key tile have as many steps each
     heads_in_turn: bool  # a tile's rows are queries of one head
     cached: bool  # keys lie in a cache
     valued: bool  # and values
@@ -348,6 +349,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         descending=kernel.grid.order == "descending",
         split=kernel.grid.split,
         gradients=any(o.role == "dk" for o in kernel.operands),
+        equal_shares=any(w.axis.is_tokens for w in kernel.walks),
         heads_in_turn=kernel.body in HEADS_IN_TURN,
         cached=kernel.cached,
         valued=any(o.role == "v" for o in kernel.operands),

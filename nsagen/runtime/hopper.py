@@ -172,10 +172,12 @@ def row_boxes(x: torch.Tensor, heads: int, tokens: int = 1) -> Boxes:
     return _map_of(x, (1, tokens, heads, 64))
 
 
-def key_maps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor, group: int) -> list[Boxes]:
-    """Of k and v by 64 keys, of q and d_out by 64 rows of whole queries."""
+def key_maps(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor, group: int, widths: tuple[int, ...]
+) -> list[Boxes]:
+    """Of k, in parts of those widths, and v by 64 keys, of q and d_out by 64 rows of whole queries."""
     rows = (row_boxes(x, group, 64 // group) for x in (q, d_out))
-    return [*boxes(k, (k.shape[-1],), 64), *boxes(v, (v.shape[-1],), 64), *rows]
+    return [*boxes(k, widths, 64), *boxes(v, (v.shape[-1],), 64), *rows]
 
 
 def _map_of(x: torch.Tensor, box: tuple[int, ...]) -> Boxes:

@@ -112,6 +112,7 @@ def flops_of_pair(kernel: Kernel, heads: Heads) -> int:
         "attend_queries": 2 * qk + v,
         "attend_dkv": keys_grad,
         "attend_keys": keys_grad,
+        "attend_wide_keys": keys_grad,
         "attend_list_fwd": qk + v,
         "attend_list_dkv": keys_grad + (qk if any(o.role == "dq_parts" for o in kernel.operands) else 0),
         "attend_list_grads": keys_grad + qk,

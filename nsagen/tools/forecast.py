@@ -31,6 +31,7 @@ RATES = {
     "attend_dq": Rate(584e12, 12.2e-9, 46e-6),
     "attend_dkv": Rate(575e12, 0.0, 70e-6),
     "attend_keys": Rate(680e12, 0.0, 70e-6),
+    "attend_wide_keys": Rate(640e12, 0.0, 70e-6),
     "attend_queries": Rate(690e12, 27e-9, 40e-6),
     "attend_list_dkv": Rate(KEYS_ALONE, 0.0, 100e-6),
     "attend_list_grads": Rate(GRADS, 0.0, 40e-6),

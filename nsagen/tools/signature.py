@@ -12,7 +12,7 @@ from typing import Any
 
 from nsagen.errors import CompileError
 from nsagen.ir.graph import Select
-from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
+from nsagen.ir.plan import BY_KEYS, Kernel, Launch, Operand, Plan, TileConfig
 from nsagen.passes.machine import ARCHES
 from nsagen.passes.specialise import GROUP_ROWS
 from nsagen.tools.aot_chips import candidates
@@ -143,7 +143,7 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
 
 
 def _map(stem: str, part: int, job: Job, plan: Plan) -> str:
-    group, keys = plan.heads.group, job.kernel.body == "attend_keys"
+    group, keys = plan.heads.group, job.kernel.body in BY_KEYS
     if stem in ("q", "do"):
         return _boxes(DTYPES[job.dtype][0], [1, GROUP_ROWS // group if keys else 1, group, 64])
     operand = _operand(stem, job.kernel)
