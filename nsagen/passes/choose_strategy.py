@@ -18,10 +18,12 @@ from nsagen.ir.graph import (
     ended_blocks,
 )
 from nsagen.ir.plan import BM, BN, BT, Choice, Grid, Kernel, Operand, Plan, Walk
+from nsagen.passes.binds import suffixes
+from nsagen.passes.buffers import buffers
 from nsagen.passes.decode import decode_kernels
 from nsagen.passes.joint import joint_kernels
 from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
-from nsagen.passes.operators import buffers, cached_name, operators, serving_sources, suffixes
+from nsagen.passes.operators import cached_name, operators, serving_sources
 from nsagen.passes.rings import over_rings
 from nsagen.passes.specialise import keys_are_wide, keys_may_specialise, keys_name, queries_may_specialise, queries_name
 

@@ -9,7 +9,7 @@ from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
 from nsagen.render.split_view import RiderView, RidingLane, SelectionView, rider_view, selection_view
-from nsagen.render.view import power_of_two
+from nsagen.render.walks import power_of_two
 
 
 @dataclass(frozen=True)

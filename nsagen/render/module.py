@@ -14,11 +14,10 @@ from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import MOST_NEW, Kernel, Plan, TileTable
+from nsagen.render.branches import branch_views, joint_view
 from nsagen.render.decode import DecodeView, decode_view
 from nsagen.render.host import (
     ahead_view,
-    branch_views,
-    joint_view,
     op_views,
     part_views,
     pool_node,
@@ -29,7 +28,8 @@ from nsagen.render.host import (
 from nsagen.render.keys import kernel_key
 from nsagen.render.split_view import split_view
 from nsagen.render.standalone import link
-from nsagen.render.view import Named, combined_view, kernel_view
+from nsagen.render.view import combined_view, kernel_view
+from nsagen.render.walks import Named
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
 COMPRESSORS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nsagen.ir.plan import Kernel, Operand, Plan
-from nsagen.render.view import power_of_two
+from nsagen.render.walks import power_of_two
 
 RANKED = 128  # candidates that are each compared with every other; twice as many of a launched selection
 
