@@ -98,7 +98,7 @@ def attend_dkv(p: Program) -> None:
     walks = p.run.kernel.walks
     env = p.env(walks[0].axis)
     keys = p.keys(p.first + np.arange(p.run.bn), env["T"] if walks[0].axis.is_tokens else env["N"])
-    if not p.run.kernel.grid.split:
+    if "parts" not in p.run.arrays:
         dk, dv = _key_grads(p, keys, range(env["T"]))
         p.store("dk", keys, dk)
         return p.store("dv", keys, dv)

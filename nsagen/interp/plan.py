@@ -70,15 +70,16 @@ def run_op(
     cu_seqlens: Sequence[int] | None = None,
     chunk: int | None = None,
     form: str = "plain",
+    shares: int = SPLITS,
 ) -> dict[str, Array]:
     """The outputs of one op, by buffer name.
 
     inputs: by buffer name. Packed, with cu_seqlens, B is 1 and axes have the inputs' lengths; rows of no sequence stay
     NaN. chunk: queries of a host loop over chunks, all of them by default. scale defaults to Dqk^-½. form: "plain" or
-    "specialised" kernels, where there are both.
+    "specialised" kernels, where there are both. shares: programs of such that share a key tile of tokens, if any do.
     """
     host = _Host(plan, next(o for o in plan.ops if o.name == op), inputs, tiles, cu_seqlens)
-    host.form = form
+    host.form, host.sizes["shares"] = form, shares
     host.scale = plan.heads.qk_dim**-0.5 if scale is None else scale
     with np.errstate(over="ignore", invalid="ignore"):  # masked scores may be anything
         host.run(chunk)
@@ -132,7 +133,7 @@ class _Host:
                 del self.buffers[name]
 
     def _launch(self, launch: Launch, chunk: range) -> None:
-        if not all(_holds(guard, self.op, self.sizes["T"], self.form) for guard in launch.when):
+        if not all(_holds(guard, self.op, self.sizes, self.form) for guard in launch.when):
             return
         kernel = self.plan.kernel(launch.kernel)
         arrays = {operand: self._bound(kernel, operand, launch, chunk) for operand, _ in launch.binds}
@@ -140,8 +141,7 @@ class _Host:
         batch = self.sizes["B"]
         later = kernel.body == "sum_items" and chunk.start > 0  # adds to what earlier chunks gave every key
         add = launch.accumulate or later
-        sizes = (w.listed.size for k in self.plan.kernels for w in k.walks if w.listed)  # of one kind in a plan
-        left = (launch.leaves, next(sizes, 0))
+        left = (launch.leaves, next((k.takes.size for k in self.plan.kernels if k.takes), 0))
         run = Run(kernel, self.plan.heads, arrays, self.sequences, batch, bm, bn, self.scale, add, chunk, *left)
         BODIES[kernel.body](run)
 
@@ -176,8 +176,8 @@ def _chunks(tokens: int, chunk: int | None) -> Iterator[range]:
         yield range(first, min(first + step, tokens))
 
 
-def _holds(guard: Guard, op: Op, tokens: int, form: str) -> bool:
+def _holds(guard: Guard, op: Op, sizes: Mapping[str, int], form: str) -> bool:
     """Whether a variant is taken here: training, on no particular chip."""
     direction = "backward" if op.doc.endswith("_grad") else "forward"
     found: dict[str, str | int] = {"mode": "train", "direction": direction, "arch": "", "form": form}
-    return guard.holds((found | {"length": tokens, "shares": SPLITS})[guard.key])
+    return guard.holds((found | {"length": sizes["T"], "shares": sizes["shares"]})[guard.key])

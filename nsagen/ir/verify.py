@@ -178,6 +178,12 @@ def _taken(op: Op, kernels: dict[str, Kernel], line: str) -> None:
     _need(all(SPECIALISED in x.when for _, x in takers), line, "keys are taken over where a warp copies alone")
     rule = f"launches leave {sorted(left)} blocks, others take {sorted(counts)}"
     _need(left == counts and len(left) <= 1, line, rule)
+    sizes = {k.takes.size for k, _ in takers if k.takes}
+    sizes |= {w.listed.size for x in op.launches if x.leaves for w in kernels[x.kernel].walks if w.listed}
+    _need(len(sizes) <= 1, line, f"blocks of {sorted(sizes)} tokens are left and taken")
+    joint = [i for i, x in enumerate(op.launches) if kernels[x.kernel].apart]
+    after = [i for i, x in enumerate(op.launches) if x.leaves or "lse_taken" in dict(x.binds)]
+    _need(all(i >= min(joint, default=0) for i in after), line, "keys are left before it is known that they are taken")
     for shares in (1, 2) if takers else ():
         runs = [(k, x) for k, x in takers if all(g.holds(shares) for g in x.when if g.key == "shares")]
         stored = sorted(o.role for k, x in runs for o in k.operands if o.mode != "load" and o.name in dict(x.binds))

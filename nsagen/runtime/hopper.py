@@ -198,17 +198,23 @@ def programs(total: int, x: torch.Tensor) -> int:
 
 MOST_SHARES = 16
 EXTRA = 5  # steps that a program's start and end take
+PARTS = 0.05  # steps that it takes all multiprocessors to write and read a program's parts, of 128 keys
 
 
 @lru_cache(maxsize=1024)
 def shares(tiles: int, steps: int, device: torch.device) -> int:
     """How many programs share a key tile of so many steps: as few as fill the multiprocessors' rounds best.
 
-    A program has a multiprocessor to itself, so 192 equal ones take as long as 264 on 132.
+    A program has a multiprocessor to itself, so 192 equal ones take as long as 264 on 132. Programs that share leave
+    parts, which one alone does not: many tiles fill the rounds well enough.
     """
     places = _multiprocessors(device.index or 0)
-    most = max(1, min(MOST_SHARES, steps // EXTRA))
-    return min(range(1, most + 1), key=lambda n: -(-tiles * n // places) * (-(-steps // n) + EXTRA))
+
+    def cost(n: int) -> float:
+        rounds = -(-tiles * n // places) * (-(-steps // n) + EXTRA)
+        return rounds + (n * tiles * PARTS if n > 1 else 0.0)
+
+    return min(range(1, max(1, min(MOST_SHARES, steps // EXTRA)) + 1), key=cost)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from nsagen.errors import CompileError
-from nsagen.ir.plan import Kernel, Launch, Plan, TileConfig
+from nsagen.ir.plan import SHARED, Kernel, Launch, Plan, TileConfig
 from nsagen.tools.aot_append import append_kernels
 from nsagen.tools.aot_chips import CHIPS, TENSOR_MEMORY, Chip, candidates
 from nsagen.tools.aot_listing import Listing, amd, nvidia, ptxas_log
@@ -40,9 +40,10 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
     bits = DTYPES[dtype][1]
     jobs: list[Job] = []
     for kernel in plan.kernels:
-        tiles, launch = candidates(kernel, arch, bits), launch_of(plan, kernel)
-        kernel, launch = _with_riders(plan, kernel, launch)
-        jobs += [Job(kernel, launch, arch, dtype, c) for c in (tiles if all_candidates else _first(tiles))]
+        tiles = candidates(kernel, arch, bits)
+        for launch in launches_of(plan, kernel):
+            found, bound = _with_riders(plan, kernel, launch)
+            jobs += [Job(found, bound, arch, dtype, c) for c in (tiles if all_candidates else _first(tiles))]
     return [*jobs, *(Job(kernel, x, arch, dtype, tile) for kernel, x, tile in append_kernels(plan, arch, bits))]
 
 
@@ -53,12 +54,16 @@ def _first(tiles: list[TileConfig]) -> list[TileConfig]:
     return [*tiles[:1], *next(([c] for c in tiles if not c.specialised), [])]
 
 
-def launch_of(plan: Plan, kernel: Kernel) -> Launch:
-    """The launch that asks most of the kernel: the one with most operands bound, gates and all."""
+def launches_of(plan: Plan, kernel: Kernel) -> list[Launch]:
+    """The launch that asks most of the kernel: the one with most operands bound, gates and all.
+
+    Of a kernel whose programs may share a tile, that of those, too: they store something else.
+    """
     launches = plan.launches(kernel.name)
     if not launches:
         raise CompileError(f"kernel {kernel.name}: no operator launches it")
-    return max(launches, key=lambda x: (len(x.binds), x.accumulate))
+    kinds = [[x for x in launches if (SHARED in x.when) == shared] for shared in (False, True)]
+    return [max(some, key=lambda x: (len(x.binds), x.accumulate)) for some in kinds if some]
 
 
 def _with_riders(plan: Plan, kernel: Kernel, launch: Launch) -> tuple[Kernel, Launch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import oracle
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsagen import api
-from nsagen.runtime import launch
+from nsagen.runtime import hopper, launch
 
 SPEC = {
     "heads": {"query": 32, "kv": 2, "qk_dim": 128, "v_dim": 128},
@@ -24,15 +25,16 @@ SPEC = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "takes": {},
-    "group of 32": {"heads": {"query": 32, "kv": 1, "qk_dim": 64, "v_dim": 64}},
-    "three local": {"selected": {"local": 3}, "window": {"size": 512}},
+    "takes, group of 32": {"heads": {"query": 32, "kv": 1, "qk_dim": 64, "v_dim": 128}},
+    "takes, three local": {"selected": {"local": 3}, "window": {"size": 512}},
+    "takes, one local": {"selected": {"local": 1}, "window": {"size": 150}},
     "own keys": {"kv": "per_branch"},
     "the paper's": {"kv": "per_branch", "heads": {"query": 32, "kv": 2, "qk_dim": 192, "v_dim": 128}},
     "group of 4": {"heads": {"query": 8, "kv": 2, "qk_dim": 128, "v_dim": 128}},
     "group of 12": {"heads": {"query": 12, "kv": 1, "qk_dim": 72, "v_dim": 40}},
     "none selected": {"selected": None},
 }
-LENGTHS = (33, 63, 64, 65, 127, 129, 200, 257, 700, 1500)
+LENGTHS = (20, 33, 63, 64, 65, 127, 129, 200, 257, 700, 1500)  # the first before any compressed key
 
 
 def module_of(case: str) -> Any:
@@ -81,6 +83,7 @@ def gradients(module: Any, given: dict[str, Any], recompute: bool = False) -> li
 def test_the_same_as_without(case: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_hopper()
     module, joints = module_of(case), list[bool]()
+    assert ("takes" in case) == ("taken" in inspect.signature(module._window_backward).parameters)
     joint = module._joint_queries
     monkeypatch.setattr(module, "_joint_queries", lambda *x: joints.append((y := joint(*x)) is not None) or y)
     monkeypatch.setattr(launch, "POISON", True)
@@ -88,14 +91,18 @@ def test_the_same_as_without(case: str, dtype: torch.dtype, device: str, monkeyp
         given = inputs(module, length, dtype, device)
         got, again, lean = (gradients(module, given, recompute) for recompute in (False, False, True))
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hopper, "shares", lambda *_: 1)  # as where there are many tiles
+            alone = gradients(module, given)
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "PLAIN", True)
             want = gradients(module, given)
         largest = max(float(x.float().norm()) for x in want)
-        for number, (a, b, c, d) in enumerate(zip(got, want, again, lean, strict=True)):
-            assert oracle.error(a.float(), b.float(), largest) < 5e-3, (length, number)
-            assert oracle.error(a.float(), d.float(), largest) < 5e-3, (length, number)
+        for number, (a, b, c, *others) in enumerate(zip(got, want, again, lean, alone, strict=True)):
             assert torch.equal(a, c), (length, number)
-    assert joints == [True, True, False] * len(LENGTHS)
+            for x in (a, *others):
+                assert oracle.error(x.float(), b.float(), largest) < 5e-3, (length, number)
+    forms = [length >= 32 for length in LENGTHS]
+    assert joints == [x for form in forms for x in (form, form, form, False)]
 
 
 def test_keys_taken_over_are_the_local_blocks(device: str) -> None:

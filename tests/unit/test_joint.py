@@ -12,7 +12,6 @@ from nsagen import api
 from nsagen.compiler import lower
 from nsagen.errors import IRError
 from nsagen.interp.plan import run_op
-from nsagen.ir.graph import Graph
 from nsagen.ir.plan import PLAIN, SPECIALISED, Launch, Plan, Taken
 from nsagen.ir.verify import verify
 from nsagen.passes.joint import JOINT
@@ -121,13 +120,13 @@ def test_the_verifier_wants_what_is_left_to_be_taken() -> None:
     verify(plan, "place_accesses")
 
 
-@pytest.mark.parametrize("chunk", [None, 150])
-def test_the_gradients_are_the_same(chunk: int | None) -> None:
+@pytest.mark.parametrize(("chunk", "shares"), [(None, 1), (None, 3), (150, 1)])
+def test_the_gradients_are_the_same(chunk: int | None, shares: int) -> None:
     """The kernels that a GPU of sm_90 takes, and the others; a gate of 0 shifts lse to infinity."""
     stages = lower(api.read({"name": "j", "heads": HEADS, "kv": "shared", "branches": {
         "compressed": COMPRESSED, "selected": SELECTED, "window": WINDOW}, "combine": "gated_sum"}))  # fmt: skip
-    graph, plan = next(s.ir for s in stages if s.name == "derive_weights"), stages[-1].ir
-    assert isinstance(plan, Plan) and isinstance(graph, Graph)
+    plan = stages[-1].ir
+    assert isinstance(plan, Plan)
     tokens, rng = 300, np.random.default_rng(0)
     heads = {"q": 16, "k": 1, "v": 1, "d_out": 16}
     values = {x: rng.standard_normal((1, tokens, count, 64)) for x, count in heads.items()}
@@ -139,7 +138,8 @@ def test_the_gradients_are_the_same(chunk: int | None) -> None:
     values |= run_op(plan, "attention", {x: values[x] for x in forward.inputs}, (64, 64))
     inputs = {x: values[x] for x in next(o for o in plan.ops if o.name == "attention_grad").inputs}
     plain, other = (
-        run_op(plan, "attention_grad", inputs, (128, 64), chunk=chunk, form=form) for form in ("plain", "specialised")
+        run_op(plan, "attention_grad", inputs, (128, 64), chunk=chunk, form=form, shares=shares)
+        for form in ("plain", "specialised")
     )
     for name, got in other.items():
         assert np.isfinite(got).all(), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ def functions(spec: str, kernel: str) -> tuple[Any, Any, int]:
         assert source
         found[name] = source[0].replace(": gl.constexpr", "")
     gl = SimpleNamespace(program_id=lambda _: gl.number, number=0)
-    space: dict[str, Any] = {"gl": gl, "cdiv": None}
+    space: dict[str, Any] = {"gl": gl}
     exec("\n".join(found.values()), space)
 
     def share(number: int, *rest: int) -> tuple[int, int]:
@@ -54,12 +55,21 @@ def test_every_step_is_one_program_s(spec: str, kernel: str) -> None:
     assert seen
 
 
-def test_as_many_share_a_tile_as_fill_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def of_132(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(hopper, "_multiprocessors", lambda _: 132)
     hopper.shares.cache_clear()
-    device = torch.device("cuda", 0)
-    assert [hopper.shares(tiles, 160, device) for tiles in (132, 256, 2048)] == [1, 1, 1]  # whole rounds, or nearly
-    assert hopper.shares(192, 160, device) == 2  # three rounds of halves, not two of all
-    assert hopper.shares(8, 160, device) > 8
-    assert hopper.shares(8, 3, device) == 1  # nothing to share
+    yield torch.device("cuda", 0)
     hopper.shares.cache_clear()
+
+
+def test_as_many_share_a_tile_as_fill_the_chip(of_132: torch.device) -> None:
+    assert [hopper.shares(tiles, 160, of_132) for tiles in (132, 256, 2048)] == [1, 1, 1]  # whole rounds, or nearly
+    assert hopper.shares(192, 160, of_132) == 2  # three rounds of halves, not two of all
+    assert hopper.shares(8, 160, of_132) > 8
+    assert hopper.shares(8, 3, of_132) == 1  # nothing to share
+
+
+def test_many_tiles_are_not_shared_for_little(of_132: torch.device) -> None:
+    """Parts of all of them would cost more than a last round that is not full."""
+    assert [hopper.shares(tiles, 160, of_132) for tiles in (940, 1000, 1252, 2032)] == [1, 1, 1, 1]
