@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  b9253fb686d6
+content  c3844d27625c
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_b9253fb686d6"
+_SPACE = "nsagen_mha_16_c3844d27625c"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4459,7 +4459,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
+    copied = joined or scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
     if not joined:
         c = launch.pick(_CONFIGS["compressed_queries" if copied else "compressed_dq"], q)
         tiles = launch.tiles(length, c.bm // 2 // 1 * 2 if copied else c.bm // 1, cu_seqlens)
@@ -4638,7 +4638,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         return launch.added((dq, dks[0], dvs[0]), into)
     batch, length = q.shape[:2]
     dq, adds = launch.target(into[0], q, cu_seqlens)
-    copied = scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
+    copied = joined or scale > 1e-30 and launch.specialises(cu_seqlens, q, k, v, d_out)  # by a warp of its own; they divide by the scale
     if not joined:
         c = launch.pick(_CONFIGS["window_queries" if copied else "window_dq"], q)
         tiles = launch.tiles(length, c.bm // 2 // 1 * 2 if copied else c.bm // 1, cu_seqlens)

@@ -27,8 +27,8 @@ Body = Literal[
 ]  # fmt: skip
 HEADS_IN_TURN = ("select_scores",)  # bodies whose rows are queries of one head, the group's heads one after another
 BY_LISTS = ("attend_fwd", "attend_dq")  # bodies whose query tiles may find their keys by block lists
-# Bodies that hold keys and walk the queries; bodies of kernels that have no form without a warp that copies.
 BY_KEYS = ("attend_keys", "attend_wide_keys")  # bodies of dk and dv with a warp that copies
+# Bodies that hold keys and walk the queries; bodies of kernels that have no form without a warp that copies.
 WALK_QUERIES = ("attend_dkv", "attend_list_dkv", "attend_list_fwd", "attend_list_grads", *BY_KEYS)
 ONLY_SPECIALISED = ("attend_list_grads", *BY_KEYS, "attend_queries")
 DEEP = 5  # stages of a decoding step over small pages, half of them before the keys; runtime/split.py asks for it

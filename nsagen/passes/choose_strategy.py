@@ -252,19 +252,19 @@ def _key_grads(node: Attend, heads: Heads) -> list[Kernel]:
         outs = (Operand("dk", "dk", "key", "accumulate"), Operand("dv", "dv", "key", "accumulate"))
         grid, name = Grid(source.axis, BN, "ascending"), f"{node.branch}_dkv{suffix}"
         parts, sum_name = Operand("parts", "parts", "key", "store"), f"{node.branch}_sum{suffix}"
+        added, flat = (replace(parts, mode="load"), *outs), Grid(None, BM, "ascending")
+        sums = Kernel(sum_name, node.branch, "sum_splits", flat, added, (), ())
         if source.listed:
             items = _load("items", "items", "key")
             choices = (KEY_MAJOR, INVERSE, ITEMS, PACK, RECOMPUTE)
             kernels.append(Kernel(name, node.branch, "attend_list_dkv", grid, (*loads, items, parts), walks, choices))
-            sums = (replace(parts, mode="load"), items, *outs)
-            kernels.append(Kernel(sum_name, node.branch, "sum_items", grid, sums, (), (ITEMS,)))
+            kernels.append(Kernel(sum_name, node.branch, "sum_items", grid, (added[0], items, *outs), (), (ITEMS,)))
         elif not source.axis.is_tokens:
             choices = (KEY_MAJOR, SPLITS, PACK, RECOMPUTE)
             grid = replace(grid, split=True)
             kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, parts), walks, choices))
             kernels += _specialised_keys(kernels[-1], source, heads)
-            sums, flat = (replace(parts, mode="load"), *outs), Grid(None, BM, "ascending")
-            kernels.append(Kernel(sum_name, node.branch, "sum_splits", flat, sums, (), (SPLITS,)))
+            kernels.append(replace(sums, choices=(SPLITS,)))
         else:
             choices = (KEY_MAJOR, PACK, RECOMPUTE)
             kernels.append(Kernel(name, node.branch, "attend_dkv", grid, (*loads, *outs), walks, choices))
@@ -273,8 +273,7 @@ def _key_grads(node: Attend, heads: Heads) -> list[Kernel]:
                 stored = (parts,) if keys_are_wide(heads) else either
                 found = replace(kernel, grid=replace(grid, split=True), operands=(*loads, *stored))
                 kernels.append(replace(found, choices=(*choices, SHARES, kernel.choices[-1])))
-                sums, flat = (replace(parts, mode="load"), *outs), Grid(None, BM, "ascending")
-                kernels.append(Kernel(sum_name, node.branch, "sum_splits", flat, sums, (), (SHARES,)))
+                kernels.append(replace(sums, choices=(SHARES,)))
     return kernels
 
 

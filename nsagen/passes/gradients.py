@@ -22,11 +22,11 @@ from nsagen.passes.specialise import (
 class Gradients:
     """Launches of the attentions' gradients; the first to reach a value's gradient writes it, later ones add."""
 
-    def __init__(self, gated: bool, heads: Heads) -> None:
+    def __init__(self, gated: bool, heads: Heads, joint: Joint | None = None) -> None:
         self.gated = gated  # with the gate's shift in place of lse
         self.heads = heads
+        self.joint = joint
         self.into: dict[str, str] = {}
-        self.joint: Joint | None = None
 
     def launches(self, node: Attend, grad: AttendGrad) -> list[Launch]:
         lse = grad.lse if self.gated else node.lse
@@ -35,8 +35,9 @@ class Gradients:
             return self._by_blocks(node, grad, rows)
         adds, dq = self._target(node.q, grad.dq)
         result = [Launch(f"{node.branch}_dq", (("q", node.q), *key_binds(node.sources), *rows, ("dq", dq)), adds)]
-        if self.joint and self.joint.has(node):
-            result = [*self.joint.launch(dq, adds), replace(result[0], when=(PLAIN,))]
+        if self.joint and node in self.joint.nodes:
+            first = [self.joint.launch(dq, adds)] if node == self.joint.nodes[0] else []
+            result = [*first, replace(result[0], when=(PLAIN,))]
         elif queries_may_specialise(node, self.heads):
             result = _both_forms(result[0], queries_name(result[0].kernel))
         for source, suffix, dk, dv in zip(node.sources, suffixes(node.sources), grad.dk, grad.dv, strict=True):
@@ -88,17 +89,11 @@ class Joint:
     """The launch of the joint kernel in the whole op's gradient, and what it changes about others."""
 
     def __init__(self, graph: Graph, grads: dict[str, AttendGrad]) -> None:
-        self.graph, self.nodes, self.over = graph, joined(graph), takeover(graph)
+        self.nodes, self.over = joined(graph), takeover(graph)
         self.statistics = {branch: (grad.lse, grad.delta) for branch, grad in grads.items()}
-        self.launched = False
 
-    def has(self, node: Attend) -> bool:
-        return node in self.nodes
-
-    def launch(self, dq: str, accumulate: bool) -> list[Launch]:
-        """At the first of its branches; nothing at the others."""
-        first, self.launched = not self.launched, True
-        return [joint_launch(self.graph, self.statistics, dq, accumulate)] if first else []
+    def launch(self, dq: str, accumulate: bool) -> Launch:
+        return joint_launch(self.nodes, self.over, self.statistics, dq, accumulate)
 
     def taking(self, launch: Launch) -> Launch:
         """The launch, with the statistics of keys that its kernel takes over, or without the keys that one leaves."""

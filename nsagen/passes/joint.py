@@ -86,8 +86,9 @@ def joint_kernels(graph: Graph, kernels: list[Kernel]) -> list[Kernel]:
     """The kernels, of which one may take listed keys over, with the joint one."""
     nodes, over = joined(graph), takeover(graph)
     if over:
-        kernels = [_taking(k, over, 0) if k.name == keys_name(f"{over.taker.branch}_dkv") else k for k in kernels]
-        kernels = [_leaving(k, over) if k.name == f"{over.giver.branch}_grads" else k for k in kernels]
+        keys, lists = keys_name(f"{over.taker.branch}_dkv"), f"{over.giver.branch}_grads"
+        kernels = [_because(k, over) if k.name in (keys, lists) else k for k in kernels]
+        kernels = [_taking(k, over, 0) if k.name == keys else k for k in kernels]
     if not nodes:
         return kernels
     single = {k.branch: k for k in kernels if k.body == "attend_queries"}
@@ -99,7 +100,7 @@ def joint_kernels(graph: Graph, kernels: list[Kernel]) -> list[Kernel]:
     grid = Grid(own[0].grid.axis, BT, order)
     choices = (TOGETHER, *own[0].choices)
     kernel = Kernel(JOINT, "joint", "attend_queries", grid, (q, *operands, d_out, dq), walks, choices)
-    return [*kernels, _taking(kernel, over, nodes.index(over.taker)) if over else kernel]
+    return [*kernels, _taking(_because(kernel, over), over, nodes.index(over.taker)) if over else kernel]
 
 
 def _numbered(operand: Operand, source: int) -> Operand:
@@ -108,18 +109,17 @@ def _numbered(operand: Operand, source: int) -> Operand:
 
 def _taking(kernel: Kernel, over: Takeover, source: int) -> Kernel:
     statistics = tuple(Operand(f"{x}_taken", x, "query", "load", optional=True) for x in ("lse", "delta"))
-    operands = (*kernel.operands, *statistics)
-    choices = (*kernel.choices, over.because)
-    return replace(kernel, operands=operands, takes=replace(over.taken, source=source), choices=choices)
+    return replace(kernel, operands=(*kernel.operands, *statistics), takes=replace(over.taken, source=source))
 
 
-def _leaving(kernel: Kernel, over: Takeover) -> Kernel:
+def _because(kernel: Kernel, over: Takeover) -> Kernel:
     return replace(kernel, choices=(*kernel.choices, over.because))
 
 
-def joint_launch(graph: Graph, statistics: dict[str, tuple[str, str]], dq: str, accumulate: bool) -> Launch:
+def joint_launch(
+    nodes: tuple[Attend, ...], over: Takeover | None, statistics: dict[str, tuple[str, str]], dq: str, accumulate: bool
+) -> Launch:
     """statistics: a branch's shift of lse and its delta."""
-    nodes, over = joined(graph), takeover(graph)
     binds = [("q", nodes[0].q)]
     for i, node in enumerate(nodes):
         lse, delta = statistics[node.branch]

@@ -183,8 +183,7 @@ def _whole_grad(
     loads = (("d_out", "d_out"), *_terms(combine), *rests, *lses, ("gates", combine.gates))
     split = (*loads, *deltas, *shifts, ("d_gates", d_gates))
     launches = [Launch("combine_bwd", split)]
-    gradients = Gradients(True, graph.heads)
-    gradients.joint = Joint(graph, grads)
+    gradients = Gradients(True, graph.heads, Joint(graph, grads))
     for node in attends:
         launches += gradients.launches(node, grads[node.branch])
     outputs = (*(gradients.into[x] for x in ("q", *inputs_of(attends)[0])), d_gates)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nsagen.ir.graph import TOKENS, Attend, BlockList, Combine, Graph, Source
-from nsagen.ir.plan import BT, T0, N, Plan, Ring, Walk
+from nsagen.ir.plan import BT, T0, Kernel, N, Plan, Ring, Walk
 from nsagen.passes.binds import suffixes
 from nsagen.passes.joint import JOINT, joined
 from nsagen.passes.operators import cached_name
@@ -206,11 +206,9 @@ class JointView:
 def joint_view(graph: Graph, plan: Plan) -> JointView | None:
     if if_there(plan, JOINT) is None:
         return None
-    kernel, nodes = plan.kernel(JOINT), joined(graph)
-    operands = [o for o in kernel.operands if o.role in ("k", "v")]
-    widths = {"k": kernel.qk_parts, "v": kernel.v_parts}
-    boxes = tuple(f"hopper.boxes({o.name}, {widths[o.role]}, c.bn)" for o in operands)
-    return JointView(JOINT, tuple(o.name for o in operands), boxes, " and ".join(n.branch for n in nodes))
+    kernel, branches = plan.kernel(JOINT), " and ".join(n.branch for n in joined(graph))
+    keys = tuple(o.name for o in kernel.operands if o.role in ("k", "v"))
+    return JointView(JOINT, keys, tuple(_made(kernel, keys)), branches)
 
 
 def if_there(plan: Plan, kernel: str) -> str | None:
@@ -231,10 +229,12 @@ def _boxes(plan: Plan, name: str | None, sources: tuple[KeySourceView, ...]) -> 
     """Keys and values of a kernel whose warp copies, as its launch maps them for its config c; none of another."""
     if name is None or not plan.kernel(name).specialised:
         return
-    kernel = plan.kernel(name)
-    for s in sources:
-        for operand, widths in ((s.k, kernel.qk_parts), (s.v, kernel.v_parts)):
-            yield f"hopper.boxes({operand}, {widths}, c.bn)"
+    yield from _made(plan.kernel(name), [x for s in sources for x in (s.k, s.v)])
+
+
+def _made(kernel: Kernel, keys: Iterable[str]) -> Iterator[str]:
+    for operand in keys:
+        yield f"hopper.boxes({operand}, {kernel.v_parts if operand.startswith('v') else kernel.qk_parts}, c.bn)"
 
 
 def _key_source(branch: str, source: Source, suffix: str, index: int, plan: Plan) -> KeySourceView:

@@ -98,11 +98,15 @@ class KernelView:
     parted: bool  # leaves parts of a result in the queries' lists
     specialised: bool  # has a second form, in which a warp only copies
     combined: Combined | None  # what may ride on that form
-    taken: Taken | None  # keys that count for another branch, too
 
     maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
     wides: dict[str, str]  # operand -> a cast of its row offsets, or nothing
+
+    @property
+    def taken(self) -> Taken | None:
+        """The keys that count for another branch, too, where a source has some."""
+        return next((s.taken for s in self.sources if s.taken), None)
 
     @property
     def heads_width(self) -> int:
@@ -255,7 +259,6 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
         specialised=kernel.specialised and not kernel.cached,
         combined=combined_view(kernel, plan),
-        taken=kernel.takes,
         maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},

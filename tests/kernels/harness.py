@@ -7,16 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import oracle
+import pytest
 import torch
 from strategies import Inputs, make_inputs
 from torch import Tensor
 
 import nsagen
 from nsagen.passes import loop_order, operators
+from nsagen.runtime import launch
 from nsagen.tools.choice import scores_of
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # float32, of design.md's measure
 ZERO = 1e-6  # an exactly zero gradient: what rounding leaves, against the largest gradient norm of the case
+
+
+def needs_hopper() -> None:
+    """Skips the test but on a GPU of sm_90: elsewhere no kernel has a warp that copies."""
+    if not torch.cuda.is_available() or launch.chip(0).arch != "sm_90":
+        pytest.skip("needs a GPU of sm_90")
 
 
 def cu_of(ends: list[int] | None, device: str) -> Tensor | None:

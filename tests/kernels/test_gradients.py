@@ -7,6 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from harness import needs_hopper
 from torch import Tensor
 
 from nsagen import api
@@ -41,11 +42,6 @@ def module_of(heads: str) -> Any:
 def guards(heads: str, kernel: str) -> set[tuple[Guard, ...]]:
     """Of all launches of the kernel."""
     return {x.when for x in compiled(heads).plan.launches(kernel)}
-
-
-def needs_hopper() -> None:
-    if not torch.cuda.is_available() or launch.chip(0).arch != "sm_90":
-        pytest.skip("needs a GPU of sm_90")
 
 
 def case(heads: str, branch: str, length: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...] | None:

@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from harness import caller_lists
+from harness import caller_lists, needs_hopper
 from strategies import make_inputs
 from torch import Tensor
 
@@ -32,11 +32,6 @@ def spec_of(heads: str) -> dict[str, Any]:
 
 def module_of(heads: str) -> Any:
     return api.module_of(api.compiled_of(api.read(spec_of(heads))))
-
-
-def needs_hopper() -> None:
-    if not torch.cuda.is_available() or launch.chip(0).arch != "sm_90":
-        pytest.skip("needs a GPU of sm_90")
 
 
 def case(heads: str, length: int, dtype: torch.dtype, device: str, batch: int = 2) -> tuple[Tensor, ...]:

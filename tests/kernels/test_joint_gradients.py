@@ -8,6 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from harness import needs_hopper
 from torch import Tensor
 
 from nsagen import api
@@ -42,11 +43,6 @@ def module_of(case: str) -> Any:
     branches = {b: {**o, **(change.get(b, {}))} for b, o in SPEC["branches"].items() if change.get(b, {}) is not None}
     spec = {"name": "joint", **SPEC, **{x: y for x, y in change.items() if x in ("kv", "heads")}, "branches": branches}
     return api.module_of(api.compiled_of(api.read(spec)))
-
-
-def needs_hopper() -> None:
-    if not torch.cuda.is_available() or launch.chip(0).arch != "sm_90":
-        pytest.skip("needs a GPU of sm_90")
 
 
 def inputs(module: Any, length: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
