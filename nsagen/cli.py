@@ -319,7 +319,7 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Default: benchmarks/results/… or here; none on the CPU.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw times by length.")] = None,
-    decode: Annotated[bool, typer.Option("--decode", help="One step of decoding over a full cache instead.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="A step of decoding over a full cache instead.")] = False,
     grid: Annotated[
         str | None,
         typer.Option(metavar="TxB,…", help="Of --decode: context x batch. Default: 4 GiB of K/V, then batch 1."),
@@ -336,8 +336,9 @@ def bench(
 ) -> None:
     """Time the whole operation and its parts beside dense attention: medians, peak memory, break-even length.
 
-    --decode: one step over a full cache, eager and in a CUDA graph, each of its kernels, beside FA3, SDPA and what the
-    bytes alone take.
+    --decode: a step over a full cache, eager and in a CUDA graph, each of its kernels, beside FA3, SDPA and what the
+    bytes alone take. Its time is the mean over a round: the steps up to the context after which compression blocks end
+    as before (as many as the compression stride, at one token a step); the slowest of them is told, too.
 
     What does not fit, is not installed or takes too long is a dash with its reason.
 

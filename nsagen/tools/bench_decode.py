@@ -1,5 +1,6 @@
-"""`nsagen bench --decode`: one step over a full cache, eager and in a CUDA graph, beside dense attention and the limit.
+"""`nsagen bench --decode`: a step over a full cache, eager and in a CUDA graph, beside dense attention and the limit.
 
+A time is the mean over a round: the steps up to the context after which compression blocks end as before.
 The cache holds random keys and values, written to it without attention. What does not fit or is not installed is a
 dash with its reason; the other cases run on.
 """
@@ -17,7 +18,7 @@ from nsagen.compiler import Compiled
 from nsagen.errors import NsagenError
 from nsagen.tools.bench import settle
 from nsagen.tools.console import track
-from nsagen.tools.decode_grid import PLAIN, Point, Serving, grid_of
+from nsagen.tools.decode_grid import PLAIN, Point, Serving, grid_of, round_of
 
 if TYPE_CHECKING:
     from nsagen.tools.decode_cases import Case
@@ -91,12 +92,14 @@ def _check(compiled: Compiled, points: Sequence[Point], serving: Serving) -> Non
     from nsagen.api import module_of
     from nsagen.runtime.cache_shape import whole_length
 
-    short = [p.label for p in points if p.context <= serving.tokens]
+    steps = round_of(compiled.spec, serving.tokens)
+    tokens = steps * serving.tokens
+    short = [p.label for p in points if p.context <= tokens]
     if short:
-        raise NsagenError(
-            f"--grid {','.join(short)}: a context holds more than the {serving.tokens} tokens of the step "
-            "(--tokens): raise the one or lower the other"
-        )
+        of, way_out = "the step", "raise it or lower --tokens"
+        if steps > 1:
+            of, way_out = f"the {steps} steps of a round", "raise it"
+        raise NsagenError(f"--grid {','.join(short)}: a context holds more than the {tokens} tokens of {of}: {way_out}")
     layout: Any = getattr(module_of(compiled), "_LAYOUT")  # noqa: B009
     whole_length(layout, 1, 1, serving.page_size, None)
 
@@ -142,9 +145,12 @@ def _title(compiled: Compiled, request: Request, where: dict[str, Any]) -> str:
     h = compiled.spec.heads
     what = f"{h.query} query heads on {h.kv} KV heads, dims {h.qk_dim}/{h.v_dim}, {request.dtype}"
     step = request.serving.label or "one token a sequence"
+    steps = round_of(compiled.spec, request.serving.tokens)
+    of_round = f"a time: the mean of the {steps} steps up to the context, a round: some end a compression block\n"
     on = where["gpu"] or "the CPU through the torch path, wall clock: a trial, no measurement of the kernels"
     return (
         f"{compiled.spec.name} {compiled.digest}: a step ({step}), {what}; on {on}; "
         f"torch {where['torch']}, triton {where['triton']}\n"
+        f"{of_round if steps > 1 else ''}"
         "in a graph: time on the device, L2 written over before each step; eager: steps in a row, host included"
     )

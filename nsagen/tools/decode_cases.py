@@ -1,4 +1,8 @@
-"""What `nsagen bench --decode` times: one step of the module over a full cache, and of dense attention beside it."""
+"""What `nsagen bench --decode` times: a step of the module over a full cache, and of dense attention beside it.
+
+One step in d (the compression stride) ends a compression block and pools it. A context is a multiple of d as a rule, so
+the step that ends there is that one, the slowest. So there is a round of steps, that one the last.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from nsagen.errors import NsagenError
 from nsagen.tools.bench_inputs import Setting
-from nsagen.tools.decode_grid import PLAIN, Point, Serving
+from nsagen.tools.decode_grid import PLAIN, Point, Serving, round_of
 from nsagen.tools.dense import FA3_MODULES, installed
 from nsagen.tools.random_lists import random_lists
 
@@ -23,16 +27,17 @@ CHUNK = 16 << 20  # numbers of K that are drawn and appended at once
 DENSE = ("fa3", "sdpa")
 
 
-def _nothing() -> None:
+def _nothing(i: int) -> None:
     pass
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, and what brings the cache back to where it began (outside of the time)."""
+    """One step, and what brings the cache to where step i of the round begins (outside of the time)."""
 
     call: Callable[[], Any]
-    reset: Callable[[], None] = _nothing
+    at: Callable[[int], Any] = _nothing
+    round: int = 1  # steps after which they are as before; the last ends at the context
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Case:
 
 @dataclass
 class _Served:
-    """A cache with all of every sequence but the step's tokens, and their tensors."""
+    """A cache with all of every sequence but the tokens of the round's last step, and the tensors of a step."""
 
     module: Any
     setting: Setting
@@ -61,11 +66,23 @@ class _Served:
             self.phi = self.module.Compressor(device=self.setting.device, dtype=self.setting.dtype)
 
     @property
+    def round(self) -> int:
+        return round_of(self.setting.spec, self.serving.tokens)
+
+    @property
     def before(self) -> int:
-        return self.point.context - self.serving.tokens
+        """Tokens of a sequence ahead of the last step."""
+        return self.start(self.round - 1)
+
+    def start(self, i: int) -> int:
+        """Tokens of a sequence ahead of step i of the round."""
+        return self.point.context - self.serving.tokens * (self.round - i)
 
     def filled(self) -> Any:
-        """Keys and values go straight to the cache: nothing attends to them before the step."""
+        """Keys and values go straight to the cache: nothing attends to them before the step.
+
+        Steps of the round write over the last of them.
+        """
         before, batch, heads = self.before, self.point.batch, self.setting.spec.heads
         cache = self.empty(-(-(self.point.context + ROOM * self.serving.tokens) // WHOLE) * WHOLE)
         chunk = max(1, CHUNK // (batch * heads.kv * heads.qk_dim))
@@ -112,10 +129,12 @@ class _Served:
         return [self.new(count, spec.heads.query, spec.heads.qk_dim), *pair, gates, self.phi], self.lists()
 
     def lists(self) -> dict[str, Any]:
+        """For every step of the round: no block is later than the first step's own."""
         selected: Any = self.setting.spec.branches.get("selected")
         if getattr(selected, "scores", "") != "caller":
             return {}
-        own = torch.arange(self.before, self.point.context, device=self.setting.device) // selected.block
+        first = self.start(0)
+        own = torch.arange(first, first + self.serving.tokens, device=self.setting.device) // selected.block
         heads = self.setting.spec.heads.kv
         return {"blocks": random_lists(own, self.point.batch, heads, selected.top_n, self.source)}
 
@@ -126,10 +145,10 @@ def ours(module: ModuleType, setting: Setting, serving: Serving = PLAIN) -> Case
         torch.manual_seed(0)  # φ's parameters
         of = _Served(module, setting, point, serving)
         cache, (arguments, more) = of.filled(), of.arguments()
-        at = torch.full_like(cache.lengths, of.before)
+        starts = [torch.full_like(cache.lengths, of.start(i)) for i in range(of.round)]
         decode: Any = getattr(module, "decode")  # noqa: B009
         # Not truncate: it refuses what a ring has lost, and what lies there is random anyway.
-        return Step(lambda: decode(*arguments, cache, **more), lambda: cache.lengths.copy_(at))
+        return Step(lambda: decode(*arguments, cache, **more), lambda i: cache.lengths.copy_(starts[i]), of.round)
 
     return Case("nsagen", "ours", make)
 

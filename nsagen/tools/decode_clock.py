@@ -1,13 +1,15 @@
-"""The clock of `nsagen bench --decode`: milliseconds of one step, eager and in a CUDA graph; a failure is a reason.
+"""The clock of `nsagen bench --decode`: milliseconds of a step, eager and in a CUDA graph; a failure is a reason.
 
+What a user sees a step: the mean over a round, the steps up to the context of which some end a compression block.
 In a graph: the time on the device, each step after a write of 256 MiB (so nothing of it lies in L2, as in a model,
 where other layers come between). Eager: steps one after the other, the host's work included.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,10 +23,12 @@ from nsagen.tools.kernel_times import kernel_times
 
 FLUSH = 256 << 20  # bytes, more than any L2
 COPY = 1 << 30
-RUN = 8  # eager steps in a row
-LEAST, MOST = 5, 2000  # steps or runs that are timed
-PROFILED = 20  # steps
+RUN = 8  # eager steps in a row at least, in whole rounds
+LEAST, MOST = 5, 2000  # times of each step of a round, or runs, at least; steps at most
+PROFILED = 20  # steps at least, and
+ROUNDS = 3  # of them, whose median is no outlier
 NO_GRAPH = "there are no CUDA graphs on the CPU"
+Times = tuple[float, float | None]  # ms of a step, the mean over the round; of the slowest, where they are told apart
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class Row:
     kind: str  # ours, dense or bytes
     context: int
     batch: int
-    ms: float | None = None
+    ms: float | None = None  # of a step: the mean of the medians of a round's steps
     reason: str | None = None
-    kernels: dict[str, float] | None = None  # µs of each, of our step in a graph
+    kernels: dict[str, float] | None = None  # µs of each, of our step in a graph, the mean over the round too
+    slowest_ms: float | None = None  # the greatest of those medians; None where steps are timed in a row
+    round: int = 1  # steps that ms is the mean over
 
     @property
     def point(self) -> Point:
@@ -73,9 +79,10 @@ class Clock:
         self.rows += found
         return found
 
-    def _row(self, name: str, kind: str, point: Point, step: Step, time_of: Callable[[Step], float]) -> Row:
+    def _row(self, name: str, kind: str, point: Point, step: Step, time_of: Callable[[Step], Times]) -> Row:
         try:
-            return Row(name, kind, *_place(point), ms=time_of(step))
+            ms, slowest = time_of(step)
+            return Row(name, kind, *_place(point), ms=ms, slowest_ms=slowest, round=step.round)
         except Exception as error:
             return Row(name, kind, *_place(point), reason=reason_of(error))
 
@@ -85,56 +92,59 @@ class Clock:
             return row
         replay = captured(step)
 
-        def before() -> None:
-            step.reset()
+        def before(i: int) -> None:
+            step.at(i)
             self._overwrite()
 
         try:
-            return replace(row, kernels=kernel_times(replay, before, PROFILED) or None)
+            rounds = max(ROUNDS, _rounds(PROFILED, step))
+            return replace(row, kernels=kernel_times(replay, before, step.round, rounds) or None)
         except Exception as error:
             return replace(row, reason=f"its kernels: {reason_of(error)}")
-        finally:
-            step.reset()
 
-    def _eager(self, step: Step) -> float:
+    def _eager(self, step: Step) -> Times:
+        step.at(0)
         step.call()  # compiles
-        if self.device != "cuda":
-            return statistics.median(wall(step.call, step.reset, self.rep, LEAST, MOST))
-        return statistics.median(self._runs(step))
+        if self.device == "cuda":
+            return statistics.median(self._runs(step)), None
+        turn = itertools.cycle(range(step.round))
+        return over_round(wall(step.call, lambda: step.at(next(turn)), self.rep, LEAST * step.round, MOST), step.round)
 
     def _runs(self, step: Step) -> list[float]:
+        """ms a step of runs of whole rounds; the steps of a run follow each other."""
         times: list[float] = []
-        while len(times) < LEAST or (sum(times) * RUN < self.rep and len(times) < MOST // RUN):
-            step.reset()
+        run = _rounds(RUN, step) * step.round
+        while len(times) < LEAST or (sum(times) * run < self.rep and len(times) < MOST // run):
+            step.at(0)
             torch.cuda.synchronize()
             start, end = _events(1)[0]
             start.record()
-            for _ in range(RUN):
+            for _ in range(run):
                 step.call()
             end.record()
             torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / RUN)
-        step.reset()
+            times.append(start.elapsed_time(end) / run)
         return times
 
-    def _graphed(self, step: Step) -> float:
+    def _graphed(self, step: Step) -> Times:
+        """Of about `rep` ms of steps, whatever the round."""
         if self.device != "cuda":
             raise NsagenError(NO_GRAPH)
-        replay = Step(captured(step), step.reset)
-        guess = statistics.median(self._cold(replay, LEAST))
-        return statistics.median(self._cold(replay, min(MOST, max(LEAST, int(self.rep / guess)))))
+        replay = replace(step, call=captured(step))
+        guess = statistics.median(self._cold(replay, _rounds(LEAST, step)))
+        count = min(MOST, int(self.rep / guess))
+        return over_round(self._cold(replay, max(LEAST, count // step.round)), step.round)
 
-    def _cold(self, step: Step, count: int) -> list[float]:
-        """The write before each step hides the host's part of it, too."""
-        events = _events(count)
-        for start, end in events:
-            step.reset()
+    def _cold(self, step: Step, rounds: int) -> list[float]:
+        """ms of every step of the rounds. The write before each step hides the host's part of it, too."""
+        events = _events(rounds * step.round)
+        for i, (start, end) in enumerate(events):
+            step.at(i % step.round)
             self._overwrite()
             start.record()
             step.call()
             end.record()
         torch.cuda.synchronize()
-        step.reset()
         return [start.elapsed_time(end) for start, end in events]
 
     def _overwrite(self) -> None:
@@ -144,16 +154,22 @@ class Clock:
         self._flush.zero_()
 
 
+def over_round(times: Sequence[float], round: int) -> tuple[float, float]:
+    """Mean and greatest of the medians of a round's steps; `times` of them in turn, from the first on."""
+    medians = [statistics.median(times[i::round]) for i in range(round)]
+    return statistics.fmean(medians), max(medians)
+
+
 def captured(step: Step) -> Callable[[], None]:
     """The step as a CUDA graph, which keeps its output alive; it must have room for three more."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, and fills the allocator
         for _ in range(2):
-            step.reset()
+            step.at(0)
             step.call()
     torch.cuda.current_stream().wait_stream(stream)
-    step.reset()
+    step.at(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step.call()
@@ -180,6 +196,11 @@ def copy_bandwidth(device: str, rep: int) -> float:
 
 def _events(count: int) -> list[tuple[Any, Any]]:
     return [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]  # type: ignore[misc]
+
+
+def _rounds(steps: int, step: Step) -> int:
+    """Whole rounds of so many steps at least."""
+    return -(-steps // step.round)
 
 
 def _place(point: Point) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ PLAIN = Serving()
 
 @dataclass(frozen=True)
 class Point:
-    """`batch` sequences of `context` tokens each, those of the step included."""
+    """`batch` sequences of `context` tokens each, those of the step (the last of its round) included."""
 
     context: int
     batch: int
@@ -77,6 +78,15 @@ def grid_of(text: str | None, spec: Spec, device: str) -> list[Point]:
 
 def _tokens(word: str) -> int:
     return int(word.removesuffix("k")) << (10 if word.endswith("k") else 0)
+
+
+def round_of(spec: Spec, tokens: int) -> int:
+    """Steps of `tokens` new tokens after which compression blocks end as before: with a stride of d, d / gcd(d, m).
+
+    1 without a compressed branch.
+    """
+    stride: int = getattr(spec.branches.get("compressed"), "stride", 1)
+    return stride // math.gcd(stride, tokens)
 
 
 def dense_bytes(spec: Spec, point: Point) -> int:

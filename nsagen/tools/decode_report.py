@@ -12,6 +12,7 @@ from nsagen.tools.decode_clock import Row
 from nsagen.tools.decode_grid import PLAIN, Point, Serving, dense_bytes, nsa_bytes
 from nsagen.tools.kernel_times import BETWEEN, shares
 
+SLOWEST = "  its slowest step"  # of the round
 DENSE, LIMIT, OURS = "dense at copy bandwidth", "limit: NSA bytes", "nsagen in a graph"
 MILLISECONDS_FROM = 10.0  # below, a column is in microseconds
 
@@ -30,13 +31,18 @@ def byte_rows(compiled: Compiled, points: Sequence[Point], bandwidth: float, ser
 
 
 def text(rows: Sequence[Row], bandwidth: float) -> str:
-    """Times, then how far from the limit and from dense attention, then why a number is not there."""
+    """Times a step, then how far from the limit and from dense attention, then why a number is not there."""
     points = list(dict.fromkeys(r.point for r in rows))
     at = {(r.name, r.point): r.ms for r in rows}
     names = _in_order(dict.fromkeys(r.name for r in rows))
     units = {p: _unit([at.get((name, p)) for name in names]) for p in points}
-    head = ["one step, context x batch", *(f"{p.label}, {units[p][0]}" for p in points)]
-    cells = [[name, *(_cell(at.get((name, p)), *units[p][1:]) for p in points)] for name in names]
+    head = ["a step, context x batch", *(f"{p.label}, {units[p][0]}" for p in points)]
+    slowest = {(r.name, r.point): r.slowest_ms for r in rows if r.round > 1}
+    cells: list[list[str]] = []
+    for name in names:
+        cells.append([name, *(_cell(at.get((name, p)), *units[p][1:]) for p in points)])
+        if any(slowest.get((name, p)) is not None for p in points):
+            cells.append([SLOWEST, *(_cell(slowest.get((name, p)), *units[p][1:]) for p in points)])
     return "\n".join(
         [
             table(head, cells),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -26,24 +26,35 @@ def on_device(run: Callable[[], Any]) -> list[tuple[str, float]]:
 
 
 def kernel_times(
-    step: Callable[[], Any], before: Callable[[], Any], count: int, profiled: Profiled = on_device
+    step: Callable[[], Any], before: Callable[[int], Any], round: int, rounds: int, profiled: Profiled = on_device
 ) -> dict[str, float]:
-    """Median µs a step of each kernel of `step`, in the order of their first launch; `before` runs before each step.
+    """µs a step of each kernel of `step`, in the order of their first launch: the mean over the steps of a round.
 
-    What `before` launches, too, is not told apart from it.
+    Of each of those, the median of `rounds`. before(i) runs before step i of a round; what it launches, too, is not
+    told apart from the step.
     """
-    before()
+    before(0)
     of_step = [name for name, _ in profiled(step)]
     spent: defaultdict[str, list[float]] = defaultdict(list)
 
     def repeated() -> None:
-        for _ in range(count):
-            before()
-            step()
+        for _ in range(rounds):
+            for i in range(round):
+                before(i)
+                step()
 
     for name, us in profiled(repeated):
         spent[name].append(us)
-    return {name: of_step.count(name) * median(spent[name]) for name in dict.fromkeys(of_step) if spent[name]}
+    times = {name: spent[name] for name in dict.fromkeys(of_step) if spent[name]}
+    return {name: of_step.count(name) * _mean(us, round, rounds) for name, us in times.items()}
+
+
+def _mean(launches: Sequence[float], round: int, rounds: int) -> float:
+    """Over the steps of a round, of each one's median; every step has as many of the launches."""
+    of_step: list[list[float]] = [[] for _ in range(round)]
+    for i, us in enumerate(launches):
+        of_step[i * round * rounds // len(launches) % round].append(us)
+    return fmean(median(times) for times in of_step if times)
 
 
 def shares(times: dict[str, float], us: float) -> Iterator[tuple[str, float]]:
