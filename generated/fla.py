@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  440f51ea9368
+content  a4bd026ebc28
 runtime  18
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -16,13 +16,13 @@ compressed_keys          key_major, because dk and dv of a key tile stay in regi
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
-selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
+selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and one of p and v, serves the outputs of both; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
 selected_grads           gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and of d_out and v, serves the gradients of both
 selected_dq_sum          gradients_by_blocks, because a warp copies the rows of the queries that list a block (16-bit on sm_90): a (query, block) pair costs 4.56 ns, its part of dq and all, against 6.43 for dq by query beside dk and dv
-window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
+window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and one of p and v, serves the outputs of both; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 window_dkv               key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_440f51ea9368"
+_SPACE = "nsagen_fla_a4bd026ebc28"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -209,7 +209,7 @@ _CONFIGS = {
             Config(1, 1, 1, 1, 0),
         ),
     }),
-    "selected_fwd": Tiles("selected_fwd", "70599c8d4d1a", {
+    "selected_fwd": Tiles("selected_fwd", "cd4afa82c138", {
         ("sm_80", 16): (
             Config(16, 64, 2, 2, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480), Config(16, 16, 1, 2, 12288),
             Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 1, 20480),
@@ -300,7 +300,7 @@ _CONFIGS = {
             Config(1, 1, 4, 1, 0),
         ),
     }),
-    "window_fwd": Tiles("window_fwd", "8dbb9102d643", {
+    "window_fwd": Tiles("window_fwd", "aba0d0606232", {
         ("sm_80", 16): (
             Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
             Config(128, 32, 4, 3, 81920), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536), Config(128, 32, 8, 3, 81920),
@@ -314,9 +314,9 @@ _CONFIGS = {
             Config(16, 16, 4, 1, 24576),
         ),
         ("sm_90", 16): (
-            Config(128, 64, 4, 3, 139776, maps=True, specialised=True), Config(128, 64, 4, 4, 172544, maps=True, specialised=True), Config(128, 64, 4, 2, 107008, maps=True, specialised=True), Config(128, 128, 4, 2, 172544, maps=True, specialised=True),
-            Config(64, 64, 4, 2, 81920), Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536),
-            Config(128, 32, 4, 3, 81920), Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536),
+            Config(128, 64, 4, 3, 139776, maps=True, specialised=True), Config(128, 64, 4, 4, 172544, maps=True, specialised=True), Config(128, 64, 4, 2, 107008, maps=True, specialised=True), Config(64, 64, 4, 2, 81920),
+            Config(64, 32, 4, 2, 49152), Config(64, 32, 4, 3, 65536), Config(128, 32, 4, 2, 65536), Config(128, 32, 4, 3, 81920),
+            Config(64, 64, 4, 3, 114688), Config(128, 64, 8, 2, 98304), Config(128, 32, 8, 2, 65536), Config(128, 32, 8, 3, 81920),
             Config(16, 16, 4, 1, 12288),
         ),
         ("sm_90", 32): (
@@ -1475,9 +1475,9 @@ def selected_fwd_step(
 def selected_fwd(
     q_ptr, k_ptr, v_ptr, blocks_ptr, k_map0, v_map0, out_ptr, lse_ptr, cu_ptr, T, tiles, sequences, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, LEAVES: tl.constexpr,
 ):
-    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; one program: one query × the 16 heads of one KV head."""
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; one program: one query × the 16 heads of one KV head. LEAVES: the last blocks up to the query's own, which are not walked."""
     BT: tl.constexpr = 1  # queries of a tile, each with the 16 heads of its group
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -1517,6 +1517,7 @@ def selected_fwd(
     listed = (first * 4 + h) * 16
     entry = tl.arange(0, 16)
     named = tl.load(blocks_ptr + listed + entry, mask=entry < 16, other=-1)
+    named = tl.where(named <= t0 // 64 - LEAVES, named, -1) if LEAVES else named
     blocks = tl.sum((named >= 0).to(tl.int32))
     tiles_of_block: tl.constexpr = (64 + BN - 1) // BN
     for step in range(0, blocks * tiles_of_block):  # edge: s <= t, s < T
@@ -2166,8 +2167,37 @@ def window_fwd_turn(
 
 
 @gluon.jit
+def window_fwd_begin(t0, first):
+    """The first of the keys that the other term lacks; first: the first that is walked."""
+    return max(first, (t0 // 64 - 1) * 64)
+
+
+@gluon.jit
+def window_fwd_complete(m, z, acc0, term0, term_ptr, lse, lse_ptr, stat, live, first, h, b, T):
+    """The other term with the keys walked so far, in memory and as its columns go there. m, z, acc: what a row has of them."""
+    QUERIES: gl.constexpr = 64 // 16
+    MEMORY: gl.constexpr = term0.type.layout
+    lse = lse * 1.4426950408889634
+    top = gl.maximum(m, lse)
+    own, other = gl.exp2(m - top), gl.exp2(lse - top)
+    whole = z * own + other
+    whole = gl.where(whole > 0, whole, 1.0)  # of a row that is no query
+    gl.store(lse_ptr + stat, (top + gl.log2(whole)) * 0.6931471805599453, mask=live)
+    own, other = own / whole, other / whole
+    at, head, there = window_fwd_rows(first, h, T, QUERIES, MEMORY)
+    row = gl.expand_dims((b.to(gl.int64) * T + at) * 64 + head, 1) * 128
+    OUT0: gl.constexpr = acc0.type.layout
+    mine = acc0 * gl.expand_dims(gl.convert_layout(own, gl.SliceLayout(1, OUT0)), 1)
+    rest = gl.convert_layout(term0, OUT0).to(gl.float32) * gl.expand_dims(gl.convert_layout(other, gl.SliceLayout(1, OUT0)), 1)
+    term0 = gl.convert_layout((mine + rest).to(term0.dtype), MEMORY)
+    d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+    gl.store(term_ptr + row + d, term0, mask=there)
+    return term0
+
+
+@gluon.jit
 def window_fwd_multiply(
-    q0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    q0, k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, lse_taken_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
     HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):
     """A warpgroup: 64 rows of every tile of this program, the first or the second half."""
@@ -2199,6 +2229,11 @@ def window_fwd_multiply(
         fence_async_shared()
         hopper.sync()
         time = first + row // 16
+        begin = cut0
+        if lse_taken_ptr is not None:
+            begin = window_fwd_begin(t0, cut0)
+            stat = (b.to(gl.int64) * T + time) * 64 + h * 16 + row % 16
+            lse_taken = gl.load(lse_taken_ptr + stat, mask=(time < T), other=float("-inf"))
         m = gl.full([64], -1.0e30, gl.float32, layout=ROWS)  # finite: a first tile that is masked whole must not give NaN
         z = gl.full([64], 0.0, gl.float32, layout=ROWS)
         acc0 = gl.zeros([64, 128], gl.float32, layout=OUT0)
@@ -2207,25 +2242,44 @@ def window_fwd_multiply(
             x = window_fwd_scores(q0, k0, number, zero, STAGES)
             x = warpgroup_mma_wait(0, deps=(x,))
             hopper.release(k_empty, number, STAGES)
-            p, m, z, fade = window_fwd_softmax(x, m, z, time, cut0, n, scale2, True, True, True, LAYOUT)
+            p, m, z, fade = window_fwd_softmax(x, m, z, time, begin, n, scale2, True, True, True, LAYOUT)
             p = gl.convert_layout(p.to(q0.dtype), WEIGHTS)
             hopper.wait_full(v_full, number, STAGES)
             number += 1
-            for s0 in range(max(cut0, cut0 + BN), cut1, BN):  # lo: s <= t, s > t - 512, s < T
-                number, m, z, p, acc0 = window_fwd_turn(
-                    number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
-                    BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
-                )
-            for s0 in range(max(cut1, cut0 + BN), cut2, BN):  # mid: no mask
+            if lse_taken_ptr is None:  # else they come last
+                for s0 in range(max(cut0, begin + BN), cut1, BN):  # lo: s <= t, s > t - 512, s < T
+                    number, m, z, p, acc0 = window_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
+                    )
+            for s0 in range(max(cut1, begin + BN), cut2, BN):  # mid: no mask
                 number, m, z, p, acc0 = window_fwd_turn(
                     number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
                     False, False, False, LAYOUT, STAGES,
                 )
-            for s0 in range(max(cut2, cut0 + BN), cut3, BN):  # hi: s <= t, s > t - 512, s < T
+            for s0 in range(max(cut2, begin + BN), cut3, BN):  # hi: s <= t, s > t - 512, s < T
                 number, m, z, p, acc0 = window_fwd_turn(
                     number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
                     True, BN + BT > 514, True, LAYOUT, STAGES,
                 )
+            if lse_taken_ptr is not None:
+                acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
+                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+                term1_0 = window_fwd_complete(
+                    m, z, acc0, term1_0, term1_ptr, lse_taken, lse_taken_ptr, stat,
+                    (time < T), first, h, b, T,
+                )
+                p = gl.full([64, BN], 0.0, p.dtype, layout=WEIGHTS)  # whose values are in acc: the next turn adds nothing
+                for s0 in range(cut0, min(cut1, begin), BN):  # lo: s <= t, s > t - 512, s < T
+                    number, m, z, p, acc0 = window_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        BN + BT > 514, True, BN + BT > 514, LAYOUT, STAGES,
+                    )
+                for s0 in range(cut1, min(cut2, begin), BN):  # mid: no mask
+                    number, m, z, p, acc0 = window_fwd_turn(
+                        number, m, z, p, acc0, q0, k0, v0, k_full, k_empty, v_full, v_empty, zero, time, s0, n, scale2,
+                        False, False, False, LAYOUT, STAGES,
+                    )
             acc0 = warpgroup_mma(p, v0.index((number - 1) % STAGES), acc0, is_async=True)
             acc0 = warpgroup_mma_wait(0, deps=(acc0,))
             hopper.release(v_empty, number - 1, STAGES)
@@ -2258,13 +2312,19 @@ def window_fwd_multiply(
 
 
 @gluon.jit
-def window_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+def window_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, lse_taken_ptr, T, tiles, total, BT: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     """A warp: keys and values of every tile of this program, in order, as far ahead as there is room."""
     number = 0
     for work in range(gl.program_id(0), total, gl.num_programs(0)):
         tile, h, b = window_fwd_place(work, tiles)
         cut0, cut1, cut2, cut3, n = window_fwd_cuts(tile * BT, T, BT, BN)
-        for s0 in range(cut0, cut3, BN):
+        begin = cut0
+        if lse_taken_ptr is not None:  # the keys from there on come first
+            begin = window_fwd_begin(tile * BT, cut0)
+        for i in range(0, cut3 - cut0, BN):
+            s0 = begin + i
+            if s0 >= cut3:
+                s0 -= cut3 - cut0
             at = number % STAGES
             hopper.wait_empty(k_empty, number, STAGES)
             mbarrier.expect(k_full.index(at), BN * 128 * 2)
@@ -2277,7 +2337,7 @@ def window_fwd_copy(k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T,
 
 @gluon.jit(do_not_specialize=["T", "tiles", "total"])
 def window_fwd_specialised(
-    q_ptr, k_map0, v_map0, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    q_ptr, k_map0, v_map0, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, lse_taken_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
     BN: gl.constexpr, STAGES: gl.constexpr,
 ):
     """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; a program takes tiles of 2 · (64 // 16) queries × the 16 heads of one KV head in turn, until there are none."""
@@ -2290,14 +2350,14 @@ def window_fwd_specialised(
     fence_async_shared()
     gl.warp_specialize([
         (window_fwd_multiply, (
-            q0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale,
+            q0.index(0), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, lse_taken_ptr, T, tiles, total, scale,
             q_sb, q_st, q_sh, 0, BN, STAGES,
         )),
         (window_fwd_multiply, (
-            q0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, T, tiles, total, scale,
+            q0.index(1), k0, v0, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, lse_ptr, term0_ptr, term1_ptr, gates_ptr, combined_ptr, lse_taken_ptr, T, tiles, total, scale,
             q_sb, q_st, q_sh, 1, BN, STAGES,
         )),
-        (window_fwd_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
+        (window_fwd_copy, (k0, v0, k_full, k_empty, v_full, v_empty, k_map0, v_map0, lse_taken_ptr, T, tiles, total, 2 * (64 // 16), BN, STAGES)),
     ], [4, 1], [240, 24])
 
 
@@ -4606,8 +4666,8 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
     return dq, dk, dv
 
 
-def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
-    """out [B, T, 64, 128], lse [B, T, 64] float32."""
+def _selected_forward(q, k, v, blocks, cu_seqlens, scale, leaves=0):
+    """out [B, T, 64, 128], lse [B, T, 64] float32; leaves: without the last blocks up to a query's own."""
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
     batch, length = q.shape[:2]
@@ -4617,7 +4677,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_fwd[(tiles * 4 * batch,)](
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
-        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
+        *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), leaves, **c.options,
     )
     return out, lse
 
@@ -4716,7 +4776,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     return out, lse
 
 
-def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, None)):
+def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, None, None)):
     """The launch whose programs copy by a warp of their own; beside: other terms, gates, and where their sum with this one goes."""
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 16), None)
@@ -4727,14 +4787,25 @@ def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, N
     )
 
 
-def _window_combined(q, k, v, term0, term1, gates, cu_seqlens, scale):
-    """The same, and out = Σ_c gate_c·term_c with this as a term: in its programs where they are specialised, else a pass."""
+def _window_completes(q, k, v, cu_seqlens):
+    """The last blocks of a list that _window_combined takes over: where a warp copies its keys."""
+    if not launch.use_kernels(q):
+        return 0
+    c = launch.pick(_CONFIGS["window_fwd"], q, launch.mapped(cu_seqlens, k, v))
+    return 2 if c.specialised else 0
+
+
+def _window_combined(q, k, v, term0, term1, gates, cu_seqlens, scale, lse_taken=None):
+    """The same, and out = Σ_c gate_c·term_c with this as a term: in its programs where they are specialised, else a pass.
+
+    lse_taken: of term1, which lacks the keys that _window_completes tells; both are completed in place.
+    """
     if launch.use_kernels(q):
         c = launch.pick(_CONFIGS["window_fwd"], q, launch.mapped(cu_seqlens, k, v))
         if c.specialised:
             out, whole = (launch.empty(q, (*q.shape[:3], 128), None) for _ in range(2))
             lse = launch.empty(q, q.shape[:3], None, torch.float32)
-            _window_specialised(c, q, k, v, out, lse, scale, (term0, term1, gates, whole))
+            _window_specialised(c, q, k, v, out, lse, scale, (term0, term1, gates, whole, lse_taken))
             return out, lse, whole
     out, lse = _window_forward(q, k, v, cu_seqlens, scale)
     return out, lse, _combine(term0, term1, out, gates)
@@ -4994,8 +5065,9 @@ def _select_blocks_fake(q, k_cmp, lse_compressed, cu_seqlens, scale):
 def _attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     out_compressed, lse_compressed, rest_compressed = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale)
     blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
-    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
-    out_window, lse_window, out = _window_combined(q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale)
+    leaves = _window_completes(q, k, v, cu_seqlens)
+    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale, leaves=leaves)
+    out_window, lse_window, out = _window_combined(q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale, lse_taken=lse_selected if leaves else None)
     return out, out_compressed, lse_compressed, rest_compressed, out_selected, lse_selected, out_window, lse_window, blocks
 
 
@@ -5019,8 +5091,9 @@ def _attention_grad_fake(d_out, q, k_cmp, v_cmp, k, v, gates, out_compressed, ls
 def _attention_lean(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, gates: Tensor, cu_seqlens: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     out_compressed, lse_compressed, _ = _compressed_forward(q, k_cmp, v_cmp, cu_seqlens, scale, keep_rest=False)
     blocks = _select(q, k_cmp, lse_compressed, cu_seqlens, scale)
-    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale)
-    out_window, lse_window, out = _window_combined(q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale)
+    leaves = _window_completes(q, k, v, cu_seqlens)
+    out_selected, lse_selected = _selected_forward(q, k, v, blocks, cu_seqlens, scale, leaves=leaves)
+    out_window, lse_window, out = _window_combined(q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale, lse_taken=lse_selected if leaves else None)
     return out, blocks
 
 

@@ -11,33 +11,68 @@ from nsagen.interp.columns import dot, join, split
 from nsagen.interp.domains import Array
 from nsagen.interp.program import Program, Rows, write_once
 from nsagen.interp.walks import Step
-from nsagen.ir.plan import Walk
+from nsagen.ir.plan import Kernel, Walk
 
 FLOOR = -1.0e30  # the running maximum starts finite: a first tile that is masked whole must not give NaN
 
 
 def attend_fwd(p: Program) -> None:
-    """One running softmax over all walks of a query tile."""
+    """One running softmax over all walks of a query tile; and one of the keys that it takes over, if it does."""
     kernel, rows = p.run.kernel, p.queries(p.first)
     q = split(p.load("q", rows), kernel.qk_parts)
-    m, z = np.full(len(rows.at), FLOOR), np.zeros(len(rows.at))
-    acc = split(np.zeros((len(rows.at), 0)), kernel.v_parts)
+    own, taken = Softmax.empty(rows, kernel.v_parts), Softmax.empty(rows, kernel.v_parts)
     for walk in kernel.walks:
         for step in p.steps(walk):
             k, v = _keys(p, walk, step)
             scores = np.where(_seen(p, walk, step, rows.at), dot(q, k) * p.run.scale, -np.inf)
-            top = np.maximum(m, scores.max(1))
-            weight, fade = np.exp(scores - top[:, None]), np.exp(m - top)
-            acc = [a * fade[:, None] + weight @ x for a, x in zip(acc, v, strict=True)]
-            m, z = top, z * fade + weight.sum(1)
-    _store_forward(p, rows, m, z, acc)
-
-
-def _store_forward(p: Program, rows: Rows, m: Array, z: Array, acc: list[Array]) -> None:
-    z = store_lse(p, rows, m, z)
-    out = join([a / z[:, None] for a in acc], p.run.heads.v_dim)
+            own = own.then(scores, v)
+            if "lse_taken" in p.run.arrays:
+                taken = taken.then(np.where(taken_keys(kernel, rows, step.indices), scores, -np.inf), v)
+    z = store_lse(p, rows, own.m, own.z)
+    out = join([a / z[:, None] for a in own.acc], p.run.heads.v_dim)
     p.store("out", rows, out)
     p.store("rest", rows, out - out)  # float64 keeps all of it
+    if "lse_taken" in p.run.arrays:
+        _complete(p, rows, taken)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A running one of each row: the maximum, the sum of weights relative to it, and theirs with the values."""
+
+    m: Array
+    z: Array
+    acc: list[Array]
+
+    @classmethod
+    def empty(cls, rows: Rows, v_parts: tuple[int, ...]) -> Softmax:
+        count = len(rows.at)
+        return cls(np.full(count, FLOOR), np.zeros(count), split(np.zeros((count, 0)), v_parts))
+
+    def then(self, scores: Array, v: list[Array]) -> Softmax:
+        top = np.maximum(self.m, scores.max(1))
+        weight, fade = np.exp(scores - top[:, None]), np.exp(self.m - top)
+        acc = [a * fade[:, None] + weight @ x for a, x in zip(self.acc, v, strict=True)]
+        return Softmax(top, self.z * fade + weight.sum(1), acc)
+
+
+def taken_keys(kernel: Kernel, rows: Rows, keys: Array) -> Array:
+    """Which of the keys count for the other branch of a row, too [rows, keys]."""
+    taken = kernel.takes
+    if taken is None:
+        raise IRError(f"kernel {kernel.name} takes no keys over")
+    return keys[None, :] >= ((rows.at // taken.size - taken.count + 1) * taken.size)[:, None]
+
+
+def _complete(p: Program, rows: Rows, taken: Softmax) -> None:
+    """The other branch's rows, which lack the keys taken over, with them."""
+    out, lse = p.load("out_taken", rows), p.load("lse_taken", rows)
+    top = np.maximum(taken.m, lse)
+    own, rest = np.exp(taken.m - top), np.exp(lse - top)
+    z = np.where(rows.live, taken.z * own + rest, 1.0)
+    of = join(taken.acc, p.run.heads.v_dim) * own[:, None]
+    p.store("out_taken", rows, (of + out * rest[:, None]) / z[:, None])
+    p.store("lse_taken", rows, top + np.log(z))
 
 
 def store_lse(p: Program, rows: Rows, m: Array, z: Array) -> Array:
@@ -83,8 +118,8 @@ class Scored:
         if taken is None or taken.source != source or "lse_taken" not in p.run.arrays:
             return weight, ds
         lse, delta = (p.load(f"{x}_taken", self.rows, guarded) for x in ("lse", "delta"))
-        first = (self.rows.at // taken.size - taken.count + 1) * taken.size
-        more, more_ds = self._by(self.seen & (self.keys[None, :] >= first[:, None]), (lse, delta))
+        counts = taken_keys(p.run.kernel, self.rows, self.keys)
+        more, more_ds = self._by(self.seen & counts, (lse, delta))
         return weight + more, ds + more_ds
 
     def _by(self, seen: Array, statistics: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -149,7 +149,7 @@ class _Host:
         """The buffer of an operand; the first launch to name it finds it empty."""
         name = dict(launch.binds)[operand]
         if name not in self.buffers:
-            if next(o for o in kernel.operands if o.name == operand).mode == "load":
+            if next(o for o in kernel.operands if o.name == operand).mode in ("load", "update"):
                 raise IRError(f"op {self.op.name}: launch {kernel.name}: %{name} is read before it is written")
             buffer = self.plan.buffer(name)
             if "items" in buffer.axes:

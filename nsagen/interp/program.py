@@ -116,6 +116,8 @@ class Program:
             return steps(walk, env)
         lists = next(o.name for o in self.run.kernel.operands if o.role == "blocks" and o.source == walk.source)
         blocks = self.run.arrays[lists][self.batch, self.sequence.start + self.first, self.head]
+        if self.run.leaves:
+            blocks = blocks[blocks <= self.first // walk.listed.size - self.run.leaves]
         return listed_steps(walk, walk.listed, blocks, env)
 
     # --- rows
@@ -158,10 +160,13 @@ class Program:
             return
         array, base = self.run.arrays[operand], self.run.base(operand, self.sequence.start)
         index = (self.batch, base + rows.at[rows.live], rows.heads[rows.live])
-        if self.run.accumulate and self.run.operands[operand].mode == "accumulate":
+        mode = self.run.operands[operand].mode
+        if mode == "update":
+            array[index] = value[rows.live]
+        elif mode == "accumulate" and self.run.accumulate:
             array[index] += value[rows.live]
-            return
-        write_once(array, index, value[rows.live], f"{self.run.line}: store {operand}")
+        else:
+            write_once(array, index, value[rows.live], f"{self.run.line}: store {operand}")
 
 
 POISON = np.iinfo(np.int32).min  # an integer that nobody has written; floats are NaN

@@ -84,10 +84,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Taken:
-    """Listed keys whose gradients a kernel adds for another branch, since the source that it walks has them all.
+    """Listed keys that a kernel attends to for another branch, too, since the source that it walks has them all.
 
-    They are the last `count` blocks of `size` tokens up to the query's own, which every list of that branch names. The
-    branch's row statistics are the operands `lse_taken` and `delta_taken`.
+    They are the last `count` blocks of `size` tokens up to the query's own, which every list of that branch names. In
+    the forward, the kernel completes the operands `out_taken` and `lse_taken`, the branch's rows without those keys; in
+    the gradients, it adds theirs by the branch's row statistics, `lse_taken` and `delta_taken`.
     """
 
     source: int
@@ -141,7 +142,10 @@ class Ring:
 
 @dataclass(frozen=True)
 class Operand:
-    """A kernel's parameter: what it holds (`role`) on which rows. `optional` ones may be absent in a launch."""
+    """A kernel's parameter: what it holds (`role`) on which rows. `optional` ones may be absent in a launch.
+
+    mode "accumulate": stored, or added to where the launch says so; "update": read and written again.
+    """
 
     name: str
     role: Literal[
@@ -150,7 +154,7 @@ class Operand:
         "part_lse", "sums",
     ]  # fmt: skip
     rows: Literal["query", "key"]
-    mode: Literal["load", "store", "accumulate"]
+    mode: Literal["load", "store", "accumulate", "update"]
     source: int = 0
     optional: bool = False
     ring: Ring | None = None  # how the keys and values of a cache lie
@@ -268,7 +272,8 @@ class Guard:
         return (int(found) >= int(self.value)) == (self.op == "from")
 
 
-# Where a warp can copy by tensor maps: rows in 16 bits, not packed, 16 bytes aligned, on sm_90 (launch.specialises).
+# Where a warp can copy by tensor maps: rows in 16 bits, not packed, 16 bytes aligned, on sm_90 (launch.specialises). A
+# forward has tiles of both forms: there, the picked one must be one whose warp copies, too.
 SPECIALISED = Guard("form", "is", "specialised")
 PLAIN = Guard("form", "is not", "specialised")
 # Whether several programs share a key tile, since tiles alone would leave multiprocessors idle (hopper.shares).
@@ -323,7 +328,8 @@ class Plan:
 
     def brought(self, launch: Launch) -> tuple[tuple[str, str], ...]:
         """What is bound for the sake of the launch's riders alone: (operand, buffer), under the last rider's name."""
-        found, own = dict[str, str](), {buffer for _, buffer in launch.binds}
+        found = dict[str, str]()
+        own = {buffer for operand, buffer in launch.binds if not operand.endswith("_taken")}
         for rider in self.riders(launch.kernel):
             found |= {buffer: operand for operand, buffer in rider.binds if buffer not in own}
         return tuple((operand, buffer) for buffer, operand in found.items())

@@ -171,7 +171,8 @@ def _op(op: Op, kernels: dict[str, Kernel], buffers: set[str]) -> None:
 
 
 def _taken(op: Op, kernels: dict[str, Kernel], line: str) -> None:
-    """Keys that launches leave are taken by others, once for dq and once for dk and dv, and none else are."""
+    """Keys that launches leave are taken by others, and none else are: in the forward by one that completes the rows,
+    in the gradients once for dq and once for dk and dv."""
     left = {x.leaves for x in op.launches if SPECIALISED in x.when and kernels[x.kernel].branch in _givers(op, kernels)}
     takers = [(kernels[x.kernel], x) for x in op.launches if "lse_taken" in dict(x.binds)]
     counts = {k.takes.count for k, _ in takers if k.takes}
@@ -181,10 +182,34 @@ def _taken(op: Op, kernels: dict[str, Kernel], line: str) -> None:
     sizes = {k.takes.size for k, _ in takers if k.takes}
     sizes |= {w.listed.size for x in op.launches if x.leaves for w in kernels[x.kernel].walks if w.listed}
     _need(len(sizes) <= 1, line, f"blocks of {sorted(sizes)} tokens are left and taken")
+    if any("out_taken" in dict(x.binds) for _, x in takers):
+        _completed(op, [x for _, x in takers], line)
+    elif takers:
+        _taken_twice(op, takers, kernels, line)
+
+
+def _completed(op: Op, takers: list[Launch], line: str) -> None:
+    """One launch completes the rows of one that leaves keys, and comes after it."""
+    givers = [x for x in op.launches if x.leaves]
+    _need(
+        len(givers) == len(takers) == 1, line, f"{len(givers)} launches leave keys, {len(takers)} complete their rows"
+    )
+    of, by = dict(givers[0].binds), dict(takers[0].binds)
+    rows = [(of[x], by.get(f"{x}_taken")) for x in ("out", "lse")]
+    _need(
+        all(a == b for a, b in rows),
+        line,
+        f"what is left of {rows[0][0]}, {rows[1][0]} completes {rows[0][1]}, {rows[1][1]}",
+    )
+    late = op.launches.index(givers[0]) > op.launches.index(takers[0])
+    _need(not late, line, "rows are completed before they are written")
+
+
+def _taken_twice(op: Op, takers: list[tuple[Kernel, Launch]], kernels: dict[str, Kernel], line: str) -> None:
     joint = [i for i, x in enumerate(op.launches) if kernels[x.kernel].apart]
     after = [i for i, x in enumerate(op.launches) if x.leaves or "lse_taken" in dict(x.binds)]
     _need(all(i >= min(joint, default=0) for i in after), line, "keys are left before it is known that they are taken")
-    for shares in (1, 2) if takers else ():
+    for shares in (1, 2):
         runs = [(k, x) for k, x in takers if all(g.holds(shares) for g in x.when if g.key == "shares")]
         stored = sorted(o.role for k, x in runs for o in k.operands if o.mode != "load" and o.name in dict(x.binds))
         wanted = ["dk", "dq", "dv"] if shares == 1 else ["dq", "parts"]
@@ -206,7 +231,8 @@ def _launch(launch: Launch, kernel: Kernel, known: set[str], buffers: set[str], 
     _need(not keys, line, f"guard on {keys} compares with nothing")
     for name, buffer in bound.items():
         _need(buffer in buffers, line, f"%{buffer} is not declared")
-        reading = operands[name].mode == "load" or (launch.accumulate and operands[name].mode == "accumulate")
+        mode = operands[name].mode
+        reading = mode in ("load", "update") or (launch.accumulate and mode == "accumulate")
         _need(not reading or buffer in known, line, f"%{buffer} is read before it is written")
     return {b for n, b in bound.items() if operands[n].mode != "load"}
 

@@ -26,6 +26,7 @@ from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
 from nsagen.passes.operators import cached_name, operators, serving_sources
 from nsagen.passes.rings import over_rings
 from nsagen.passes.specialise import keys_are_wide, keys_may_specialise, keys_name, queries_may_specialise, queries_name
+from nsagen.passes.takeover import completing
 
 PACK = Choice(
     "head_packing", "the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head"
@@ -112,7 +113,7 @@ class ChooseStrategy:
                 kernels += _combination(node)
         kernels = joint_kernels(graph, kernels)
         kernels += [_cached(k) for k in kernels if k.name in {x.kernel for x in serving_sources(graph)}]
-        kernels += decode_kernels(graph)
+        kernels = completing(graph, kernels) + decode_kernels(graph)
         ops = operators(graph)
         kernels = over_rings(graph, ops, _unique(kernels))
         return Plan(graph.name, graph.heads, buffers(graph), ops, tuple(kernels))

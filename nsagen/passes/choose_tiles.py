@@ -187,7 +187,12 @@ def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bn: int, stages
     waste, trips = loop_shape(kernel, heads, bm, bn, queries(heads.group))
     cost = round(waste / specialised_speed(use, bn, stages, trips), 3)
     dropped = _dropped(use, arch, 16, bm * bn, 4)
-    return TileConfig(bm, bn, 4, stages, use.smem, use.registers, cost, dropped, maps=True, specialised=True)
+    if kernel.takes and kernel.takes.size % bn:
+        dropped = f"{bn} keys do not divide the blocks of {kernel.takes.size} that it takes over"
+    spills = 64 if kernel.takes else 0  # around its loops
+    return TileConfig(
+        bm, bn, 4, stages, use.smem, use.registers, cost, dropped, maps=True, specialised=True, spills=spills
+    )
 
 
 def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | None:

@@ -8,7 +8,7 @@ from nsagen.ir.graph import Attend, AttendGrad, Graph, Heads, Source
 from nsagen.ir.plan import ALONE, PLAIN, SHARED, SPECIALISED, Launch
 from nsagen.passes.binds import Binds, key_binds, suffixes
 from nsagen.passes.buffers import parts_of
-from nsagen.passes.joint import joined, joint_launch, taken_binds, takeover
+from nsagen.passes.joint import gradients_takeover, joined, joint_launch, taken_binds
 from nsagen.passes.loop_order import by_blocks, specialised_by_blocks
 from nsagen.passes.specialise import (
     keys_are_wide,
@@ -89,7 +89,7 @@ class Joint:
     """The launch of the joint kernel in the whole op's gradient, and what it changes about others."""
 
     def __init__(self, graph: Graph, grads: dict[str, AttendGrad]) -> None:
-        self.nodes, self.over = joined(graph), takeover(graph)
+        self.nodes, self.over = joined(graph), gradients_takeover(graph)
         self.statistics = {branch: (grad.lse, grad.delta) for branch, grad in grads.items()}
 
     def launch(self, dq: str, accumulate: bool) -> Launch:

@@ -7,20 +7,13 @@ of the same K and V, its products serve two softmaxes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from nsagen.ir.graph import Attend, Combine, Graph, Select
-from nsagen.ir.plan import BT, SPECIALISED, Choice, Grid, Kernel, Launch, Operand, Taken, Walk
+from nsagen.ir.graph import Attend, Combine, Graph
+from nsagen.ir.plan import BT, SPECIALISED, Choice, Grid, Kernel, Launch, Operand, Walk
 from nsagen.passes.loop_order import specialised_by_blocks
-from nsagen.passes.specialise import (
-    QUERIES_KEYS,
-    keys_are_wide,
-    keys_may_specialise,
-    keys_name,
-    queries,
-    queries_may_specialise,
-)
-from nsagen.sym import KEY, QUERY, AtLeast
+from nsagen.passes.specialise import keys_are_wide, keys_may_specialise, keys_name, queries_may_specialise
+from nsagen.passes.takeover import Takeover, takeover
 
 JOINT = "joint_queries"
 TOGETHER = Choice(
@@ -30,22 +23,7 @@ TOGETHER = Choice(
 )
 
 
-@dataclass(frozen=True)
-class Takeover:
-    """The branch `giver` leaves the last blocks of its lists to `taker`."""
-
-    giver: Attend
-    taker: Attend
-    taken: Taken
-
-    @property
-    def because(self) -> Choice:
-        size, count = self.taken.size, self.taken.count
-        return Choice(
-            "shared_products",
-            f"{self.taker.branch} sees the last {count} blocks of {size} keys, which every list of {self.giver.branch} "
-            "names, of the same K and V: one product of q and k, and of d_out and v, serves the gradients of both",
-        )
+SHARED_PRODUCTS = "one product of q and k, and of d_out and v, serves the gradients of both"
 
 
 def joined(graph: Graph) -> tuple[Attend, ...]:
@@ -56,35 +34,17 @@ def joined(graph: Graph) -> tuple[Attend, ...]:
     return found if len(found) > 1 else ()
 
 
-def takeover(graph: Graph) -> Takeover | None:
-    """Who takes listed keys over from whom, if anyone does."""
+def gradients_takeover(graph: Graph) -> Takeover | None:
+    """Who takes listed keys over from whom in the gradients, if anyone does."""
     narrow = not keys_are_wide(graph.heads)
     takers = [n for n in joined(graph) if narrow and keys_may_specialise(n.sources[0], graph.heads)]
-    for select in (n for n in graph.nodes if isinstance(n, Select) and n.local):
-        for giver in (n for n in graph.nodes if isinstance(n, Attend) and specialised_by_blocks(n, graph.heads)):
-            listed = giver.sources[0].listed
-            taker = next((n for n in takers if _has_all(n, giver, select, graph.heads.group)), None)
-            if taker is not None and listed is not None and listed.blocks == select.out and listed.size == select.size:
-                return Takeover(giver, taker, Taken(0, select.size, select.local))
-    return None
-
-
-def _has_all(taker: Attend, giver: Attend, select: Select, group: int) -> bool:
-    """Whether the taker sees the local blocks, of the same keys and values, in tiles without a mask but the last.
-
-    Its conjuncts are convex in the distance of query and key, so the nearest and the farthest key speak for all.
-    """
-    own, other = taker.sources[0], giver.sources[0]
-    if (own.k, own.v) != (other.k, other.v) or not own.axis.is_tokens:
-        return False
-    reach = select.size * select.local + QUERIES_KEYS + queries(group)
-    ends = [{QUERY.name: reach, KEY.name: reach - distance} for distance in (0, reach)]
-    return all(isinstance(c, AtLeast) and all(map(c.holds, ends)) for c in own.pieces[0].where)
+    givers = [n for n in graph.nodes if isinstance(n, Attend) and specialised_by_blocks(n, graph.heads)]
+    return takeover(graph, givers, takers)
 
 
 def joint_kernels(graph: Graph, kernels: list[Kernel]) -> list[Kernel]:
     """The kernels, of which one may take listed keys over, with the joint one."""
-    nodes, over = joined(graph), takeover(graph)
+    nodes, over = joined(graph), gradients_takeover(graph)
     if over:
         keys, lists = keys_name(f"{over.taker.branch}_dkv"), f"{over.giver.branch}_grads"
         kernels = [_because(k, over) if k.name in (keys, lists) else k for k in kernels]
@@ -113,7 +73,7 @@ def _taking(kernel: Kernel, over: Takeover, source: int) -> Kernel:
 
 
 def _because(kernel: Kernel, over: Takeover) -> Kernel:
-    return replace(kernel, choices=(*kernel.choices, over.because))
+    return replace(kernel, choices=(*kernel.choices, over.choice(SHARED_PRODUCTS)))
 
 
 def joint_launch(

@@ -21,6 +21,7 @@ from nsagen.passes.binds import Binds, key_binds
 from nsagen.passes.decode import decode_op
 from nsagen.passes.gradients import Gradients, Joint
 from nsagen.passes.loop_order import by_blocks
+from nsagen.passes.takeover import forward_takeover, in_both_forms
 
 BY_BLOCKS_FROM = 2048  # queries; fewer do not pay for the inverse of their lists
 
@@ -166,6 +167,7 @@ def _whole(graph: Graph, attends: list[Attend], combine: Combine) -> Op:
             launches += _forwards(node, graph.heads)
         elif isinstance(node, Select) and node not in ahead:
             launches += _select(node)
+    launches = in_both_forms(launches, forward_takeover(graph))
     launches.append(replace(_combination(combine), rides=carrier(attends)))
     outputs = (combine.out, *graph.saved)
     return Op("attention", "whole", _whole_inputs(graph, attends, combine), outputs, tuple(launches))

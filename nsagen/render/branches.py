@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nsagen.ir.graph import TOKENS, Attend, BlockList, Combine, Graph, Source
-from nsagen.ir.plan import BT, T0, Kernel, N, Plan, Ring, Walk
+from nsagen.ir.plan import BT, T0, Kernel, N, Plan, Ring, Taken, Walk
 from nsagen.passes.binds import suffixes
 from nsagen.passes.joint import JOINT, joined
 from nsagen.passes.operators import cached_name
 from nsagen.passes.specialise import GROUP_ROWS, KEYS_TILE, keys_are_wide
-from nsagen.render.view import Combined, combined_view
+from nsagen.render.view import Combined, combined_view, left_blocks, may_complete
 from nsagen.sym import Expr, Symbol, conjunct_text, evaluate, expand, substitute, symbol, to_text
 
 
@@ -77,7 +77,9 @@ class BranchView:
     combined: Combined | None  # what may ride on that form
     joined: bool  # dq may come from a kernel for several branches
     takes: bool  # some keys may count for another branch's gradients, too
-    leaves: int  # the last blocks of a list, which may be left to another branch
+    leaves: int  # the last blocks of a list, which may be left to another branch's gradients
+    forward_leaves: bool  # the same of the forward
+    completed: Taken | None  # what the forward may take over
 
     @property
     def more(self) -> str:
@@ -166,7 +168,7 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
     bodies = {k.name: k.body for k in plan.kernels}
     by_blocks, queries, grads = (if_there(plan, f"{node.branch}_{x}") for x in ("list", "queries", "grads"))
     guards = [g for op in plan.ops for x in op.launches if x.kernel == by_blocks for g in x.when]
-    maps = list(_maps(plan, f"{node.branch}_fwd", sources))
+    maps, forward = list(_maps(plan, f"{node.branch}_fwd", sources)), plan.kernel(f"{node.branch}_fwd")
     return BranchView(
         branch=node.branch,
         fwd=f"{node.branch}_fwd",
@@ -186,10 +188,12 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         mapped=tuple(x for x, _ in maps),
         maps=tuple(made for _, made in maps),
         boxes=tuple(_boxes(plan, f"{node.branch}_fwd", sources)),
-        combined=combined_view(plan.kernel(f"{node.branch}_fwd"), plan),
+        combined=combined_view(forward, plan),
         joined=queries is not None and if_there(plan, JOINT) is not None,
         takes=any(plan.kernel(s.keys).takes for s in sources if s.keys),
         leaves=max((x.leaves for x in plan.launches(f"{node.branch}_grads")), default=0) if grads else 0,
+        forward_leaves=left_blocks(forward, plan) > 0,
+        completed=forward.takes if may_complete(forward, plan) else None,
     )
 
 

@@ -20,6 +20,7 @@ from nsagen.ir.plan import SPECIALISED, Kernel, Launch, Op, Plan
 from nsagen.passes.joint import JOINT
 from nsagen.passes.rings import rings
 from nsagen.render.branches import domain, if_there
+from nsagen.render.view import may_complete
 from nsagen.render.walks import Named
 
 
@@ -107,18 +108,22 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
     for launch in op.launches:
         kernel, bind = plan.kernel(launch.kernel), dict(launch.binds)
         terms = [b for o, b in launch.binds if o.startswith("term")]
+        if kernel.body == "attend_fwd" and SPECIALISED in launch.when:
+            continue  # the other form's call tells of it
         if kernel.body == "attend_fwd":
             arguments = ", ".join(_arguments(kernel.branch, graph))
             outs = ", ".join(bind[o] for o in ("out", "lse", "rest") if o in bind)
             drops = "rest" not in bind and not cached and _attend(kernel.branch, graph).rest
             outs, keep = (f"{outs}, _", ", keep_rest=False") if drops else (outs, "")
             function = f"_{kernel.branch}{name or '_forward'}"
+            asked, told = _left(op, launch, plan, graph)
+            lines += asked
             carried = _carried(op, launch)
             if carried:  # what rides comes out, too
                 outs, function = f"{outs}, {carried['out']}", f"_{kernel.branch}_combined"
                 others = [b for o, b in carried.items() if o.startswith("term") and b != bind["out"]]
                 arguments = ", ".join([arguments, *others, carried["gates"]])
-            lines.append(f"{outs} = {function}(q, {arguments}, {past}cu_seqlens, scale{keep})")
+            lines.append(f"{outs} = {function}(q, {arguments}, {past}cu_seqlens, scale{keep}{told})")
         elif kernel.name == JOINT:
             lines.append(_joint(launch, kernel))
         elif kernel.body in ("attend_dq", "sum_lists"):
@@ -138,6 +143,19 @@ def _lines(op: Op, plan: Plan, graph: Graph, cached: bool = False) -> list[str]:
         elif kernel.body == "combine_bwd":
             lines.append(f"{bind['delta']} = _delta(d_out, {bind['term']}, {bind.get('rest', 'None')})")
     return lines
+
+
+def _left(op: Op, launch: Launch, plan: Plan, graph: Graph) -> tuple[list[str], str]:
+    """What is asked before a forward, and what it is told, where one leaves keys and another completes its rows."""
+    taker = next((x for x in op.launches if "out_taken" in dict(x.binds)), None)
+    if taker is None or not may_complete(plan.kernel(taker.kernel), plan):
+        return [], ""
+    if launch.kernel == taker.kernel:
+        return [], f", lse_taken={dict(taker.binds)['lse_taken']} if leaves else None"
+    if not any(x.leaves for x in op.launches if x.kernel == launch.kernel):
+        return [], ""
+    branch = plan.kernel(taker.kernel).branch
+    return [f"leaves = _{branch}_completes(q, {', '.join(_arguments(branch, graph))}, cu_seqlens)"], ", leaves=leaves"
 
 
 def _carried(op: Op, launch: Launch) -> dict[str, str] | None:

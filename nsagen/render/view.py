@@ -45,6 +45,7 @@ class Combined:
     own: int  # its own term, of all
     terms: tuple[int, ...]
     ahead: int  # keys of a tile up to which the other terms are loaded beside the products; 0: of none
+    completed: int | None  # the term whose rows lack the keys that are taken over, if any may
 
     @property
     def columns(self) -> int:
@@ -57,7 +58,8 @@ class Combined:
 
     @property
     def arguments(self) -> str:
-        return "".join(f"term{i}_ptr, " for i in self.others) + "gates_ptr, combined_ptr, "
+        terms = "".join(f"term{i}_ptr, " for i in self.others)
+        return terms + "gates_ptr, combined_ptr, " + ("lse_taken_ptr, " if self.completed is not None else "")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class KernelView:
     parted: bool  # leaves parts of a result in the queries' lists
     specialised: bool  # has a second form, in which a warp only copies
     combined: Combined | None  # what may ride on that form
+    leaves: bool  # the last blocks of a list may be left to another branch
 
     maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
@@ -234,7 +237,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         qk_parts=_parts(kernel.qk_parts, h.qk_dim),
         v_parts=_parts(kernel.v_parts, h.v_dim),
         conjuncts=tuple(conjuncts.values()),
-        sources=sources_of(kernel, conjuncts, plan),
+        sources=sources_of(kernel, conjuncts, plan, leaves=left_blocks(kernel, plan) > 0),
         terms=terms,
         rests=tuple(t for t in terms if _has_rest(kernel, plan, t.i)),
         rest=any(o.role == "rest" and o.mode == "store" for o in kernel.operands),
@@ -259,6 +262,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
         specialised=kernel.specialised and not kernel.cached,
         combined=combined_view(kernel, plan),
+        leaves=left_blocks(kernel, plan) > 0,
         maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
@@ -273,7 +277,22 @@ def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
     outs = {buffer for x in plan.launches(kernel.name) for operand, buffer in x.binds if operand == "out"}
     terms = {int(operand[4:]): buffer for operand, buffer in rider.binds if operand.startswith("term")}
     own = next(i for i, buffer in terms.items() if buffer in outs)
-    return Combined(own, tuple(terms), ahead(plan.heads.v_dim, len(terms) - 1))
+    taken = {buffer for x in plan.launches(kernel.name) for operand, buffer in x.binds if operand == "out_taken"}
+    completed = next((i for i, buffer in terms.items() if buffer in taken and kernel.specialised), None)
+    return Combined(own, tuple(terms), ahead(plan.heads.v_dim, len(terms) - 1), completed)
+
+
+def left_blocks(kernel: Kernel, plan: Plan) -> int:
+    """The last blocks of its lists that a forward may leave to one that completes its rows; 0 where none does."""
+    if kernel.body != "attend_fwd" or kernel.cached or not any(may_complete(k, plan) for k in plan.kernels):
+        return 0
+    return max((x.leaves for x in plan.launches(kernel.name)), default=0)
+
+
+def may_complete(kernel: Kernel, plan: Plan) -> bool:
+    """Whether some of its tiles may complete another branch's rows."""
+    of = combined_view(kernel, plan)
+    return of is not None and of.completed is not None
 
 
 def _maps(kernel: Kernel, access: Access) -> tuple[str, ...]:

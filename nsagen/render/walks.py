@@ -128,7 +128,8 @@ def conjuncts_of(kernel: Kernel) -> dict[Conjunct, Named]:
     return {c: Named(f"C{i}", conjunct_text(c)) for i, c in enumerate(tested)}
 
 
-def sources_of(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan) -> tuple[SourceView, ...]:
+def sources_of(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan, leaves: bool) -> tuple[SourceView, ...]:
+    """leaves: LEAVES of the last blocks of a list may be left to another kernel."""
     numbers = sorted({w.source for w in kernel.walks})
     views: list[SourceView] = []
     for number in numbers:
@@ -142,7 +143,7 @@ def sources_of(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan) -> 
                 base=to_text(axis.base()),
                 stride=axis.stride,
                 tokens=axis.is_tokens,
-                walks=tuple(_walk(w, conjuncts, suffix, plan.heads) for w in walks),
+                walks=tuple(_walk(w, conjuncts, suffix, plan.heads, leaves) for w in walks),
                 listed=walks[0].listed,
                 ring=next(o.ring for o in kernel.operands if o.role == "k" and o.source == number),
                 taken=kernel.takes if kernel.takes and kernel.takes.source == number else None,
@@ -152,10 +153,10 @@ def sources_of(kernel: Kernel, conjuncts: dict[Conjunct, Named], plan: Plan) -> 
     return tuple(views)
 
 
-def _walk(walk: Walk, conjuncts: dict[Conjunct, Named], suffix: str, heads: Heads) -> WalkView:
+def _walk(walk: Walk, conjuncts: dict[Conjunct, Named], suffix: str, heads: Heads, leaves: bool) -> WalkView:
     segments = tuple(_segment(s, conjuncts) for s in walk.segments)
     if walk.listed and walk.direction == "forward":
-        return _listed_walk(walk, segments, suffix, heads)
+        return _listed_walk(walk, segments, suffix, heads, leaves)
     needed = {s.name for c in walk.cuts for s in c.at.free_symbols}
     lines = [f"# {walk.piece.name}: {', '.join(map(conjunct_text, walk.piece.where))}"]
     for name, interval in (("some", walk.some), ("all", walk.all)):
@@ -177,14 +178,16 @@ def _bounds(walk: Walk) -> str:
     return "\n".join(f"    {name} = {_scalar(at)}" for name, at in ends)
 
 
-def _listed_walk(walk: Walk, segments: tuple[SegmentView, ...], suffix: str, heads: Heads) -> WalkView:
+def _listed_walk(walk: Walk, segments: tuple[SegmentView, ...], suffix: str, heads: Heads, leaves: bool) -> WalkView:
     assert walk.listed is not None
     of = ListView(f"blocks{suffix}_ptr", "listed", walk.listed.size, walk.listed.count)
+    left = f"named = tl.where(named <= t0 // {of.size} - LEAVES, named, -1) if LEAVES else named"
     lines = (
         f"# {walk.piece.name}: {', '.join(map(conjunct_text, walk.piece.where))}, in the listed blocks",
         f"listed = (first * {heads.kv} + h) * {of.count}",
         f"entry = tl.arange(0, {of.width})",
         f"named = tl.load({of.pointer} + listed + entry, mask=entry < {of.count}, other=-1)",
+        *([left] if leaves else []),
         "blocks = tl.sum((named >= 0).to(tl.int32))",
     )
     return WalkView("\n".join("    " + line for line in lines), segments, of)

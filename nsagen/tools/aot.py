@@ -43,7 +43,8 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
         tiles = candidates(kernel, arch, bits)
         for launch in launches_of(plan, kernel):
             found, bound = _with_riders(plan, kernel, launch)
-            jobs += [Job(found, bound, arch, dtype, c) for c in (tiles if all_candidates else _first(tiles))]
+            chosen = tiles if all_candidates else _first(tiles)
+            jobs += [Job(found, _bound_by(kernel, c, bound), arch, dtype, c) for c in chosen]
     return [*jobs, *(Job(kernel, x, arch, dtype, tile) for kernel, x, tile in append_kernels(plan, arch, bits))]
 
 
@@ -54,8 +55,15 @@ def _first(tiles: list[TileConfig]) -> list[TileConfig]:
     return [*tiles[:1], *next(([c] for c in tiles if not c.specialised), [])]
 
 
+def _bound_by(kernel: Kernel, tile: TileConfig, launch: Launch) -> Launch:
+    """The launch; a forward's completes another branch's rows where a warp copies alone."""
+    if kernel.body != "attend_fwd" or tile.specialised:
+        return launch
+    return replace(launch, binds=tuple(b for b in launch.binds if not b[0].endswith("_taken")))
+
+
 def launches_of(plan: Plan, kernel: Kernel) -> list[Launch]:
-    """The launch that asks most of the kernel: the one with most operands bound, gates and all.
+    """The launch that asks most of the kernel: the one with most operands bound, gates and all, or keys left out.
 
     Of a kernel whose programs may share a tile, that of those, too: they store something else.
     """
@@ -63,7 +71,7 @@ def launches_of(plan: Plan, kernel: Kernel) -> list[Launch]:
     if not launches:
         raise CompileError(f"kernel {kernel.name}: no operator launches it")
     kinds = [[x for x in launches if (SHARED in x.when) == shared] for shared in (False, True)]
-    return [max(some, key=lambda x: (len(x.binds), x.accumulate)) for some in kinds if some]
+    return [max(some, key=lambda x: (len(x.binds), x.accumulate, x.leaves)) for some in kinds if some]
 
 
 def _with_riders(plan: Plan, kernel: Kernel, launch: Launch) -> tuple[Kernel, Launch]:

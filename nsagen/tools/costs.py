@@ -127,12 +127,16 @@ def work_of(launch: Launch, plan: Plan, tokens: int) -> Work:
     seen = sum(pairs(w.piece, w.axis, tokens, w.listed, launch.leaves) for w in kernel.walks)
     flops = seen * plan.heads.query * flops_of_pair(kernel, plan.heads)
     modes = {o.name: o.mode for o in kernel.operands}
-    sizes = [
-        _size(plan.buffer(b), tokens, plan) * (2 if launch.accumulate and modes[o] == "accumulate" else 1)
-        for o, b in launch.binds
-    ]
+    twice = ("update", "accumulate") if launch.accumulate else ("update",)  # read and written
+    sizes = [_size(plan.buffer(b), tokens, plan) * (2 if modes[o] in twice else 1) for o, b in launch.binds]
     left = sum(_left(launch, o, plan.buffer(b), tokens, plan) for o, b in launch.binds)
     return Work(kernel.name, flops, sum(sizes) - left)
+
+
+def updated(launch: Launch, plan: Plan, tokens: int) -> int:
+    """Bytes, read and written, of what the launch completes of another's."""
+    modes = {o.name: o.mode for o in plan.kernel(launch.kernel).operands}
+    return sum(2 * _size(plan.buffer(b), tokens, plan) for o, b in launch.binds if modes[o] == "update")
 
 
 def _left(launch: Launch, operand: str, buffer: Buffer, tokens: int, plan: Plan) -> int:

@@ -16,7 +16,7 @@ from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, S0, T0, Kernel, Launch, N, Op,
 from nsagen.passes.loop_order import DQ_SHARE, GRADS, KEYS_ALONE, L2
 from nsagen.passes.specialise import queries
 from nsagen.sym import evaluate
-from nsagen.tools.costs import flops_of_pair, pairs, taken, work_of
+from nsagen.tools.costs import flops_of_pair, pairs, taken, updated, work_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
     if kernel.body in PARTS and any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
         return _parts(kernel, plan, tokens)
     if any(w.listed for w in kernel.walks):
-        return _listed(kernel, plan, tokens, work.flops)
-    return _tiled(kernel, plan, tokens, tile)
+        return _listed(launch, plan, tokens, work.flops)
+    return _tiled(kernel, plan, tokens, tile) + updated(launch, plan, tokens) / COPY
 
 
 def of_op(op: Op, plan: Plan, tokens: int, tiles: dict[str, Tile], form: str = "specialised") -> float:
@@ -97,17 +97,17 @@ def on_another(launch: Launch, tiles: dict[str, Tile]) -> bool:
     return launch.rides is not None and tiles[launch.rides].specialised
 
 
-def _seen(kernel: Kernel, tokens: int) -> int:
-    """(query, key) pairs of one head."""
-    return sum(pairs(w.piece, w.axis, tokens, w.listed) for w in kernel.walks)
+def _seen(kernel: Kernel, tokens: int, leaves: int = 0) -> int:
+    """(query, key) pairs of one head, without the last blocks of a list that another kernel takes."""
+    return sum(pairs(w.piece, w.axis, tokens, w.listed, leaves) for w in kernel.walks)
 
 
-def _listed(kernel: Kernel, plan: Plan, tokens: int, flops: int) -> float:
-    heads = plan.heads
+def _listed(launch: Launch, plan: Plan, tokens: int, flops: int) -> float:
+    heads, kernel = plan.heads, plan.kernel(launch.kernel)
     if kernel.body not in LISTED:
         rate = RATES[kernel.body]
         return rate.tail + flops / rate.flops
-    read = _seen(kernel, tokens) * heads.kv * (heads.qk_dim + heads.v_dim) * 2
+    read = _seen(kernel, tokens, launch.leaves) * heads.kv * (heads.qk_dim + heads.v_dim) * 2
     return LAUNCH + read / LISTED[kernel.body]
 
 

@@ -80,6 +80,7 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "STAGES": tile.stages,
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
+        "LEAVES": launch.leaves,
         "PAGE": 1,
         "EARLY": job.arch in EARLY,
         "TILES": 1,  # of a listed block

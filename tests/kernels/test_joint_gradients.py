@@ -1,4 +1,4 @@
-"""The whole gradient by kernels whose warp copies, one of them for several branches: beside the others, on Hopper."""
+"""Kernels whose warp copies and that serve several branches: the whole op's gradient, and its forward; on Hopper."""
 
 from __future__ import annotations
 
@@ -114,3 +114,58 @@ def test_keys_taken_over_are_the_local_blocks(device: str) -> None:
     want = gradients(module, doubles)
     for a, b in zip(got[:3], want[:3], strict=True):
         assert oracle.error(a.double(), b) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_the_forward_is_the_same_where_the_window_has_the_local_blocks(
+    case: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_hopper()
+    module = module_of(case)
+    assert ("takes" in case) == hasattr(module, "_window_completes")
+    if "takes" not in case:
+        return
+    monkeypatch.setattr(launch, "POISON", True)
+    for length in LENGTHS:
+        given = inputs(module, length, dtype, device)
+        (got, leaves_), (again, _) = forward(module, given), forward(module, given)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_window_completes", lambda *_: 0)
+            want, none = forward(module, given)
+        assert none == 0 and leaves_ == module.SPEC["branches"]["selected"]["local"]
+        for name, a in got.items():
+            assert torch.equal(a, again[name]), (length, name)
+            finite = torch.isfinite(a)  # lse of a row without compressed keys is not
+            assert torch.equal(finite, torch.isfinite(want[name])), (length, name)
+            assert oracle.error(a.float()[finite], want[name].float()[finite]) < 4e-3, (length, name)
+
+
+def forward(module: Any, given: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """What the whole op gives, by name, and how many blocks the selected branch left."""
+    told = list[int]()
+    completes = module._window_completes
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "_window_completes", lambda *x: told.append(completes(*x)) or told[-1])
+        q, k, v, gates = (given[x] for x in ("q", "k", "v", "gates"))
+        found = module._attention(q, *module.Compressor()(k, v), k, v, gates, None, q.shape[-1] ** -0.5)
+    branches = ("compressed", "selected", "window")
+    names = ["out", *(f"{x}_{b}" for b in branches for x in ("out", "lse", *(["rest"] if b == "compressed" else [])))]
+    return dict(zip([*names, "blocks"], found, strict=True)), told[0]
+
+
+def test_a_list_without_its_last_blocks(device: str) -> None:
+    """What the forward leaves to the window, to the bit."""
+    spec = SPEC | {"name": "left", "heads": {"query": 16, "kv": 1, "qk_dim": 64, "v_dim": 64}}
+    module = api.module_of(api.compiled_of(api.read(spec)))
+    given = inputs(module, 150, torch.float32 if device == "cpu" else torch.bfloat16, device)
+    q, k, v = (given[x].detach()[:1] for x in "qkv")
+    own = torch.arange(150, device=device)[:, None, None] // 64
+    blocks = torch.arange(6, device=device).expand(1, 150, 1, 6)
+    whole = torch.where(blocks <= own, blocks, -1).int()
+    far = torch.where(blocks <= own - 2, blocks, -1).int()
+    got = module._selected_forward(q, k, v, whole, None, 0.1, leaves=2)
+    want = module._selected_forward(q, k, v, far, None, 0.1)
+    assert got[1].isneginf().any() and not got[1].isneginf().all()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

@@ -56,7 +56,8 @@ def tiles(spec: str) -> dict[str, forecast.Tile]:
 @pytest.mark.parametrize("spec", ["nsa_128", "nsa_paper"])
 def test_every_tuned_kernel(spec: str) -> None:
     plan, seen = compiled(spec).plan, 0
-    for launch in (x for op in main_ops(plan) for x in op.launches):
+    launches = {x.kernel: x for op in main_ops(plan) for x in op.launches}  # the form on this chip, where there are two
+    for launch in launches.values():
         for tokens in (8192, 65536):
             if (launch.kernel, tokens) not in measured(spec):
                 continue

@@ -117,7 +117,8 @@ def test_terms_are_numbered_as_gates_are(spec: Spec, own: int, others: list[int]
     found = combined_view(plan.kernel("window_fwd"), plan)
     assert found is not None
     assert (found.own, found.others, found.columns) == (own, others, len(others) + 1)
-    assert found.arguments == "".join(f"term{i}_ptr, " for i in others) + "gates_ptr, combined_ptr, "
+    taken = "lse_taken_ptr, " if spec == "nsa_128" else ""  # whose window completes the selected branch's rows
+    assert found.arguments == "".join(f"term{i}_ptr, " for i in others) + "gates_ptr, combined_ptr, " + taken
     assert combined_view(plan.kernel("compressed_fwd"), plan) is None
 
 
@@ -136,10 +137,13 @@ def parameters(source: str, name: str) -> str:
 
 def test_what_a_module_is_told() -> None:
     source = built("nsa_128").source
-    assert parameters(source, "_window_combined") == "q, k, v, term0, term1, gates, cu_seqlens, scale"
-    call = "_window_combined(q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale)"
+    assert parameters(source, "_window_combined") == "q, k, v, term0, term1, gates, cu_seqlens, scale, lse_taken=None"
+    given = "q, k, v, out_compressed, out_selected, gates, cu_seqlens, scale"
+    call = f"_window_combined({given}, lse_taken=lse_selected if leaves else None)"
     for op in ("_attention", "_attention_lean"):
         text = function(source, op)
+        assert text.count("leaves = _window_completes(q, k, v, cu_seqlens)") == 1
+        assert text.count("_selected_forward(q, k, v, blocks, cu_seqlens, scale, leaves=leaves)") == 1
         assert text.count(f"out_window, lse_window, out = {call}") == 1
         assert not re.search(r"= _(window_forward|combine)\(", text)
     for op in ("_serve", "_alone"):
