@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  8af7428e4bf8
-runtime  18
+content  200a4eaf79f4
+runtime  19
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -59,7 +59,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(18, "gqa_llama")
+version.require(19, "gqa_llama")
 
 SPEC = {'name': 'gqa_llama',
  'heads': {'query': 32, 'kv': 8, 'qk_dim': 128, 'v_dim': 128},
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_8af7428e4bf8"
+_SPACE = "nsagen_gqa_llama_200a4eaf79f4"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4280,7 +4280,8 @@ def cache_append_job(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 256 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 8, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 8, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -4306,7 +4307,8 @@ def cache_append_job(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 256 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 8, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 8, staged, 1024, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh

@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  52799d628891
-runtime  18
+content  ab555d7a536e
+runtime  19
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -16,7 +16,7 @@ compressed_keys          key_major, because dk and dv of a key tile stay in regi
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
 select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
-selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and one of p and v, serves the outputs of both; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
+selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; shared_products, because window sees the last 2 blocks of 64 keys, which every list of selected names, of the same K and V: one product of q and k, and one of p and v, serves the outputs of both; union_of_lists, because adjacent queries share the blocks of their lists' union: a warp copies each once, by tensor maps, and four warpgroups have a query each (16-bit on sm_90); tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 selected_sum             items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order
@@ -56,10 +56,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, unions, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(18, "nsa_128")
+version.require(19, "nsa_128")
 
 SPEC = {'name': 'nsa_128',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_52799d628891"
+_SPACE = "nsagen_nsa_128_ab555d7a536e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -209,7 +209,7 @@ _CONFIGS = {
             Config(1, 1, 1, 1, 0),
         ),
     }),
-    "selected_fwd": Tiles("selected_fwd", "cd4afa82c138", {
+    "selected_fwd": Tiles("selected_fwd", "31a19d6660b1", {
         ("sm_80", 16): (
             Config(16, 64, 2, 2, 36864), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480), Config(16, 16, 1, 2, 12288),
             Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 64, 2, 1, 36864), Config(16, 32, 2, 1, 20480),
@@ -221,14 +221,19 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
         ),
         ("sm_90", 16): (
-            Config(16, 64, 1, 2, 36864, maps=True), Config(16, 32, 1, 2, 20480, maps=True), Config(16, 32, 1, 3, 36864, maps=True), Config(16, 64, 1, 3, 69632, maps=True),
-            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864, maps=True), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
-            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480, maps=True),
+            Config(64, 64, 4, 6, 223232, maps=True, specialised=True), Config(16, 64, 1, 2, 36864, maps=True), Config(16, 32, 1, 2, 20480, maps=True), Config(16, 32, 1, 3, 36864, maps=True),
+            Config(16, 64, 1, 3, 69632, maps=True), Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864, maps=True), Config(16, 32, 2, 2, 20480),
+            Config(16, 16, 1, 3, 20480), Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632),
         ),
         ("sm_90", 32): (
             Config(16, 32, 2, 1, 40960), Config(16, 32, 2, 2, 40960), Config(16, 32, 2, 3, 73728), Config(16, 32, 1, 1, 40960),
             Config(16, 32, 1, 2, 40960), Config(16, 16, 1, 1, 24576), Config(16, 16, 1, 2, 24576), Config(16, 32, 1, 3, 73728),
             Config(16, 16, 1, 3, 40960), Config(16, 16, 2, 1, 24576), Config(16, 16, 2, 2, 24576), Config(16, 16, 2, 3, 40960),
+        ),
+        ("sm_100", 16): (
+            Config(16, 64, 1, 2, 36864, maps=True), Config(16, 32, 1, 2, 20480, maps=True), Config(16, 32, 1, 3, 36864, maps=True), Config(16, 64, 1, 3, 69632, maps=True),
+            Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864, maps=True), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
+            Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480, maps=True),
         ),
     }),
     "selected_dq": Tiles("selected_dq", "743d172b042c", {
@@ -1549,6 +1554,174 @@ def selected_fwd(
     acc0 = acc0 / z[:, None]
     rounded = acc0.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out + out_row[:, None] + d, rounded, mask=live[:, None])
+
+
+@gluon.jit
+def selected_fwd_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return number % tiles, number // tiles % 4, number // tiles // 4
+
+
+@gluon.jit
+def selected_fwd_copy(k0, v0, full, empty, k_map0, v_map0, entries_ptr, counts_ptr, T, tiles, total, MOST: gl.constexpr, STAGES: gl.constexpr):
+    """A warp: every block of a union, as far ahead as there is room."""
+    number = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = selected_fwd_place(work, tiles)
+        count = gl.load(counts_ptr + work)
+        base = entries_ptr + work.to(gl.int64) * MOST
+        entry = gl.load(base)
+        for i in range(count):
+            s0 = (entry >> 4) * 64
+            entry = gl.load(base + gl.minimum(i + 1, count - 1))
+            at = number % STAGES
+            hopper.wait_empty(empty, number, STAGES)
+            mbarrier.expect(full.index(at), 32768)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), full.index(at))
+            hopper.fetch(v_map0, b, s0, h, 0, v0.index(at), full.index(at))
+            number += 1
+
+
+@gluon.jit
+def selected_fwd_weights(x, m, z, acc0, p_tile, worst, causal, t, s0, scale2):
+    """p of scores x [64 keys, heads] to shared memory, relative to m; z: of each thread's own keys.
+
+    m follows the largest score only where a weight passes 2⁸: the warps would have to agree on it, and need not, as long
+    as no sum overflows. A rounded weight is as precise at any size.
+    """
+    HEADS: gl.constexpr = x.shape[1]
+    if causal:
+        s = s0 + gl.arange(0, 64, layout=gl.SliceLayout(1, x.type.layout))
+        x = gl.where(gl.expand_dims(s, 1) <= t, x, float("-inf"))
+    above = x * scale2 - gl.expand_dims(m, 0)
+    p = gl.exp2(above)
+    p_tile.store(gl.permute(p.to(p_tile.dtype), (1, 0)))
+    # The warp's largest exponent, as an integer: among those above 0 the order is the same.
+    above = gl.reshape(above, [4, 2, 8, HEADS // 8, 4, 2])
+    above = gl.max(gl.max(gl.max(above, 5), 3), 1)
+    worst.store(gl.max(gl.reshape(above, [4, 32]).to(gl.int32, bitcast=True), 1))
+    fence_async_shared()
+    hopper.sync()
+    if gl.max(worst.load(gl.BlockedLayout([4], [32], [4], [0])), 0) > 0x41000000:  # 8.0
+        m_new = gl.maximum(m, gl.max(x, 0) * scale2)
+        fade = gl.expand_dims(gl.exp2(m - m_new), 0)
+        m = m_new
+        z = z * fade
+        acc0 = acc0 * gl.convert_layout(fade, acc0.type.layout)
+        p = gl.exp2(x * scale2 - gl.expand_dims(m, 0))
+        p_tile.store(gl.permute(p.to(p_tile.dtype), (1, 0)))
+        fence_async_shared()
+        hopper.sync()
+    return m, z + p, acc0
+
+
+@gluon.jit
+def selected_fwd_rows(work, tiles, T, INDEX: gl.constexpr, HEADS: gl.constexpr, LAYOUT: gl.constexpr):
+    """(batch entry, query, head) of a warpgroup's rows on their way to or from memory, and whether there are such."""
+    tile, h, b = selected_fwd_place(work, tiles)
+    t = tile * 4 + INDEX
+    return b.to(gl.int64), t, h * 16 + hopper.fresh(gl.arange(0, HEADS, layout=gl.SliceLayout(1, LAYOUT))), t < T
+
+
+@gluon.jit
+def selected_fwd_queries(q_ptr, work, tiles, T, q_sb, q_st, q_sh, INDEX: gl.constexpr, LO: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Columns LO, … of a warpgroup's query [heads, WIDTH]; zeros past the last one."""
+    b, t, head, there = selected_fwd_rows(work, tiles, T, INDEX, 16, LAYOUT)
+    d = gl.expand_dims(LO + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    row = b * q_sb + t.to(gl.int64) * q_st + head.to(gl.int64) * q_sh
+    return gl.load(q_ptr + gl.expand_dims(row, 1) + d, mask=there & (d >= 0), other=0.0)
+
+
+@gluon.jit
+def selected_fwd_multiply(
+    q0, k0, v0, p_tile, worst, full, empty, q_ptr, out_ptr, lse_ptr, entries_ptr, counts_ptr, T, tiles, total, scale, q_sb, q_st, q_sh,
+    INDEX: gl.constexpr, MOST: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A warpgroup: query INDEX of every tile of this program."""
+    HEADS: gl.constexpr = 16
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEADS, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread
+    scale2 = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, HEADS], gl.float32, layout=LAYOUT)
+    next0 = selected_fwd_queries(q_ptr, gl.program_id(0), tiles, T, q_sb, q_st, q_sh, INDEX, 0, 128, MEMORY)
+    number = 0  # of a block
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = selected_fwd_place(work, tiles)
+        t = tile * 4 + INDEX
+        count = gl.load(counts_ptr + work)
+        base = entries_ptr + work.to(gl.int64) * MOST
+        q0.store(next0)
+        fence_async_shared()
+        hopper.sync()
+        m = gl.full([HEADS], -1.0e30, gl.float32, layout=COLUMNS)
+        z = gl.zeros([64, HEADS], gl.float32, layout=LAYOUT)
+        acc0 = gl.zeros([128, HEADS], gl.float32, layout=LAYOUT)
+        entry = gl.load(base)
+        for i in range(count):
+            s0 = (entry >> 4) * 64
+            listed = entry >> INDEX & 1
+            entry = gl.load(base + gl.minimum(i + 1, count - 1))
+            at = number % STAGES
+            hopper.wait_full(full, number, STAGES)  # of any block: a barrier tells odd turns from even ones only
+            if listed != 0:
+                x = warpgroup_mma(k0.index(at), q0.permute((1, 0)), zero, use_acc=False, is_async=True)
+                x = warpgroup_mma_wait(0, deps=(x,))
+                m, z, acc0 = selected_fwd_weights(x, m, z, acc0, p_tile, worst, s0 + 63 > t, t, s0, scale2)
+                acc0 = warpgroup_mma(v0.index(at).permute((1, 0)), p_tile.permute((1, 0)), acc0, is_async=True)
+                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+            mbarrier.arrive(empty.index(at), count=1)
+            number += 1
+        next0 = selected_fwd_queries(q_ptr, gl.minimum(work + gl.num_programs(0), total - 1), tiles, T, q_sb, q_st, q_sh, INDEX, 0, 128, MEMORY)
+        whole = gl.sum(z, 0)
+        some = whole > 0  # a row that sees nothing: output 0, lse −inf
+        whole = gl.where(some, whole, 1.0)
+        lse = gl.where(some, (m + gl.log2(whole)) * 0.6931471805599453, float("-inf"))
+        stat = (b.to(gl.int64) * T + t) * 64 + h * 16
+        head = gl.arange(0, HEADS, layout=COLUMNS)
+        gl.store(lse_ptr + stat + head, lse, mask=(head >= 0) & (t < T))
+        over = gl.expand_dims(1.0 / whole, 0)
+        of, at_t, row, there = selected_fwd_rows(work, tiles, T, INDEX, HEADS, MEMORY)
+        row = gl.expand_dims((of * T + at_t) * 64 + row, 1) * 128
+        q0.store(gl.permute((acc0 * over).to(q0.dtype), (1, 0)))  # the query's room, which is done with
+        hopper.sync()
+        d = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, MEMORY)), 0)
+        gl.store(out_ptr + row + d, q0.load(MEMORY), mask=there & (d >= 0))
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total"])
+def selected_fwd_specialised(
+    q_ptr, k_map0, v_map0, out_ptr, lse_ptr, entries_ptr, counts_ptr, T, tiles, total, scale, q_sb, q_st, q_sh, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """out = softmax(scale·q·kᵀ)·v and its log-sum-exp; a program takes tiles of 4 queries × the 16 heads of one KV head in turn, until there are none."""
+    DTYPE: gl.constexpr = k_map0.dtype
+    MOST: gl.constexpr = 64  # blocks of a union
+    q0 = hopper.tiles(DTYPE, 4, 16, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, 64, 128)
+    v0 = hopper.tiles(DTYPE, STAGES, 64, 128)
+    p_tiles = hopper.tiles(DTYPE, 4, 16, 64)
+    worst = gl.allocate_shared_memory(gl.int32, [4, 4], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    full, empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 4)
+    fence_async_shared()
+    gl.warp_specialize([
+        (selected_fwd_multiply, (
+            q0.index(0), k0, v0, p_tiles.index(0), worst.index(0), full, empty, q_ptr, out_ptr, lse_ptr, entries_ptr, counts_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 0, MOST, STAGES,
+        )),
+        (selected_fwd_multiply, (
+            q0.index(1), k0, v0, p_tiles.index(1), worst.index(1), full, empty, q_ptr, out_ptr, lse_ptr, entries_ptr, counts_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 1, MOST, STAGES,
+        )),
+        (selected_fwd_multiply, (
+            q0.index(2), k0, v0, p_tiles.index(2), worst.index(2), full, empty, q_ptr, out_ptr, lse_ptr, entries_ptr, counts_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 2, MOST, STAGES,
+        )),
+        (selected_fwd_multiply, (
+            q0.index(3), k0, v0, p_tiles.index(3), worst.index(3), full, empty, q_ptr, out_ptr, lse_ptr, entries_ptr, counts_ptr, T, tiles, total, scale,
+            q_sb, q_st, q_sh, 3, MOST, STAGES,
+        )),
+        (selected_fwd_copy, (k0, v0, full, empty, k_map0, v_map0, entries_ptr, counts_ptr, T, tiles, total, MOST, STAGES)),
+    ], [4, 4, 4, 1], [112, 112, 112, 24])
 
 
 @triton.jit
@@ -4496,7 +4669,8 @@ def cache_append_job(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -4522,7 +4696,8 @@ def cache_append_job(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 0)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
@@ -4724,12 +4899,25 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale, leaves=0):
     c = launch.pick(_CONFIGS["selected_fwd"], q, launch.mapped(cu_seqlens, k, v))
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
+    if c.specialised:
+        _selected_specialised(c, q, k, v, blocks, out, lse, scale, leaves)
+        return out, lse
     tiles = launch.tiles(length, 1, cu_seqlens)
     selected_fwd[(tiles * 4 * batch,)](
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), leaves, **c.options,
     )
     return out, lse
+
+
+def _selected_specialised(c, q, k, v, blocks, out, lse, scale, leaves=0):
+    """The launch in which adjacent queries share the blocks of their lists' union."""
+    tiles = launch.tiles(q.shape[1], 4, None)
+    entries, counts = unions.unite(blocks, 64, 4, leaves)
+    selected_fwd_specialised[(hopper.programs(counts.shape[0], q),)](
+        q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, entries, counts, q.shape[1], tiles, counts.shape[0], scale,
+        *launch.strides(q), c.bn, c.stages, **c.options,
+    )
 
 
 def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, scale, leaves=0):

@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  3e3b89ee3bc5
-runtime  18
+content  1a44748a4e31
+runtime  19
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(18, "nsa_compressed_window")
+version.require(19, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -59,7 +59,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_3e3b89ee3bc5"
+_SPACE = "nsagen_nsa_compressed_window_1a44748a4e31"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2893,7 +2893,8 @@ def cache_append_job(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 519)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, None, 32, 128, 128, PAGE, 0, 519)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 16)
@@ -2919,7 +2920,8 @@ def cache_append_job(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
-                device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, lost, 32, 128, 128, PAGE, 0, 519)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_v, new_v_st, v, v_st, v_scales_ptr, 4, staged, 512, table_ptr, pages, start, past, total, lost, 32, 128, 128, PAGE, 0, 519)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh

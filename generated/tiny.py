@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  61893ca4d545
-runtime  18
+content  7edbc3ed7967
+runtime  19
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -52,7 +52,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(18, "tiny")
+version.require(19, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -69,7 +69,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_61893ca4d545"
+_SPACE = "nsagen_tiny_7edbc3ed7967"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3247,7 +3247,8 @@ def cache_append_job(
             if staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 3) // 4) + i
                 staged = staged_k_cmp_ptr + (slot * 16 + h) * 24
-                device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 2, staged, 48, table_ptr, pages, start, past, total, None, 8, 24, 32, PAGE, 0, 15)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 2, staged, 48, table_ptr, pages, start, past, total, None, 8, 24, 32, PAGE, 0, 15)
                 if h == 0:
                     if table_ptr is None:
                         out_row += b * (capacity // 4)
@@ -3273,7 +3274,8 @@ def cache_append_job(
             if staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 3) // 4) + i
                 staged = staged_v_cmp_ptr + (slot * 16 + h) * 16
-                device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 2, staged, 32, table_ptr, pages, start, past, total, lost, 8, 16, 16, PAGE, 0, 15)
+                if ended & (out_row >= 0):  # else nobody wants what φ makes of it
+                    device.copy_block(new_v_compressed, new_v_compressed_st, v_compressed, v_compressed_st, v_compressed_scales_ptr, 2, staged, 32, table_ptr, pages, start, past, total, lost, 8, 16, 16, PAGE, 0, 15)
             else:
                 if ended & (out_row >= 0):
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh

@@ -7,7 +7,7 @@ from dataclasses import replace
 from nsagen.ir.graph import Attend, Heads, Source
 from nsagen.ir.plan import Kernel, TileConfig
 from nsagen.passes.machine import Use
-from nsagen.sym import moves_along
+from nsagen.sym import KEY, QUERY, le, moves_along
 
 GROUP_ROWS = 64  # rows of a warpgroup, of whole queries
 WARPGROUPS = 2
@@ -47,6 +47,42 @@ def specialised_speed(use: Use, bn: int, stages: int, trips: float) -> float:
     depth = 0.97 if stages * bn < 192 else 1.0
     tight = 0.9 if use.registers > REGISTERS else 1.0  # it may spill
     return depth * tight * bn / (bn + 18) * trips / (trips + 1)
+
+
+UNITED = 4  # queries of a tile that share the union of their lists, a warpgroup each
+UNITED_REGISTERS = 112  # of such a warpgroup's thread
+UNITED_GROUPS = (16, 32)  # heads that fill a product's columns, and whose output fits those
+
+
+def may_unite(kernel: Kernel, heads: Heads) -> bool:
+    """Whether adjacent queries of a forward over lists may share their blocks: of 64 keys, under a causal mask alone.
+
+    Outputs leave through the queries' room in shared memory, part by part.
+    """
+    if kernel.body != "attend_fwd" or kernel.cached or len(kernel.walks) != 1 or heads.group not in UNITED_GROUPS:
+        return False
+    listed, where = kernel.walks[0].listed, kernel.walks[0].piece.where
+    if listed is None or listed.size != GROUP_ROWS or where != (le(KEY, QUERY),):
+        return False
+    whole = heads.qk_dim % 64 == heads.v_dim % 64 == 0 and heads.v_dim <= 128
+    whole = whole and all(o.role != "rest" for o in kernel.operands)
+    return whole and kernel.qk_parts[: len(kernel.v_parts)] == kernel.v_parts
+
+
+def united_tile(kernel: Kernel, heads: Heads, smem: int) -> TileConfig:
+    """As many blocks on their way as fit in `smem` bytes, beside queries and weights of the warpgroups.
+
+    Registers of a warpgroup's thread: output, scores, weights, and each thread's sums of those.
+    """
+    qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
+    fixed = 2 * UNITED * heads.group * (qk + GROUP_ROWS) + 2048
+    each = 2 * GROUP_ROWS * (qk + v)
+    stages = max(2, min(6, (smem - fixed) // each))
+    registers = heads.group * (v + 3 * GROUP_ROWS) // 128 + 48
+    return TileConfig(
+        UNITED * heads.group, GROUP_ROWS, 4, stages, fixed + stages * each, registers, 1.0, maps=True, specialised=True,
+        spills=12 * heads.group,  # once a tile
+    )  # fmt: skip
 
 
 GRADS_STAGES = 4  # steps of 64 rows: an even number, so that a stage is always the same warpgroup's

@@ -14,6 +14,7 @@ from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import MOST_NEW, Kernel, Plan, TileTable
+from nsagen.passes.specialise import UNITED
 from nsagen.render.branches import branch_views, joint_view
 from nsagen.render.decode import DecodeView, decode_view
 from nsagen.render.host import (
@@ -92,6 +93,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
     grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
     whole = whole_call(graph, plan, tuple(spec["branches"]))
     select = select_node(graph)
+    attends = branch_views(graph, plan)
     return {
         "spec": spec,
         "spec_text": _spec_text(spec),
@@ -100,9 +102,10 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "runtime_version": runtime_version,
         "kernels_with_choices": [Named(k.name, _choices(k)) for k in plan.kernels],
         "kernels": [_kernel_text(k, plan) for k in plan.kernels],
-        "attends": branch_views(graph, plan),
+        "attends": attends,
         "joint": joint_view(graph, plan),
         "specialised": any(k.specialised for k in plan.kernels),
+        "united": UNITED if any(b.boxes and b.listed for b in attends) else 0,
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),
         "whole": {

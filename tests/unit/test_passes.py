@@ -439,6 +439,8 @@ def test_a_reason_is_true(spec: str) -> None:
                 assert c.smem > smem[arch]
             elif c.dropped and c.dropped.startswith("registers"):
                 assert c.registers > 255
+            elif c.dropped and "do not divide" in c.dropped:
+                assert c.specialised and 64 % c.bn
             elif c.dropped:
                 assert (bits, "float32 scores" in c.dropped) == (32, True)
 

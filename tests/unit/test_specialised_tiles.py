@@ -118,7 +118,8 @@ def test_a_tile_s_masks_can_be_counted_from_its_first_key(spec: str) -> None:
     plan = plan_of(spec)
     assert with_the_form(plan)
     queries = {k.name for k in plan.kernels if k.body == "attend_queries"}
-    for kernel in map(plan.kernel, sorted(with_the_form(plan) | queries)):
+    in_a_row = {name for name in with_the_form(plan) if not plan.kernel(name).walks[0].listed}
+    for kernel in map(plan.kernel, sorted(in_a_row | queries)):
         source, strides = _source(kernel, plan), [str(w.axis.stride) for w in kernel.walks]
         assert all(same_moved(c, w.axis.stride, -40) for w in kernel.walks for c in w.piece.where)
         moved = re.findall(r"t = t - (\w+) \* \(s0 \+ lane\)", source)
@@ -131,14 +132,45 @@ def test_a_tile_s_masks_can_be_counted_from_its_first_key(spec: str) -> None:
 # Who is offered the form.
 
 
-def test_the_forwards_over_keys_in_a_row_and_no_other() -> None:
+def test_the_forwards_and_no_other() -> None:
     plan = plan_of("nsa_128")
-    assert with_the_form(plan) == {"compressed_fwd", "window_fwd"}
+    assert with_the_form(plan) == {"compressed_fwd", "window_fwd", "selected_fwd"}
     gradients = {f"{branch}_{what}" for branch in ("compressed", "window") for what in ("queries", "keys")}
     assert of_the_form(plan) == gradients | {"selected_grads", "joint_queries"}
     others = {k.name for k in plan.kernels} - with_the_form(plan) - of_the_form(plan)
-    assert others > {"selected_fwd", "compressed_cached", "window_cached", "window_dq", "window_dkv", "select_scores"}
+    assert others > {
+        "selected_cached",
+        "compressed_cached",
+        "window_cached",
+        "window_dq",
+        "window_dkv",
+        "select_scores",
+    }
     assert not any(tables_with_it(plan.kernel(name)) for name in others)
+
+
+@pytest.mark.parametrize(
+    ("change", "offered"),
+    [
+        ({}, True),
+        ({"query": 64}, True),
+        ({"qk_dim": 192}, True),
+        ({"query": 16}, False),
+        ({"query": 24}, False),
+        ({"qk_dim": 64}, False),
+        ({"v_dim": 256, "qk_dim": 256}, False),
+        ({"block": 32}, False),
+    ],
+    ids=["group of 16", "32", "the paper's dims", "8", "12", "a smaller qk dim", "wide values", "small blocks"],
+)
+def test_queries_share_blocks_where_their_heads_fill_a_product(change: dict[str, int], offered: bool) -> None:
+    heads = {"query": 32, "kv": 2, "qk_dim": 128, "v_dim": 128} | change
+    block = heads.pop("block", 64)
+    branches = {"selected": {"block": block, "top_n": 6, "from": "caller"}}
+    plan = plan_of({"name": "some", "heads": heads, "kv": "shared", "branches": branches, "combine": "single"})
+    assert ("selected_fwd" in with_the_form(plan)) == offered
+    assert "selected_cached" not in with_the_form(plan)
+    assert tables_with_it(plan.kernel("selected_fwd")) == ({("sm_90", 16)} if offered else set())
 
 
 def test_gradients_by_blocks_where_they_promise_enough() -> None:
@@ -226,10 +258,13 @@ def test_what_a_kernel_must_be_for_it() -> None:
 def test_the_choice_stands_where_the_form_is_and_is_explained(spec: str) -> None:
     plan = plan_of(spec)
     some = of_the_form(plan) - {"selected_grads"}  # whose choice speaks of the loop order
-    assert {k.name for k in plan.kernels if WHAT in [c.what for c in k.choices]} == with_the_form(plan) | some
+    united = {name for name in with_the_form(plan) if plan.kernel(name).walks[0].listed}  # … and this of their queries
+    in_a_row = with_the_form(plan) - united
+    assert {k.name for k in plan.kernels if WHAT in [c.what for c in k.choices]} == in_a_row | some
     pages = summary(built(spec)).split("KERNEL ")[1:]
-    assert {p.split()[0] for p in pages if f"  {WHAT} because a warp copies keys ahead" in p} == with_the_form(plan)
-    assert {p.split()[0] for p in pages if f"  {WHAT} because a warp copies" in p} == with_the_form(plan) | some
+    assert {p.split()[0] for p in pages if f"  {WHAT} because a warp copies keys ahead" in p} == in_a_row
+    assert {p.split()[0] for p in pages if f"  {WHAT} because a warp copies" in p} == in_a_row | some
+    assert {p.split()[0] for p in pages if "  union_of_lists because adjacent queries" in p} == united
     first = {k.name for k in plan.kernels if aot_chips.candidates(k, "sm_90", 16)[0].specialised}
     shown = r"^  tile sm_90 16-bit: \d+x\d+ w4 s\d ws  "
     assert {p.split()[0] for p in pages if re.search(shown, p, re.MULTILINE)} == first
@@ -347,11 +382,11 @@ def test_each_form_of_a_first_choice_is_a_job() -> None:
     plan = plan_of("nsa_128")
     jobs = aot.jobs_of(plan, "sm_90", "bf16")
     number = Counter(j.kernel.name for j in jobs)
-    assert {name for name, n in number.items() if n == 2} == {"compressed_fwd", "window_fwd", "window_keys"}
+    assert {name for name, n in number.items() if n == 2} == {*with_the_form(plan), "window_keys"}
     assert max(number.values()) == 2
     stored = [{o for o, _ in j.launch.binds} & {"parts", "dk"} for j in jobs if j.kernel.name == "window_keys"]
     assert stored == [{"dk"}, {"parts"}]  # one program a tile, and programs that share it
-    for name in ("compressed_fwd", "window_fwd"):
+    for name in with_the_form(plan):
         kept = aot_chips.candidates(plan.kernel(name), "sm_90", 16)
         first, second = (j.tile for j in jobs if j.kernel.name == name)
         assert first == kept[0]
