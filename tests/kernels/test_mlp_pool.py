@@ -104,34 +104,74 @@ def test_straight_to_their_rows(v_dim: int, device: str, monkeypatch: pytest.Mon
     starts, rows = torch.arange(5, device=device), torch.tensor([7, 0, 3, 8, 5], device=device)
     for kind in (MLPCompressor, Twice):
         phi = kind(block=6, stride=3, kv_heads=HEADS, k_dim=16, v_dim=v_dim, device=device)
-        flats = [Flat((9, HEADS, dim), torch.float32, torch.device(device), False) for dim in (16, v_dim)]
+        flats = [Flat((10, HEADS, dim), torch.float32, torch.device(device), False) for dim in (16, v_dim)]
         into = [flat.all.data.fill_(-1) for flat in flats]
         with torch.no_grad():
             phi.write_blocks(k, v, starts, rows, *flats)
             want = phi.double().of_blocks(k.double(), v.double(), starts)
         for got, rest in zip(into, want, strict=True):
             torch.testing.assert_close(got[rows].double(), rest, rtol=1e-5, atol=1e-5)
-            assert bool((got[[1, 2, 4, 6]] == -1).all())
+            assert bool((got[[1, 2, 4, 6, 9]] == -1).all())
     assert calls == [5, 5]
 
 
-@pytest.mark.parametrize("v_dim", [16, 24])
-@pytest.mark.parametrize(("count", "wanted"), [(1, 0), (5, 0), (5, 1), (15, 0), (16, 0)])
-def test_blocks_that_nobody_wants(count: int, wanted: int, v_dim: int, device: str) -> None:
-    """Most steps of few sequences end none: neither tokens nor weights are read. Of more all are pooled."""
+def pooled(count: int, rows: dict[int, int], size: int, v_dim: int, device: str) -> list[tuple[Tensor, Tensor]]:
+    """(written, by torch in float64) of keys and values: of `count` blocks n to rows[n] of `size`, the rest unwanted.
+
+    Those have no tokens, so a row that read them shows.
+    """
     phi = MLPCompressor(block=6, stride=3, kv_heads=HEADS, k_dim=16, v_dim=v_dim, device=device)
-    k, v = (torch.randn(count, 6, HEADS, dim, device=device) for dim in (16, v_dim))
-    rows = torch.full((count,), 8, device=device)
-    rows[:wanted] = 3
-    flats = [Flat((9, HEADS, dim), torch.float32, torch.device(device), False) for dim in (16, v_dim)]
+    g = torch.Generator().manual_seed(count)
+    chosen = torch.tensor(list(rows), dtype=torch.int64)
+    k, v = (torch.randn(count, 6, HEADS, dim, generator=g) for dim in (16, v_dim))
+    given = [torch.full_like(x, torch.nan).index_copy(0, chosen, x[chosen]).to(device) for x in (k, v)]
+    flats = [Flat((size, HEADS, dim), torch.float32, torch.device(device), False) for dim in (16, v_dim)]
+    to = torch.full((count,), size - 1)
+    to[chosen] = torch.tensor(list(rows.values()), dtype=torch.int64)
+    starts = torch.arange(count, device=device)
     with torch.no_grad():
         for flat in flats:
             flat.all.data.fill_(-1)
-        phi.write_blocks(k, v, torch.arange(count, device=device), rows, *flats)
-        want = phi.double().of_blocks(k.double(), v.double(), torch.arange(count, device=device))
-    for flat, rest in zip(flats, want, strict=True):
-        got = flat.all.data
-        assert bool((got[[0, 1, 2, 4, 5, 6, 7]] == -1).all())
-        assert bool((got[8] == -1).all()) == (wanted == 0 and count < 16)
-        if wanted:
-            torch.testing.assert_close(got[3].double(), rest[0], rtol=1e-5, atol=1e-5)
+        phi.write_blocks(*given, starts, to.to(device), *flats)
+        want = phi.double().of_blocks(k.to(device).double(), v.to(device).double(), starts)
+    return [(flat.all.data, w) for flat, w in zip(flats, want, strict=True)]
+
+
+@pytest.mark.parametrize("v_dim", [16, 24])
+@pytest.mark.parametrize(
+    ("count", "wanted"),
+    [
+        (1, []),
+        (5, []),
+        (15, []),
+        (16, []),
+        (70, []),  # of many, too, neither tokens nor weights are read
+        (1, [0]),
+        (5, [0]),
+        (5, [3, 1]),
+        (16, [15]),
+        (40, [0, 17, 5, 18, 39]),
+        (70, [69]),
+        (70, [69, 0, 35, 36, 62, 63, 64]),
+        (70, [n for n in range(70) if n not in (1, 30, 68)]),  # two tiles of the first kernel, five of the second
+        (70, list(range(70))),
+        (257, [256, 0, 255, 128]),
+    ],
+)
+def test_blocks_that_nobody_wants(count: int, wanted: list[int], v_dim: int, device: str) -> None:
+    """Only the others are pooled, each to its row, in whatever order; the spare row stays as it was."""
+    size = count + 4
+    rows = {n: (7 * i + 3) % (count + 3) for i, n in enumerate(wanted)}  # 7 divides none of the counts + 3: distinct
+    rest = [r for r in range(size) if r not in rows.values()]
+    assert size - 1 in rest and len(set(rows.values())) == len(wanted)
+    for got, want in pooled(count, rows, size, v_dim, device):
+        assert bool((got[rest] == -1).all())
+        torch.testing.assert_close(got[list(rows.values())].double(), want[wanted], rtol=1e-5, atol=1e-5)
+
+
+def test_more_blocks_than_are_asked(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are pooled, those that nobody wants to the spare row."""
+    monkeypatch.setattr(mlp_pool, "ASKED", (256, 20))
+    for got, want in pooled(21, {20: 1, 4: 0}, 5, 16, device):
+        torch.testing.assert_close(got[[1, 0]].double(), want[[20, 4]], rtol=1e-5, atol=1e-5)
+        assert bool((got[[2, 3]] == -1).all()) and not bool((got[4] == -1).all())
