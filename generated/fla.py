@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  3a14e056e154
+content  4bfbe393d12f
 runtime  19
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_3a14e056e154"
+_SPACE = "nsagen_fla_4bfbe393d12f"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -235,7 +235,7 @@ _CONFIGS = {
             Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864, maps=True), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
             Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480, maps=True),
         ),
-    }),
+    }, carries="unite_lists"),
     "selected_dq": Tiles("selected_dq", "743d172b042c", {
         ("sm_80", 16): (
             Config(16, 64, 2, 2, 40960), Config(16, 32, 2, 2, 24576), Config(16, 16, 1, 3, 24576), Config(16, 16, 1, 2, 16384),
@@ -4842,7 +4842,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
 
 
 def _selected_forward(q, k, v, blocks, cu_seqlens, scale, leaves=0):
-    """out [B, T, 64, 128], lse [B, T, 64] float32; leaves: without the last blocks up to a query's own."""
+    """out [B, T, 64, 128], lse [B, T, 64] float32; leaves: without the last blocks up to a query's own, by kernels alone."""
     if not launch.use_kernels(q):
         return torch_path.attend(q, (k,), (v,), _SELECTED, scale, cu_seqlens, (blocks,))
     batch, length = q.shape[:2]
@@ -4965,7 +4965,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
 
 
 def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, None, None)):
-    """The launch whose programs copy by a warp of their own; beside: other terms, gates, and where their sum with this one goes."""
+    """The launch whose programs copy by a warp of their own; beside: other terms, gates, and where their sum with this one goes, lse of the term that is completed."""
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
@@ -4977,7 +4977,7 @@ def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, N
 
 def _window_completes(q, k, v, cu_seqlens):
     """The last blocks of a list that _window_combined takes over: where a warp copies its keys."""
-    if not launch.use_kernels(q):
+    if not launch.use_kernels(q) or launch.PLAIN:  # the tuner: each kernel for itself
         return 0
     c = launch.pick(_CONFIGS["window_fwd"], q, launch.mapped(cu_seqlens, k, v))
     return 2 if c.specialised else 0

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  08adbe7f71b3
+content  46add969d917
 runtime  19
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -76,7 +76,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_08adbe7f71b3"
+_SPACE = "nsagen_nsa_paper_46add969d917"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -240,7 +240,7 @@ _CONFIGS = {
             Config(16, 16, 1, 3, 26624), Config(16, 16, 1, 2, 16384), Config(16, 32, 2, 3, 47104), Config(16, 64, 2, 3, 88064),
             Config(16, 32, 1, 1, 26624, maps=True), Config(16, 64, 2, 1, 47104), Config(16, 32, 2, 1, 26624), Config(16, 16, 1, 1, 16384),
         ),
-    }),
+    }, carries="unite_lists"),
     "selected_dq": Tiles("selected_dq", "5d58ce03cc65", {
         ("sm_80", 16): (
             Config(16, 32, 2, 2, 30720), Config(16, 32, 2, 3, 51200), Config(16, 32, 2, 1, 30720), Config(16, 16, 2, 3, 30720),

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  4a80a7ac9249
+content  4560ade40f43
 runtime  19
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; union_of_lists, because adjacent queries share the blocks of their lists' union: a warp copies each once, by tensor maps, and four warpgroups have a query each (16-bit on sm_90); tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_4a80a7ac9249"
+_SPACE = "nsagen_selected_only_4560ade40f43"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -75,7 +75,7 @@ _CONFIGS = {
             Config(16, 64, 2, 2, 36864), Config(16, 64, 1, 1, 36864, maps=True), Config(16, 32, 2, 2, 20480), Config(16, 16, 1, 3, 20480),
             Config(16, 16, 1, 2, 12288), Config(16, 32, 2, 3, 36864), Config(16, 64, 2, 3, 69632), Config(16, 32, 1, 1, 20480, maps=True),
         ),
-    }),
+    }, carries="unite_lists"),
     "selected_dq": Tiles("selected_dq", "743d172b042c", {
         ("sm_80", 16): (
             Config(16, 64, 2, 2, 40960), Config(16, 32, 2, 2, 24576), Config(16, 16, 1, 3, 24576), Config(16, 16, 1, 2, 16384),

@@ -172,7 +172,7 @@ class TileConfig:
     dropped: str | None = None  # the reason, for a candidate that does not survive
     cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
     maps: bool = False  # only by tensor maps: by pointers it would spill, or a warp copies by them
-    specialised: bool = False  # a warp copies, two warpgroups multiply (Gluon); `warps` are one warpgroup's
+    specialised: bool = False  # a warp copies, warpgroups multiply (Gluon); `warps` are one warpgroup's
     spills: int = 0  # bytes stored and loaded that its compiler is known to spill, beside which it was measured
 
     @property

@@ -11,6 +11,7 @@ from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
 from nsagen.passes.specialise import (
     GROUP_ROWS,
     SHAPES,
+    UNITED_SHARE,
     WARPGROUPS,
     grads_tile,
     keys_tile,
@@ -30,7 +31,7 @@ SPECIALISED = Choice(
     "warp_specialised",
     "a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)",
 )
-UNITED = Choice(
+SHARES_BLOCKS = Choice(
     "union_of_lists",
     "adjacent queries share the blocks of their lists' union: a warp copies each once, by tensor maps, and four "
     "warpgroups have a query each (16-bit on sm_90)",
@@ -97,7 +98,7 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     kernel = replace(kernel, tiles=tables, facts=facts)
     if not kernel.specialised or kernel.body != "attend_fwd":
         return kernel
-    return _because(kernel, UNITED if kernel.walks[0].listed else SPECIALISED)
+    return _because(kernel, SHARES_BLOCKS if kernel.walks[0].listed else SPECIALISED)
 
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
@@ -207,10 +208,10 @@ def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bn: int, stages
 
 
 def _judge_united(kernel: Kernel, heads: Heads, arch: Arch, best: float) -> TileConfig:
-    """best: the least cost of the other tiles, beside which it took nine tenths on random lists; on an H200."""
+    """best: the least cost of the other tiles."""
     tile = united_tile(kernel, heads, arch.smem)
     dropped = _dropped(Use(tile.smem, tile.registers), arch, 16, 0, 4)
-    return replace(tile, cost=round(0.9 * best, 3), dropped=dropped)
+    return replace(tile, cost=round(UNITED_SHARE * best, 3), dropped=dropped)
 
 
 def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | None:

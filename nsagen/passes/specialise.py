@@ -1,4 +1,4 @@
-"""The tiles of a warp-specialised kernel: a warp copies, two warpgroups of 64 rows multiply."""
+"""The tiles of warp-specialised kernels: a warp copies, warpgroups multiply, two of 64 rows as a rule."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def specialised_speed(use: Use, bn: int, stages: int, trips: float) -> float:
     return depth * tight * bn / (bn + 18) * trips / (trips + 1)
 
 
-UNITED = 4  # queries of a tile that share the union of their lists, a warpgroup each
-UNITED_REGISTERS = 112  # of such a warpgroup's thread
-UNITED_GROUPS = (16, 32)  # heads that fill a product's columns, and whose output fits those
+UNITED_QUERIES = 4  # of a tile that share the union of their lists, a warpgroup each; as the template has it
+UNITED_GROUPS = (16, 32)  # heads that fill a product's columns, and whose output fits 112 registers a thread
+UNITED_LIST = 64  # blocks of a list at most: a warp sorts those of four (runtime/unions.py)
+UNITED_SHARE = 0.9  # of the other tiles' time, what it took on random lists of 8k to 64k tokens; an H200
 
 
 def may_unite(kernel: Kernel, heads: Heads) -> bool:
@@ -62,7 +63,7 @@ def may_unite(kernel: Kernel, heads: Heads) -> bool:
     if kernel.body != "attend_fwd" or kernel.cached or len(kernel.walks) != 1 or heads.group not in UNITED_GROUPS:
         return False
     listed, where = kernel.walks[0].listed, kernel.walks[0].piece.where
-    if listed is None or listed.size != GROUP_ROWS or where != (le(KEY, QUERY),):
+    if listed is None or listed.size != GROUP_ROWS or listed.count > UNITED_LIST or where != (le(KEY, QUERY),):
         return False
     whole = heads.qk_dim % 64 == heads.v_dim % 64 == 0 and heads.v_dim <= 128
     whole = whole and all(o.role != "rest" for o in kernel.operands)
@@ -75,14 +76,13 @@ def united_tile(kernel: Kernel, heads: Heads, smem: int) -> TileConfig:
     Registers of a warpgroup's thread: output, scores, weights, and each thread's sums of those.
     """
     qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
-    fixed = 2 * UNITED * heads.group * (qk + GROUP_ROWS) + 2048
+    fixed = 2 * UNITED_QUERIES * heads.group * (qk + GROUP_ROWS) + 2048
     each = 2 * GROUP_ROWS * (qk + v)
     stages = max(2, min(6, (smem - fixed) // each))
+    bm, size = UNITED_QUERIES * heads.group, fixed + stages * each
     registers = heads.group * (v + 3 * GROUP_ROWS) // 128 + 48
-    return TileConfig(
-        UNITED * heads.group, GROUP_ROWS, 4, stages, fixed + stages * each, registers, 1.0, maps=True, specialised=True,
-        spills=12 * heads.group,  # once a tile
-    )  # fmt: skip
+    spills = 12 * heads.group  # once a tile
+    return TileConfig(bm, GROUP_ROWS, 4, stages, size, registers, 1.0, maps=True, specialised=True, spills=spills)
 
 
 GRADS_STAGES = 4  # steps of 64 rows: an even number, so that a stage is always the same warpgroup's

@@ -70,7 +70,7 @@ def forward_takeover(graph: Graph) -> Takeover | None:
     """
     combine = next((n for n in graph.nodes if isinstance(n, Combine)), None)
     attends = [n for n in graph.nodes if isinstance(n, Attend)]
-    if combine is None or graph.heads.group > GROUP_ROWS:
+    if combine is None or GROUP_ROWS % graph.heads.group:
         return None
     *others, last = attends
     givers = [n for n in others if n.out in combine.terms and not n.rest and len(n.sources) == 1]

@@ -14,7 +14,7 @@ from nsagen.errors import Refused
 from nsagen.files import data_dir
 from nsagen.ir.graph import Combine, CombineGrad, Graph, Pool
 from nsagen.ir.plan import MOST_NEW, Kernel, Plan, TileTable
-from nsagen.passes.specialise import UNITED
+from nsagen.passes.specialise import UNITED_QUERIES
 from nsagen.render.branches import branch_views, joint_view
 from nsagen.render.decode import DecodeView, decode_view
 from nsagen.render.host import (
@@ -45,7 +45,7 @@ class KernelText:
     source: str
     configs: tuple[TileTable, ...]
     lengths: tuple[int, int | None] | None  # queries from and below which it runs, if not always
-    carries: str | None = None  # the kernel that rides on its specialised form
+    carries: str | None = None  # the kernel that rides on its specialised form, or goes before it
 
 
 @lru_cache(maxsize=1)
@@ -105,7 +105,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "attends": attends,
         "joint": joint_view(graph, plan),
         "specialised": any(k.specialised for k in plan.kernels),
-        "united": UNITED if any(b.boxes and b.listed for b in attends) else 0,
+        "united": UNITED_QUERIES if any(b.boxes and b.listed for b in attends) else 0,
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),
         "whole": {
@@ -165,7 +165,9 @@ def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     # A kernel over a cache runs with the tiles of the one that it is made from.
     configs = () if kernel.cached else _distinct(kernel.tiles)
     riders = plan.riders(kernel.name) if combined_view(kernel, plan) else ()
-    carries = riders[0].kernel if riders else None
+    united = kernel.body == "attend_fwd" and kernel.specialised and any(w.listed for w in kernel.walks)
+    before = "unite_lists" if united else None
+    carries = riders[0].kernel if riders else before
     return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan), carries)
 
 

@@ -1,7 +1,7 @@
 """Warp specialisation on Hopper, in Gluon: what a kernel with a warp that only copies needs on the device and the host.
 
-A ring of `stages` tiles in shared memory: the copying warp fills one after the other by tensor maps, two warpgroups of
-64 rows each read them. Two barriers a stage say that it is full, and that both have read it; a stage's turn is
+A ring of `stages` tiles in shared memory: the copying warp fills one after the other by tensor maps, warpgroups, two
+of 64 rows as a rule, read them. Two barriers a stage say that it is full, and that all have read it; a stage's turn is
 `number // stages`, counted over all tiles that a program ever copies.
 """
 

@@ -26,7 +26,7 @@ class Config(NamedTuple):
     smem: int  # bytes it needs
     cap: int = 0  # registers a thread that the compiler is held to, 0 for its own choice
     maps: bool = False  # only by tensor maps: by pointers it would spill, or a warp copies by them
-    specialised: bool = False  # a warp copies, two warpgroups of `warps` multiply: kernels of its own (hopper.py)
+    specialised: bool = False  # a warp copies, warpgroups of `warps` multiply: kernels of its own (hopper.py)
 
     @property
     def options(self) -> dict[str, int]:
@@ -50,7 +50,7 @@ class Tiles:
     key: str  # the hash of its source
     configs: Configs
     lengths: tuple[int, int | None] = (0, None)  # the whole operation launches it from so many queries to below so many
-    carries: str | None = None  # the kernel whose work its specialised form does; without that form it is launched
+    carries: str | None = None  # the kernel that is launched beside some of its forms only: its time is theirs
     forced: Config | None = None  # what the tuner is measuring
     picked: dict[tuple[object, ...], Config] = field(default_factory=dict)
 

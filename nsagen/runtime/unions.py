@@ -19,7 +19,7 @@ def unite(blocks: Tensor, size: int, queries: int, leaves: int = 0) -> tuple[Ten
     entries int32 [B·Hkv·tiles, queries·n]: block << queries | bits of the tile's queries that list it, bit i for query
     tile·queries + i; ascending. Behind the last one nothing is written. counts int32 [B·Hkv·tiles]. The row of a tile
     is (b·Hkv + h)·tiles + tile. leaves: the last blocks up to each query's own that are left out. Blocks must be below
-    2^(31 − queries), and a list name none twice; queries at most 15.
+    2^(31 − queries), queries at most 15; what a list repeats counts once.
     """
     assert 1 <= queries <= 15
     batch, length, heads, count = blocks.shape
@@ -54,10 +54,9 @@ def unite_lists(
     entry = sort((block.to(tl.uint32, bitcast=True) << QUERIES) | (1 << query).to(tl.uint32), i, BITS)
     before = tl.gather(entry, tl.maximum(i - 1, 0), 0)
     first = (entry < 1 << 31) & ((i == 0) | (entry >> QUERIES != before >> QUERIES))
-    for step in tl.static_range(4):  # then the first of a run, of QUERIES entries at most, has the bits of all
-        if 1 << step < QUERIES:
-            later = tl.gather(entry, tl.minimum(i + (1 << step), WIDTH - 1), 0)
-            entry |= tl.where(later >> QUERIES == entry >> QUERIES, later, 0)
+    for step in tl.static_range(BITS):  # then the first of a run has the bits of all, even where a list repeats itself
+        later = tl.gather(entry, tl.minimum(i + (1 << step), WIDTH - 1), 0)
+        entry |= tl.where(later >> QUERIES == entry >> QUERIES, later, 0)
     place = tl.cumsum(first.to(tl.int32), 0) - 1
     tl.store(entries_ptr + row.to(tl.int64) * (QUERIES * COUNT) + place, entry.to(tl.int32, bitcast=True), mask=first)
     tl.store(counts_ptr + row, tl.sum(first.to(tl.int32), 0))

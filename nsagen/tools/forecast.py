@@ -14,7 +14,7 @@ from typing import NamedTuple
 from nsagen.ir.graph import TOKENS
 from nsagen.ir.plan import BN, BT, HEADS_IN_TURN, S0, T0, Kernel, Launch, N, Op, Plan, Walk
 from nsagen.passes.loop_order import DQ_SHARE, GRADS, KEYS_ALONE, L2
-from nsagen.passes.specialise import queries
+from nsagen.passes.specialise import UNITED_SHARE, queries
 from nsagen.sym import evaluate
 from nsagen.tools.costs import flops_of_pair, pairs, taken, updated, work_of
 
@@ -41,7 +41,6 @@ RATES = {
 SPECIALISED = Rate(690e12, 27e-9, 40e-6)  # of an attend_fwd with a warp that only copies
 RIDING = 0.5  # of its own time, what a combination costs in the epilogue of such a kernel
 LISTED = {"attend_fwd": L2, "attend_dq": DQ_SHARE * L2}  # bytes a second, of the blocks that each query reads
-UNITED = 0.9  # of their time, where adjacent queries share blocks: what they took on random lists, 8k to 64k
 PARTS = {"attend_list_fwd": 2.95e12, "attend_list_dkv": 2.6e12}  # of rows gathered and parts written; by a prototype
 BEST = 2.8e12, 0.5e-9  # a selection: bytes of scores a second, seconds a query and KV head
 COPY = 3.9e12
@@ -73,7 +72,7 @@ def seconds(launch: Launch, plan: Plan, tokens: int, tile: Tile) -> float:
     if kernel.body in PARTS and any(o.role in ("out_parts", "dq_parts") for o in kernel.operands):
         return _parts(kernel, plan, tokens)
     if any(w.listed for w in kernel.walks):
-        return _listed(launch, plan, tokens, work.flops) * (UNITED if tile.specialised else 1.0)
+        return _listed(launch, plan, tokens, work.flops) * (UNITED_SHARE if tile.specialised else 1.0)
     return _tiled(kernel, plan, tokens, tile) + updated(launch, plan, tokens) / COPY
 
 

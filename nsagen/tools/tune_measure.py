@@ -93,7 +93,7 @@ class GpuMeasurer:
         for event in trace.events() or ():
             spent[event.name.removesuffix("_specialised")] += event.device_time / 1e3  # pyright: ignore[reportArgumentType]
         for kernel, tiles in self.module._CONFIGS.items():
-            if tiles.carries:  # a form that does not do another kernel's work is followed by it
+            if tiles.carries:  # launched beside some forms: where it is not, they do its work or need none
                 spent[kernel] += spent[tiles.carries]
         return spent
 

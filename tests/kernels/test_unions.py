@@ -74,3 +74,10 @@ def test_a_block_left_out_by_one_query_is_listed_by_the_next(device: str) -> Non
     assert counts.tolist() == [0, 0, 0, 1]
     assert entries[3, 0] == 0b11110
     check(blocks, 8, 5, 2)
+
+
+def test_what_a_list_repeats_takes_nothing_from_its_neighbours(device: str) -> None:
+    blocks = torch.tensor([3, 3, 3, 3, 3, 5], dtype=torch.int32, device=device).expand(1, 4, 1, 6)
+    entries, counts = unite(blocks, 64, 4)
+    assert counts.tolist() == [2]
+    assert entries[0, :2].tolist() == [3 << 4 | 0b1111, 5 << 4 | 0b1111]

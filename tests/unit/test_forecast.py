@@ -18,10 +18,10 @@ from nsagen.tools.costs import main_ops
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
-WHOLE, PARTS = (
+UNITED, JOINT, PARTS = (
     json.loads((RESULTS / f"h200_nsa_128_bench_{x}.json").read_text())["rows"] for x in ("united", "joint", "gradients")
 )
-ROWS = [r for r in WHOLE if r["name"] == "whole"] + [r for r in PARTS if r["name"] != "whole"]
+ROWS = [r for r in (*UNITED, *JOINT) if r["name"] == "whole"] + [r for r in PARTS if r["name"] != "whole"]
 LENGTHS = [4096, 6144, 8192, 16384, 32768, 65536, 131072]
 WITHIN = 0.25
 

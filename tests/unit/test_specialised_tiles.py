@@ -160,13 +160,24 @@ def test_the_forwards_and_no_other() -> None:
         ({"qk_dim": 64}, False),
         ({"v_dim": 256, "qk_dim": 256}, False),
         ({"block": 32}, False),
+        ({"top_n": 65}, False),
     ],
-    ids=["group of 16", "32", "the paper's dims", "8", "12", "a smaller qk dim", "wide values", "small blocks"],
+    ids=[
+        "group of 16",
+        "32",
+        "the paper's dims",
+        "8",
+        "12",
+        "a smaller qk dim",
+        "wide values",
+        "small blocks",
+        "long lists",
+    ],
 )
 def test_queries_share_blocks_where_their_heads_fill_a_product(change: dict[str, int], offered: bool) -> None:
     heads = {"query": 32, "kv": 2, "qk_dim": 128, "v_dim": 128} | change
-    block = heads.pop("block", 64)
-    branches = {"selected": {"block": block, "top_n": 6, "from": "caller"}}
+    block, top_n = heads.pop("block", 64), heads.pop("top_n", 64)
+    branches = {"selected": {"block": block, "top_n": top_n, "from": "caller"}}
     plan = plan_of({"name": "some", "heads": heads, "kv": "shared", "branches": branches, "combine": "single"})
     assert ("selected_fwd" in with_the_form(plan)) == offered
     assert "selected_cached" not in with_the_form(plan)

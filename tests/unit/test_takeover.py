@@ -84,7 +84,7 @@ def test_parts_and_caches_keep_their_keys() -> None:
 )
 def test_where_it_cannot_it_does_not(given: dict[str, Any]) -> None:
     plan = plan_of(**given)
-    assert not takes(plan) and plan.kernel("selected_fwd").takes is None
+    assert not takes(plan) and all(k.takes is None for k in plan.kernels if k.body == "attend_fwd")
 
 
 def test_blocks_of_several_tiles_of_keys() -> None:
@@ -122,24 +122,25 @@ def test_costs_know_what_is_left() -> None:
 
 
 Change = Callable[[Launch], Launch]
+OTHER = {"out_taken": "out_compressed"}
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "rule"),
     [
-        lambda x: replace(x, leaves=0),
-        lambda x: replace(x, leaves=1) if x.leaves else x,
-        lambda x: replace(x, binds=tuple(b for b in x.binds if not b[0].endswith("_taken"))),
-        lambda x: replace(x, binds=tuple((o, "out_compressed" if o == "out_taken" else b) for o, b in x.binds)),
-        lambda x: replace(x, when=()) if x.kernel == "window_fwd" else x,
+        (lambda x: replace(x, leaves=0), "launches leave"),
+        (lambda x: replace(x, leaves=1) if x.leaves else x, "launches leave"),
+        (lambda x: replace(x, binds=tuple(b for b in x.binds if not b[0].endswith("_taken"))), "launches leave"),
+        (lambda x: replace(x, binds=tuple((o, OTHER.get(o, b)) for o, b in x.binds)), "completes out_compressed"),
+        (lambda x: replace(x, when=()) if x.kernel == "window_fwd" else x, "where a warp copies alone"),
     ],
     ids=["nothing left", "another count", "nothing taken", "other rows", "always"],
 )
-def test_the_verifier_wants_what_is_left_to_be_taken(change: Change) -> None:
+def test_the_verifier_wants_what_is_left_to_be_taken(change: Change, rule: str) -> None:
     plan = plan_of()
     verify(plan, "place_accesses")
     ops = tuple(replace(o, launches=tuple(map(change, o.launches))) if o.name == "attention" else o for o in plan.ops)
-    with pytest.raises(IRError, match="attention"):
+    with pytest.raises(IRError, match=f"op attention: .*{rule}"):
         verify(replace(plan, ops=ops), "place_accesses")
 
 
@@ -151,5 +152,5 @@ def test_the_verifier_wants_rows_written_before_they_are_completed() -> None:
         return (*(x for x in found if not x.leaves), *left)
 
     ops = tuple(replace(o, launches=late(o.launches)) if o.name == "attention" else o for o in plan.ops)
-    with pytest.raises(IRError, match="attention"):
+    with pytest.raises(IRError, match=r"op attention: .*before they are written|read before it is written"):
         verify(replace(plan, ops=ops), "place_accesses")
