@@ -20,19 +20,20 @@ def attend_fwd(p: Program) -> None:
     """One running softmax over all walks of a query tile; and one of the keys that it takes over, if it does."""
     kernel, rows = p.run.kernel, p.queries(p.first)
     q = split(p.load("q", rows), kernel.qk_parts)
-    own, taken = Softmax.empty(rows, kernel.v_parts), Softmax.empty(rows, kernel.v_parts)
+    own = taken = Softmax.empty(rows, kernel.v_parts)
+    takes = "lse_taken" in p.run.arrays
     for walk in kernel.walks:
         for step in p.steps(walk):
             k, v = _keys(p, walk, step)
             scores = np.where(_seen(p, walk, step, rows.at), dot(q, k) * p.run.scale, -np.inf)
             own = own.then(scores, v)
-            if "lse_taken" in p.run.arrays:
+            if takes:
                 taken = taken.then(np.where(taken_keys(kernel, rows, step.indices), scores, -np.inf), v)
     z = store_lse(p, rows, own.m, own.z)
     out = join([a / z[:, None] for a in own.acc], p.run.heads.v_dim)
     p.store("out", rows, out)
     p.store("rest", rows, out - out)  # float64 keeps all of it
-    if "lse_taken" in p.run.arrays:
+    if takes:
         _complete(p, rows, taken)
 
 

@@ -251,6 +251,11 @@ class Kernel:
         """Whether some of its tiles have a warp that only copies."""
         return any(c.specialised and c.dropped is None for t in self.tiles for c in t.configs)
 
+    @property
+    def unites(self) -> bool:
+        """Whether adjacent queries of some of its tiles share the blocks of their lists' union."""
+        return self.specialised and self.body == "attend_fwd" and any(w.listed for w in self.walks)
+
 
 FACTS = {
     "rows_may_be_empty": "a query may see no key: output 0, lse −inf",

@@ -98,7 +98,7 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     kernel = replace(kernel, tiles=tables, facts=facts)
     if not kernel.specialised or kernel.body != "attend_fwd":
         return kernel
-    return _because(kernel, SHARES_BLOCKS if kernel.walks[0].listed else SPECIALISED)
+    return _because(kernel, SHARES_BLOCKS if kernel.unites else SPECIALISED)
 
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:

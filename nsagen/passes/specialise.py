@@ -49,7 +49,7 @@ def specialised_speed(use: Use, bn: int, stages: int, trips: float) -> float:
     return depth * tight * bn / (bn + 18) * trips / (trips + 1)
 
 
-UNITED_QUERIES = 4  # of a tile that share the union of their lists, a warpgroup each; as the template has it
+UNITED_QUERIES = 4  # of a tile that share the union of their lists, a warpgroup each
 UNITED_GROUPS = (16, 32)  # heads that fill a product's columns, and whose output fits 112 registers a thread
 UNITED_LIST = 64  # blocks of a list at most: a warp sorts those of four (runtime/unions.py)
 UNITED_SHARE = 0.9  # of the other tiles' time, what it took on random lists of 8k to 64k tokens; an H200
@@ -148,12 +148,15 @@ def queries_name(kernel: str) -> str:
 
 
 def queries_may_specialise(node: Attend, heads: Heads) -> bool:
-    """Whether dq has it: keys of one source, walked once, in a row in memory, under masks that speak of distances."""
+    """Whether dq has it: a tile holds a whole query, and its dims fit."""
+    return walks_once(node) and heads.group <= GROUP_ROWS and heads.qk_dim <= 192 and heads.v_dim <= 128
+
+
+def walks_once(node: Attend) -> bool:
+    """Keys of one source, walked once, in a row, under masks that speak of distances; as Kernel.may_specialise asks."""
     source = node.sources[0]
-    if len(node.sources) != 1 or source.listed or len(source.pieces) != 1 or heads.group > GROUP_ROWS:
-        return False
-    dims = heads.qk_dim <= 192 and heads.v_dim <= 128
-    return dims and all(moves_along(c, source.axis.stride) for c in source.pieces[0].where)
+    once = len(node.sources) == len(source.pieces) == 1 and source.listed is None
+    return once and all(moves_along(c, source.axis.stride) for c in source.pieces[0].where)
 
 
 def queries_tile(kernel: Kernel) -> TileConfig:

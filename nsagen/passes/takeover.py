@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from nsagen.ir.graph import Attend, Combine, Graph, Select
 from nsagen.ir.plan import PLAIN, SPECIALISED, Choice, Kernel, Launch, Operand, Taken
 from nsagen.passes.loop_order import by_blocks
-from nsagen.passes.specialise import GROUP_ROWS, QUERIES_KEYS, SHAPES, ahead, queries
-from nsagen.sym import KEY, QUERY, AtLeast, moves_along
+from nsagen.passes.specialise import GROUP_ROWS, QUERIES_KEYS, SHAPES, ahead, queries, walks_once
+from nsagen.sym import KEY, QUERY, AtLeast
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,10 @@ def forward_takeover(graph: Graph) -> Takeover | None:
     *others, last = attends
     givers = [n for n in others if n.out in combine.terms and not n.rest and len(n.sources) == 1]
     givers = [n for n in givers if n.sources[0].listed and by_blocks(n, graph.heads, backward=False) is None]
-    over = takeover(graph, givers, [last] if _walks_once(last) else [])
+    over = takeover(graph, givers, [last] if walks_once(last) else [])
     steps = (queries(graph.heads.group), min(bn for bn, _ in SHAPES))
     fits = over is not None and over.taken.size <= ahead(graph.heads.v_dim, len(combine.terms) - 1)
     return over if over and fits and all(over.taken.size % step == 0 for step in steps) else None
-
-
-def _walks_once(node: Attend) -> bool:
-    """As Kernel.may_specialise asks of its forward."""
-    source = node.sources[0]
-    once = len(node.sources) == len(source.pieces) == 1 and source.listed is None
-    return once and all(moves_along(c, source.axis.stride) for c in source.pieces[0].where)
 
 
 def completing(graph: Graph, kernels: list[Kernel]) -> list[Kernel]:
@@ -104,14 +97,16 @@ def in_both_forms(launches: list[Launch], over: Takeover | None) -> list[Launch]
     """The forward's launches, those of giver and taker once as they are and once with keys left and taken."""
     if over is None:
         return launches
+    return [form for launch in launches for form in _forms(launch, over)]
+
+
+def _forms(launch: Launch, over: Takeover) -> tuple[Launch, ...]:
     giver, taker = (f"{n.branch}_fwd" for n in (over.giver, over.taker))
-    rows = (("out_taken", over.giver.out), ("lse_taken", over.giver.lse))
-    found: list[Launch] = []
-    for launch in launches:
-        if launch.kernel not in (giver, taker):
-            found.append(launch)
-            continue
-        other = replace(launch, leaves=over.taken.count) if launch.kernel == giver else launch
-        other = replace(other, binds=(*launch.binds, *rows)) if launch.kernel == taker else other
-        found += [replace(launch, when=(PLAIN,)), replace(other, when=(SPECIALISED,))]
-    return found
+    if launch.kernel == giver:
+        other = replace(launch, leaves=over.taken.count)
+    elif launch.kernel == taker:
+        rows = (("out_taken", over.giver.out), ("lse_taken", over.giver.lse))
+        other = replace(launch, binds=(*launch.binds, *rows))
+    else:
+        return (launch,)
+    return replace(launch, when=(PLAIN,)), replace(other, when=(SPECIALISED,))

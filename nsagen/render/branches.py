@@ -11,7 +11,7 @@ from nsagen.passes.binds import suffixes
 from nsagen.passes.joint import JOINT, joined
 from nsagen.passes.operators import cached_name
 from nsagen.passes.specialise import GROUP_ROWS, KEYS_TILE, keys_are_wide
-from nsagen.render.view import Combined, combined_view, left_blocks, may_complete
+from nsagen.render.view import Combined, combined_view, may_complete, may_leave
 from nsagen.sym import Expr, Symbol, conjunct_text, evaluate, expand, substitute, symbol, to_text
 
 
@@ -192,7 +192,7 @@ def _branch(node: Attend, plan: Plan, column: int) -> BranchView:
         joined=queries is not None and if_there(plan, JOINT) is not None,
         takes=any(plan.kernel(s.keys).takes for s in sources if s.keys),
         leaves=max((x.leaves for x in plan.launches(f"{node.branch}_grads")), default=0) if grads else 0,
-        forward_leaves=left_blocks(forward, plan) > 0,
+        forward_leaves=may_leave(forward, plan),
         completed=forward.takes if may_complete(forward, plan) else None,
     )
 

@@ -93,7 +93,6 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
     grad = next(n for n in graph.nodes if isinstance(n, CombineGrad))
     whole = whole_call(graph, plan, tuple(spec["branches"]))
     select = select_node(graph)
-    attends = branch_views(graph, plan)
     return {
         "spec": spec,
         "spec_text": _spec_text(spec),
@@ -102,10 +101,10 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "runtime_version": runtime_version,
         "kernels_with_choices": [Named(k.name, _choices(k)) for k in plan.kernels],
         "kernels": [_kernel_text(k, plan) for k in plan.kernels],
-        "attends": attends,
+        "attends": branch_views(graph, plan),
         "joint": joint_view(graph, plan),
         "specialised": any(k.specialised for k in plan.kernels),
-        "united": UNITED_QUERIES if any(b.boxes and b.listed for b in attends) else 0,
+        "united": UNITED_QUERIES if any(k.unites for k in plan.kernels) else 0,
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),
         "whole": {
@@ -165,9 +164,7 @@ def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     # A kernel over a cache runs with the tiles of the one that it is made from.
     configs = () if kernel.cached else _distinct(kernel.tiles)
     riders = plan.riders(kernel.name) if combined_view(kernel, plan) else ()
-    united = kernel.body == "attend_fwd" and kernel.specialised and any(w.listed for w in kernel.walks)
-    before = "unite_lists" if united else None
-    carries = riders[0].kernel if riders else before
+    carries = riders[0].kernel if riders else "unite_lists" if kernel.unites else None
     return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan), carries)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nsagen.ir.graph import Heads, Select
 from nsagen.ir.plan import HEADS_IN_TURN, Access, Kernel, Plan, Taken
-from nsagen.passes.specialise import ahead
+from nsagen.passes.specialise import UNITED_QUERIES, ahead
 from nsagen.render.kernel_doc import kernel_doc
 from nsagen.render.walks import Named, SourceView, conjuncts_of, power_of_two, sources_of
 from nsagen.sym import as_int
@@ -105,6 +105,11 @@ class KernelView:
     maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
     wides: dict[str, str]  # operand -> a cast of its row offsets, or nothing
+
+    @property
+    def united(self) -> int:
+        """Queries of a tile that share the blocks of their lists' union, where such tiles are."""
+        return UNITED_QUERIES
 
     @property
     def taken(self) -> Taken | None:
@@ -223,7 +228,7 @@ class KernelView:
 
 def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
     h = plan.heads
-    conjuncts = conjuncts_of(kernel)
+    conjuncts, leaves = conjuncts_of(kernel), may_leave(kernel, plan)
     terms = tuple(Part(int(o.name[4:] or 0), 0, 0, 0) for o in kernel.operands if o.role == "term")
     return KernelView(
         name=kernel.name,
@@ -237,7 +242,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         qk_parts=_parts(kernel.qk_parts, h.qk_dim),
         v_parts=_parts(kernel.v_parts, h.v_dim),
         conjuncts=tuple(conjuncts.values()),
-        sources=sources_of(kernel, conjuncts, plan, leaves=left_blocks(kernel, plan) > 0),
+        sources=sources_of(kernel, conjuncts, plan, leaves),
         terms=terms,
         rests=tuple(t for t in terms if _has_rest(kernel, plan, t.i)),
         rest=any(o.role == "rest" and o.mode == "store" for o in kernel.operands),
@@ -262,7 +267,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         parted=any(o.role in ("out_parts", "dq_parts") and o.mode == "store" for o in kernel.operands),
         specialised=kernel.specialised and not kernel.cached,
         combined=combined_view(kernel, plan),
-        leaves=left_blocks(kernel, plan) > 0,
+        leaves=leaves,
         maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
@@ -282,11 +287,10 @@ def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
     return Combined(own, tuple(terms), ahead(plan.heads.v_dim, len(terms) - 1), completed)
 
 
-def left_blocks(kernel: Kernel, plan: Plan) -> int:
-    """The last blocks of its lists that a forward may leave to one that completes its rows; 0 where none does."""
-    if kernel.body != "attend_fwd" or kernel.cached or not any(may_complete(k, plan) for k in plan.kernels):
-        return 0
-    return max((x.leaves for x in plan.launches(kernel.name)), default=0)
+def may_leave(kernel: Kernel, plan: Plan) -> bool:
+    """Whether a forward may leave the last blocks of its lists to one that completes its rows."""
+    left = kernel.body == "attend_fwd" and any(x.leaves for x in plan.launches(kernel.name))
+    return left and any(may_complete(k, plan) for k in plan.kernels)
 
 
 def may_complete(kernel: Kernel, plan: Plan) -> bool:

@@ -7,33 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from three_branches import HEADS, SELECTED, arrays, launches, op_of, plan_of
 
-from nsagen import api
-from nsagen.compiler import lower
 from nsagen.errors import IRError
 from nsagen.interp.plan import run_op
-from nsagen.ir.plan import PLAIN, SPECIALISED, Launch, Plan, Taken
+from nsagen.ir.plan import PLAIN, SPECIALISED, Plan, Taken
 from nsagen.ir.verify import verify
 from nsagen.passes.joint import JOINT
 from nsagen.tools.costs import pairs
-
-HEADS = {"query": 16, "kv": 1, "qk_dim": 64, "v_dim": 64}
-COMPRESSED = {"block": 32, "stride": 16, "pool": "mean"}
-SELECTED = {"block": 64, "top_n": 4, "initial": 1, "local": 2, "from": "compressed"}
-WINDOW = {"size": 220}
-
-
-def plan_of(heads: dict[str, int] | None = None, kv: str = "shared", **branches: dict[str, Any] | None) -> Plan:
-    found = {"compressed": COMPRESSED, "selected": SELECTED, "window": WINDOW} | branches
-    given = {x: y for x, y in found.items() if y is not None}
-    spec = {"name": "joint", "heads": heads or HEADS, "kv": kv, "branches": given, "combine": "gated_sum"}
-    plan = lower(api.read(spec))[-1].ir
-    assert isinstance(plan, Plan)
-    return plan
-
-
-def launches(plan: Plan, op: str = "attention_grad") -> list[Launch]:
-    return list(next(o for o in plan.ops if o.name == op).launches)
 
 
 def has_joint(plan: Plan) -> bool:
@@ -47,7 +28,7 @@ def taken(plan: Plan) -> set[tuple[str, Taken]]:
 
 def test_one_kernel_has_dq_of_both_dense_branches() -> None:
     plan = plan_of()
-    found = launches(plan)
+    found = launches(plan, "attention_grad")
     joint = next(x for x in found if x.kernel == JOINT)
     assert joint.when == (SPECIALISED,) and not joint.accumulate
     assert {x.kernel for x in found if PLAIN in x.when} >= {"compressed_dq", "window_dq"}
@@ -65,7 +46,7 @@ def test_a_row_may_be_empty_in_one_branch_of_two() -> None:
 def test_the_window_takes_the_local_blocks() -> None:
     plan = plan_of()
     assert taken(plan) == {(JOINT, Taken(1, 64, 2)), ("window_keys", Taken(0, 64, 2))}
-    left = {x.kernel: x.leaves for x in launches(plan) if x.leaves}
+    left = {x.kernel: x.leaves for x in launches(plan, "attention_grad") if x.leaves}
     assert left == {"selected_grads": 2, "selected_dq_sum": 2, "selected_sum": 2}
     assert {op.doc for op in plan.ops if any(x.leaves for x in op.launches)} == {"whole", "lean", "whole_grad"}
 
@@ -126,20 +107,10 @@ def test_the_verifier_wants_what_is_left_to_be_taken() -> None:
 @pytest.mark.parametrize(("chunk", "shares"), [(None, 1), (None, 3), (150, 1)])
 def test_the_gradients_are_the_same(chunk: int | None, shares: int) -> None:
     """The kernels that a GPU of sm_90 takes, and the others; a gate of 0 shifts lse to infinity."""
-    stages = lower(api.read({"name": "j", "heads": HEADS, "kv": "shared", "branches": {
-        "compressed": COMPRESSED, "selected": SELECTED, "window": WINDOW}, "combine": "gated_sum"}))  # fmt: skip
-    plan = stages[-1].ir
-    assert isinstance(plan, Plan)
-    tokens, rng = 300, np.random.default_rng(0)
-    heads = {"q": 16, "k": 1, "v": 1, "d_out": 16}
-    values = {x: rng.standard_normal((1, tokens, count, 64)) for x, count in heads.items()}
-    for x in ("k", "v"):
-        values[f"{x}_cmp"] = np.stack([values[x][:, i * 16 : i * 16 + 32].mean(1) for i in range(17)], 1)
-    values["gates"] = rng.uniform(size=(1, tokens, 16, 3))
+    plan, values = plan_of(), arrays("d_out")
     values["gates"][:, ::7, :, 2] = values["gates"][:, ::5, :, 1] = 0.0
-    forward = next(o for o in plan.ops if o.name == "attention")
-    values |= run_op(plan, "attention", {x: values[x] for x in forward.inputs}, (64, 64))
-    inputs = {x: values[x] for x in next(o for o in plan.ops if o.name == "attention_grad").inputs}
+    values |= run_op(plan, "attention", {x: values[x] for x in op_of(plan, "attention").inputs}, (64, 64))
+    inputs = {x: values[x] for x in op_of(plan, "attention_grad").inputs}
     plain, other = (
         run_op(plan, "attention_grad", inputs, (128, 64), chunk=chunk, form=form, shares=shares)
         for form in ("plain", "specialised")

@@ -8,36 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from three_branches import HEADS, SELECTED, arrays, launches, plan_of
 
-from nsagen import api
-from nsagen.compiler import lower
 from nsagen.errors import IRError
 from nsagen.interp.plan import run_op
 from nsagen.ir.plan import PLAIN, SPECIALISED, Launch, Plan, Taken
 from nsagen.ir.verify import verify
 from nsagen.tools.costs import main_ops, taken, work_of
 
-HEADS = {"query": 16, "kv": 1, "qk_dim": 64, "v_dim": 64}
-COMPRESSED = {"block": 32, "stride": 16, "pool": "mean"}
-SELECTED = {"block": 64, "top_n": 4, "initial": 1, "local": 2, "from": "compressed"}
-WINDOW = {"size": 220}
-
-
-def plan_of(heads: dict[str, int] | None = None, kv: str = "shared", **branches: dict[str, Any] | None) -> Plan:
-    found = {"compressed": COMPRESSED, "selected": SELECTED, "window": WINDOW} | branches
-    given = {x: y for x, y in found.items() if y is not None}
-    spec = {"name": "takeover", "heads": heads or HEADS, "kv": kv, "branches": given, "combine": "gated_sum"}
-    plan = lower(api.read(spec))[-1].ir
-    assert isinstance(plan, Plan)
-    return plan
-
-
-def launches(plan: Plan, op: str = "attention") -> list[Launch]:
-    return list(next(o for o in plan.ops if o.name == op).launches)
-
 
 def takes(plan: Plan) -> bool:
-    return any(x.leaves for x in launches(plan))
+    return any(x.leaves for x in launches(plan, "attention"))
 
 
 @pytest.mark.parametrize("op", ["attention", "attention_lean"])
@@ -98,12 +79,7 @@ def test_the_gradients_need_not_take_what_the_forward_does() -> None:
 
 def test_the_same_rows() -> None:
     """By the kernels that a GPU of sm_90 takes, and by the others; from the first query on, whose list is all local."""
-    plan, tokens, rng = plan_of(), 300, np.random.default_rng(0)
-    heads = {"q": 16, "k": 1, "v": 1}
-    values = {x: rng.standard_normal((1, tokens, count, 64)) for x, count in heads.items()}
-    for x in ("k", "v"):
-        values[f"{x}_cmp"] = np.stack([values[x][:, i * 16 : i * 16 + 32].mean(1) for i in range(17)], 1)
-    values["gates"] = rng.uniform(size=(1, tokens, 16, 3))
+    plan, values = plan_of(), arrays()
     plain, other = (run_op(plan, "attention", values, (128, 64), form=form) for form in ("plain", "specialised"))
     for name, got in other.items():
         np.testing.assert_allclose(got, plain[name], rtol=1e-9, atol=1e-11, err_msg=name)
