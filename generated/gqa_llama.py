@@ -6,15 +6,15 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  200a4eaf79f4
-runtime  19
+content  84d68f2e0151
+runtime  20
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
 compressed_dkv           key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_keys          key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies the queries' rows by tensor maps, two warpgroups have 64 keys each (16-bit on sm_90)
 compressed_sum           split_queries, because few key tiles, the first seen by every query: programs share a tile; float32 parts added in order
-select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded
+select_scores            second_pass, because with lse known, the heads of a group add up in registers, exactly: no score per head is stored; heads_in_turn, because a key tile stays in place, so the heads' sum stays in a thread, and programs need no reduction; pooled_store, because a block's keys divide a tile: their sums leave, not the keys' scores, and are read in a row; query_chunks, because scores of all queries would be T × T/d values; a chunk's are bounded; scores_by_rows, because a warp copies keys by tensor maps, queries × heads stay in registers: warpgroups by turns keep the tensor cores busy beside exponentials, and a warp adds its heads up (16-bit on sm_90)
 select_best              row_a_program, because a row of scores fits the registers: the n-th best is found bit by bit, in as many steps for any n
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_list            block_major, because group 4: a (query, block) pair costs 0.96 ns in parts, against 2.95 ns for reading the block once a query; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; query_chunks, because parts of all queries would be T × n rows of the group; a chunk's are bounded; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
@@ -56,10 +56,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, lanes, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(19, "gqa_llama")
+version.require(20, "gqa_llama")
 
 SPEC = {'name': 'gqa_llama',
  'heads': {'query': 32, 'kv': 8, 'qk_dim': 128, 'v_dim': 128},
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_200a4eaf79f4"
+_SPACE = "nsagen_gqa_llama_84d68f2e0151"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -182,7 +182,7 @@ _CONFIGS = {
             Config(16, 1, 4, 1, 0),
         ),
     }),
-    "select_scores": Tiles("select_scores", "493d5bd950c0", {
+    "select_scores": Tiles("select_scores", "8cf387e8f25c", {
         ("sm_80", 16): (
             Config(64, 128, 4, 2, 65536), Config(128, 64, 4, 2, 81920), Config(128, 128, 8, 2, 98304), Config(32, 128, 4, 2, 49152),
             Config(32, 256, 4, 2, 81920), Config(64, 64, 4, 2, 49152), Config(64, 256, 8, 2, 98304), Config(64, 128, 8, 2, 65536),
@@ -195,13 +195,19 @@ _CONFIGS = {
             Config(32, 32, 8, 3, 65536), Config(32, 16, 8, 1, 24576), Config(32, 16, 8, 2, 40960), Config(32, 16, 8, 3, 57344),
         ),
         ("sm_90", 16): (
+            Config(64, 64, 4, 6, 164864, maps=True, specialised=True), Config(64, 128, 4, 2, 65536, 168), Config(64, 64, 4, 2, 49152, 168), Config(64, 128, 4, 2, 65536),
+            Config(128, 64, 4, 2, 81920), Config(128, 128, 8, 2, 98304), Config(64, 64, 4, 2, 49152), Config(64, 256, 8, 2, 98304),
+            Config(64, 128, 8, 2, 65536), Config(128, 32, 4, 2, 73728, 168), Config(128, 64, 8, 2, 81920), Config(64, 32, 4, 2, 40960, 168),
+            Config(32, 16, 4, 1, 12288),
+        ),
+        ("sm_100", 16): (
             Config(64, 128, 4, 2, 65536, 168), Config(64, 64, 4, 2, 49152, 168), Config(64, 128, 4, 2, 65536), Config(128, 64, 4, 2, 81920),
             Config(128, 128, 8, 2, 98304), Config(64, 64, 4, 2, 49152), Config(64, 256, 8, 2, 98304), Config(64, 128, 8, 2, 65536),
             Config(128, 32, 4, 2, 73728, 168), Config(128, 64, 8, 2, 81920), Config(64, 32, 4, 2, 40960, 168), Config(64, 128, 4, 3, 81920),
             Config(32, 16, 4, 1, 12288),
         ),
-    }),
-    "select_best": Tiles("select_best", "3995dfa8c6ee", {
+    }, carries="order_keys"),
+    "select_best": Tiles("select_best", "c46d38c96f26", {
         ("sm_80", 16): (
             Config(1, 1, 1, 1, 0),
         ),
@@ -1400,14 +1406,188 @@ def select_scores(
     tl.store(scores + score_sp + 1 + j, part, mask=stored & (j + 1 < score_sp))
 
 
+@gluon.jit
+def select_scores_keys(t0, T, BT: gl.constexpr, BN: gl.constexpr):
+    """Up to which key all queries of a tile see each, up to which some do, both in whole tiles of keys; the keys there are."""
+    n = max(0, T - 16) // 16
+    some_lo = 0
+    some_hi = min(max(0, BT + t0 - 16) // 16, n)
+    all_lo = 0
+    all_hi = min(max(0, t0 - 15) // 16, n)
+    return all_hi // BN * BN, (some_hi + BN - 1) // BN * BN, n
+
+
+@gluon.jit
+def select_scores_place(number, tiles):
+    """(tile, KV head, batch entry) of a piece of work."""
+    return tiles - 1 - number % tiles, number // tiles % 8, number // tiles // 8
+
+
+@gluon.jit
+def select_scores_blocks(x, carry, lse, t, s0, n, scale, MASKED: gl.constexpr):
+    """Importance of the blocks of a tile's keys, summed over the heads [queries, 4, blocks of a lane]; what the last key gives the next tile's first block."""
+    x = lanes.by_lane(x)
+    if MASKED:
+        s, lane, t = lanes.lane_columns(x, t)
+        t = t - 16 * (s0 + lane)
+        x = gl.where(16 * s <= t - 31, x, float("-inf"))
+        x = gl.where(s < n - s0 - lane, x, float("-inf"))
+    N: gl.constexpr = x.shape[2] // 4
+    p = gl.reshape(gl.exp2(x * scale - lanes.beside_lanes(lse, x)), [64, 4, N, 2, 2])
+    p0, p1 = gl.split(p)
+    p00, p01 = gl.split(p0)
+    p10, p11 = gl.split(p1)
+    own = (p00 + p10 + p01) * 2.0 + p11
+    later, carry = lanes.one_later(p11, carry)
+    own += gl.convert_layout(later, own.type.layout)
+    own = gl.sum(gl.reshape(own, [64 // 4, 4, 4, N]), 1)
+    return gl.convert_layout(own, lanes.heads_sum_layout(4, N)), carry
+
+
+@gluon.jit
+def select_scores_turn(
+    number, carry, q0, k0, q_full, q_empty, k_full, k_empty, turns, zero, lse, time, s0, n, scale, scores_ptr, first, end, columns, score_st,
+    INDEX: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
+):
+    """One tile of keys: this warpgroup's products, when the one before has started its own; then the next one's turn."""
+    hopper.wait_full(k_full, number, STAGES)
+    mbarrier.wait(turns.index(INDEX), (number & 1) ^ (INDEX == 0))
+    at = number % STAGES
+    x = warpgroup_mma(q0, k0.index(at).permute((1, 0)), zero, use_acc=False, is_async=True)
+    hopper.release(turns, INDEX + 1, 4)
+    x = warpgroup_mma_wait(0, deps=(x,))
+    hopper.release(k_empty, number, STAGES)
+    found, carry = select_scores_blocks(x, carry, lse, time, s0, n, scale, MASKED)
+    q = gl.arange(0, found.shape[0], layout=gl.SliceLayout(1, gl.SliceLayout(2, found.type.layout)))
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, found.type.layout)))
+    j = gl.arange(0, found.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, found.type.layout)))
+    q = gl.expand_dims(gl.expand_dims(q, 1), 2)
+    block = s0 // 4 + gl.expand_dims(gl.expand_dims(lane * found.shape[2], 0), 2)
+    there = (first + q < end) & (block < columns)  # which are whole lanes
+    gl.store(scores_ptr + q * score_st + (block + gl.expand_dims(gl.expand_dims(j, 0), 1)), found, mask=there)
+    return number + 1, carry
+
+
+@gluon.jit
+def select_scores_multiply(
+    q0_tiles, k0, q_full, q_empty, k_full, k_empty, turns, lse_ptr, scores_ptr, T, tiles, total, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+    INDEX: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A warpgroup: 64 rows of every tile of this program."""
+    QUERIES: gl.constexpr = 64 // 4
+    BT: gl.constexpr = 4 * QUERIES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    ROWS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
+    scale = scale * 1.4426950408889634  # scores in log2 units
+    zero = gl.zeros([64, BN], gl.float32, layout=LAYOUT)
+    number = 0  # of a tile of keys
+    count = 0  # of tiles of queries
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        row = hopper.fresh(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)))
+        tile, h, b = select_scores_place(work, tiles)
+        t0 = chunk_first + tile * BT
+        first = t0 + INDEX * QUERIES
+        all_see, some_see, n = select_scores_keys(t0, T, BT, BN)
+        time = first + row // 4
+        lse = gl.load(lse_ptr + (b.to(gl.int64) * T + time) * 32 + h * 4 + row % 4, mask=time < T, other=0.0)
+        lse = gl.where(lse > float("-inf"), lse * 1.4426950408889634, 0.0)  # of a row that sees nothing, whose numbers are 0
+        hopper.wait_full(q_full, count, 1)
+        q0 = q0_tiles.index(INDEX).load(ROWS)
+        hopper.release(q_empty, count, 1)
+        count += 1
+        to = scores_ptr + (b.to(gl.int64) * score_sb + (first - chunk_first).to(gl.int64) * score_st + h * score_sh)
+        carry = gl.full([64, 4], 0.0, gl.float32, layout=lanes.LANES)
+        for s0 in range(0, all_see, BN):
+            number, carry = select_scores_turn(
+                number, carry, q0, k0, q_full, q_empty, k_full, k_empty, turns, zero, lse, time, s0, n, scale, to, first, chunk_end, score_sh, score_st,
+                INDEX, False, STAGES,
+            )
+        for s0 in range(all_see, some_see, BN):
+            number, carry = select_scores_turn(
+                number, carry, q0, k0, q_full, q_empty, k_full, k_empty, turns, zero, lse, time, s0, n, scale, to, first, chunk_end, score_sh, score_st,
+                INDEX, True, STAGES,
+            )
+        # The last key's share of the block behind all tiles.
+        own = gl.sum(gl.reshape(carry, [QUERIES, 4, 4]), 1)
+        q = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(1, own.type.layout)), 1)
+        lane = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, own.type.layout)), 0)
+        block = some_see // 4
+        gl.store(to + q * score_st + (block + lane), own, mask=(lane == 0) & (first + q < chunk_end) & (block < score_sh))
+
+
+@gluon.jit
+def select_scores_copy(
+    q0_tiles, k0, q_full, q_empty, k_full, k_empty, turns, q_map0, k_map0, T, tiles, total, chunk_first,
+    BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """A warp: queries of every tile of this program, when those before are in registers, and its keys as far ahead as there is room."""
+    QUERIES: gl.constexpr = 64 // 4
+    BT: gl.constexpr = 4 * QUERIES
+    number = 0
+    count = 0
+    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, h, b = select_scores_place(work, tiles)
+        t0 = chunk_first + tile * BT
+        all_see, some_see, n = select_scores_keys(t0, T, BT, BN)
+        hopper.wait_empty(q_empty, count, 1)
+        mbarrier.expect(q_full.index(0), 65536)
+        for i in gl.static_range(4):
+            for box in gl.static_range(2):
+                hopper.fetch_rows(q_map0, b, t0 + i * QUERIES, h * 4, box * 64, q0_tiles.index(i), box, q_full.index(0))
+        count += 1
+        for s0 in range(0, some_see, BN):
+            at = number % STAGES
+            hopper.wait_empty(k_empty, number, STAGES)
+            mbarrier.expect(k_full.index(at), BN * 128 * 2)
+            hopper.fetch(k_map0, b, s0, h, 0, k0.index(at), k_full.index(at))
+            number += 1
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "total", "chunk_first", "chunk_end"])
+def select_scores_specialised(
+    q_map0, k_map0, lse_ptr, scores_ptr, T, tiles, total, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+    BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """importance of compressed keys: exp(scale·q·k − lse), summed over the group's heads; one program: BM queries and BN keys × the 4 heads of one KV head.
+
+    scores float32 [B, chunk, 8, blocks] of the queries [chunk_first, chunk_end): what a block has of all keys; where no key has ended, anything. A program takes tiles of 4 · (64 // 4) queries × the 4 heads of one KV head in turn, until there are none.
+    """
+    DTYPE: gl.constexpr = k_map0.dtype
+    q0 = hopper.tiles(DTYPE, 4, 64, 128)
+    k0 = hopper.tiles(DTYPE, STAGES, BN, 128)
+    q_full, q_empty = hopper.barriers(1, 1), hopper.barriers(1, 4)
+    k_full, k_empty = hopper.barriers(STAGES, 1), hopper.barriers(STAGES, 4)
+    turns = hopper.barriers(4, 1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (select_scores_multiply, (
+            q0, k0, q_full, q_empty, k_full, k_empty, turns, lse_ptr, scores_ptr, T, tiles, total, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+            0, BN, STAGES,
+        )),
+        (select_scores_multiply, (
+            q0, k0, q_full, q_empty, k_full, k_empty, turns, lse_ptr, scores_ptr, T, tiles, total, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+            1, BN, STAGES,
+        )),
+        (select_scores_multiply, (
+            q0, k0, q_full, q_empty, k_full, k_empty, turns, lse_ptr, scores_ptr, T, tiles, total, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+            2, BN, STAGES,
+        )),
+        (select_scores_multiply, (
+            q0, k0, q_full, q_empty, k_full, k_empty, turns, lse_ptr, scores_ptr, T, tiles, total, scale, chunk_first, chunk_end, score_sb, score_st, score_sh,
+            3, BN, STAGES,
+        )),
+        (select_scores_copy, (q0, k0, q_full, q_empty, k_full, k_empty, turns, q_map0, k_map0, T, tiles, total, chunk_first, BN, STAGES)),
+    ], [4, 4, 4, 1], [120, 120, 120, 24])
+
+
 @triton.jit(do_not_specialize=["T", "sequences", "chunk_first", "chunk_rows"])
 def select_best(
-    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr,
+    scores_ptr, blocks_ptr, cu_ptr, T, sequences, chunk_first, chunk_rows, score_sb, score_st, score_sh, score_sp, CANDIDATES: tl.constexpr, APART: tl.constexpr,
 ):
     """the best blocks of a query and KV head, ascending, −1 for none; one program: one of each.
 
     Scores are not negative, so their bits sort as integers. Forced blocks score +inf; candidates start at or before
-    the query; ties go to the lower block.
+    the query; ties go to the lower block. APART: what a block has of the keys of the one before lies in a row of its own.
     """
     pid = tl.program_id(0)
     h = pid % 8
@@ -1427,8 +1607,10 @@ def select_best(
     score = tl.zeros([CANDIDATES], dtype=tl.float32)
     scored = tl.cdiv(ended, 4)  # blocks with a key that has ended
     there = j // 4 * 4 < tl.minimum(own + 1, score_sp)  # whole vectors of candidates: what no key gave anything is left out after
-    score += tl.where(j < scored, tl.load(scores + j, mask=there, other=0.0), 0.0)
-    score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
+    given = scored if APART else scored + 1  # whole, the first block behind all keys has its share of the last one, too
+    score += tl.where(j < given, tl.load(scores + j, mask=there, other=0.0), 0.0)
+    if APART:
+        score += tl.where((j > 0) & (j <= scored), tl.load(scores + score_sp + j, mask=there, other=0.0), 0.0)
     forced = (j < 1) | (j > own - 2)
     score = tl.where(forced, float("inf"), score)
     bits = tl.where((j <= own) & (t >= 0), score.to(tl.int32, bitcast=True), -1)
@@ -4712,26 +4894,35 @@ def _select(q, k, lse, cu_seqlens, scale):
     """Block lists int32 [B, T, 8, 16]: the scores of a chunk of queries, then its best blocks."""
     if not launch.use_kernels(q):
         return torch_select.select(q, k, lse, _SELECTION, scale, cu_seqlens)
-    c = launch.pick(_CONFIGS["select_scores"], q)
-    best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
+    c = launch.pick(_CONFIGS["select_scores"], q, launch.orders_keys(cu_seqlens, q))
+    best = launch.pick(_CONFIGS["select_best"], q)
     blocks = launch.empty(q, (batch, length, 8, 16), None, torch.int32)
     columns = (-(-length // 64) + 15) // 16 * 16  # rows start aligned
-    chunk = launch.chunk(length, 4 * batch * 16 * columns)
-    scores = launch.empty(q, (batch, min(chunk, length), 8, 2, columns), None, torch.float32)
+    rows = 1 if c.specialised else 2
+    chunk = launch.chunk(length, 4 * batch * 8 * rows * columns)
+    scores = launch.empty(q, (batch, min(chunk, length), 8, rows, columns), None, torch.float32)
+    keys = lanes.in_order(k, c.bn) if c.specialised else k
     packed = launch.sequences(cu_seqlens)
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
-        splits = max(1, -(-(max(0, end - 16) // 16) // c.bn))  # key tiles, to the last query's
-        select_scores[(splits * tiles * 8 * batch,)](
-            q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 4, scale, first, end, *launch.strides(scores), scores.stride(3),
-            *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
-        )
+        if c.specialised:
+            total = tiles * 8 * batch
+            select_scores_specialised[(hopper.programs(total, q),)](
+                hopper.row_boxes(q, 4, 64 // 4), *hopper.boxes(keys, (128,), c.bn), lse, scores, length, tiles, total, scale, first, end,
+                *launch.strides(scores), c.bn, c.stages, **c.options,
+            )
+        else:
+            splits = max(1, -(-(max(0, end - 16) // 16) // c.bn))  # key tiles, to the last query's
+            select_scores[(splits * tiles * 8 * batch,)](
+                q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 4, scale, first, end, *launch.strides(scores), scores.stride(3),
+                *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
+            )
         candidates = launch.power_of_two(-(-end // 64))
         select_best[((end - first) * 8 * batch,)](
             scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
-            num_warps=launch.warps_for(candidates), num_stages=best.stages,
+            not c.specialised, num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
     return blocks
 
@@ -5085,7 +5276,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
 
 def _select_cached(q, k, lse, past, cu_seqlens, scale):
     """Block lists int32 [B, m, 8, 16]: the scores of a chunk of queries, then its best blocks."""
-    c = launch.pick(_CONFIGS["select_scores"], q)
+    c = launch.pick(_CONFIGS["select_scores"], q, False)
     best = launch.pick(_CONFIGS["select_best"], q)
     batch, length = q.shape[:2]
     keys = max(1, past.capacity // 16)

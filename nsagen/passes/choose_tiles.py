@@ -10,14 +10,17 @@ from nsagen.ir.plan import DEEP, HEADS_IN_TURN, Choice, Kernel, Op, Plan, TileCo
 from nsagen.passes.machine import ARCHES, Arch, Use, loop_shape, maps, resources
 from nsagen.passes.specialise import (
     GROUP_ROWS,
+    SCORE_SHARE,
     SHAPES,
     UNITED_SHARE,
     WARPGROUPS,
     grads_tile,
     keys_tile,
+    may_score_by_rows,
     may_unite,
     queries,
     queries_tile,
+    scores_tile,
     specialised_speed,
     specialised_use,
     united_tile,
@@ -35,6 +38,11 @@ SHARES_BLOCKS = Choice(
     "union_of_lists",
     "adjacent queries share the blocks of their lists' union: a warp copies each once, by tensor maps, and four "
     "warpgroups have a query each (16-bit on sm_90)",
+)
+SCORES_BY_ROWS = Choice(
+    "scores_by_rows",
+    "a warp copies keys by tensor maps, queries × heads stay in registers: warpgroups by turns keep the tensor cores "
+    "busy beside exponentials, and a warp adds its heads up (16-bit on sm_90)",
 )
 RIDES = Choice(
     "rides",
@@ -96,9 +104,10 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     even = 128 % heads.group == 0
     facts = (*kernel.facts, *(("group_fills_tile",) if even and kernel.walks else ()))
     kernel = replace(kernel, tiles=tables, facts=facts)
-    if not kernel.specialised or kernel.body != "attend_fwd":
+    if not kernel.specialised or kernel.body not in ("attend_fwd", "select_scores"):
         return kernel
-    return _because(kernel, SHARES_BLOCKS if kernel.unites else SPECIALISED)
+    plain = SCORES_BY_ROWS if kernel.body == "select_scores" else SPECIALISED
+    return _because(kernel, SHARES_BLOCKS if kernel.unites else plain)
 
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
@@ -113,7 +122,11 @@ def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileCo
     if arch.specialises and bits == 16 and kernel.may_specialise() and heads.group <= GROUP_ROWS:
         candidates += [_judge_specialised(kernel, heads, arch, *shape) for shape in SHAPES]
     if arch.specialises and bits == 16 and may_unite(kernel, heads):
-        candidates.append(_judge_united(kernel, heads, arch, min(c.cost for c in candidates)))
+        tile = united_tile(kernel, heads, arch.smem)
+        candidates.append(_judge_beside(tile, arch, UNITED_SHARE * min(c.cost for c in candidates)))
+    if arch.specialises and bits == 16 and may_score_by_rows(kernel, heads):
+        tile = scores_tile(kernel, heads, arch.smem)
+        candidates.append(_judge_beside(tile, arch, SCORE_SHARE * min(c.cost for c in candidates)))
     return tuple(sorted(candidates, key=lambda c: (c.dropped is not None, c.cost, c.smem)))
 
 
@@ -207,11 +220,9 @@ def _judge_specialised(kernel: Kernel, heads: Heads, arch: Arch, bn: int, stages
     )
 
 
-def _judge_united(kernel: Kernel, heads: Heads, arch: Arch, best: float) -> TileConfig:
-    """best: the least cost of the other tiles."""
-    tile = united_tile(kernel, heads, arch.smem)
-    dropped = _dropped(Use(tile.smem, tile.registers), arch, 16, 0, 4)
-    return replace(tile, cost=round(UNITED_SHARE * best, 3), dropped=dropped)
+def _judge_beside(tile: TileConfig, arch: Arch, cost: float) -> TileConfig:
+    """Of a form that was measured beside the others: its cost is a share of the least of theirs."""
+    return replace(tile, cost=round(cost, 3), dropped=_dropped(Use(tile.smem, tile.registers), arch, 16, 0, 4))
 
 
 def _dropped(use: Use, arch: Arch, bits: int, scores: int, warps: int) -> str | None:

@@ -85,6 +85,42 @@ def united_tile(kernel: Kernel, heads: Heads, smem: int) -> TileConfig:
     return TileConfig(bm, GROUP_ROWS, 4, stages, size, registers, 1.0, maps=True, specialised=True, spills=spills)
 
 
+SCORE_GROUPS = (4, 8, 16)  # heads of a group whose rows lie in a warp
+SCORE_SHARE = 0.85  # of the other tiles' time: 0.61 to 0.76 at 64k tokens, 0.83 to 0.96 at 8k; an H200
+
+
+def scoring_warpgroups(qk_dim: int) -> tuple[int, int]:
+    """Warpgroups of a tile of scores, and registers of their threads: a row's q takes a quarter of its dims.
+
+    The first one's threads have what is left: 96 and 168.
+    """
+    return (4, 120) if qk_dim <= 128 else (3, 160)
+
+
+def may_score_by_rows(kernel: Kernel, heads: Heads) -> bool:
+    """Whether rows of importance may be queries × heads: keys of a selection block lie in a lane, heads in a warp."""
+    if kernel.body != "select_scores" or kernel.cached or kernel.select is None or kernel.select.grouped == 1:
+        return False
+    fits = heads.group in SCORE_GROUPS and heads.qk_dim % 64 == 0 and heads.qk_dim <= 192
+    return fits and all(moves_along(c, w.axis.stride) for w in kernel.walks for c in w.piece.where)
+
+
+def scores_tile(kernel: Kernel, heads: Heads, smem: int) -> TileConfig:
+    """Queries of all warpgroups, and as many tiles of keys on their way as fit in `smem` bytes.
+
+    Registers of a warpgroup's thread: a row's q, and scores.
+    """
+    qk = sum(kernel.qk_parts)
+    rows = scoring_warpgroups(heads.qk_dim)[0] * GROUP_ROWS
+    fixed, each = 2 * rows * qk + 1024, 2 * GROUP_ROWS * qk
+    stages = max(2, min(6, (smem - fixed) // each))
+    registers = (qk + GROUP_ROWS) // 2 // 2 + GROUP_ROWS // 4 + 40
+    size, spills = fixed + stages * each, 1536 // heads.group  # once a tile of queries
+    return TileConfig(
+        rows // heads.group, GROUP_ROWS, 4, stages, size, registers, 1.0, maps=True, specialised=True, spills=spills
+    )
+
+
 GRADS_STAGES = 4  # steps of 64 rows: an even number, so that a stage is always the same warpgroup's
 
 

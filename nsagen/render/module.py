@@ -29,7 +29,7 @@ from nsagen.render.host import (
 from nsagen.render.keys import kernel_key
 from nsagen.render.split_view import split_view
 from nsagen.render.standalone import link
-from nsagen.render.view import combined_view, kernel_view
+from nsagen.render.view import combined_view, kernel_view, scores_are_whole
 from nsagen.render.walks import Named
 
 SHIPPED_CONFIGS = 12  # candidates of each table that a module carries and `tune` measures, best first
@@ -104,6 +104,9 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "attends": branch_views(graph, plan),
         "joint": joint_view(graph, plan),
         "specialised": any(k.specialised for k in plan.kernels),
+        "scores_by_rows": any(k.specialised for k in plan.kernels if k.body == "select_scores"),
+        "whole_scores": scores_are_whole(plan),
+        "qk_parts": next((k.qk_parts for k in plan.kernels if k.body == "select_scores"), ()),
         "united": UNITED_QUERIES if any(k.unites for k in plan.kernels) else 0,
         "operations": op_views(graph, plan),
         "public_parts": part_views(graph),
@@ -164,7 +167,8 @@ def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     # A kernel over a cache runs with the tiles of the one that it is made from.
     configs = () if kernel.cached else _distinct(kernel.tiles)
     riders = plan.riders(kernel.name) if combined_view(kernel, plan) else ()
-    carries = riders[0].kernel if riders else "unite_lists" if kernel.unites else None
+    before = {"attend_fwd": "unite_lists" if kernel.unites else None, "select_scores": "order_keys"}  # its other form
+    carries = riders[0].kernel if riders else before.get(kernel.body) if kernel.specialised else None
     return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan), carries)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nsagen.ir.graph import Heads, Select
 from nsagen.ir.plan import HEADS_IN_TURN, Access, Kernel, Plan, Taken
-from nsagen.passes.specialise import UNITED_QUERIES, ahead
+from nsagen.passes.specialise import UNITED_QUERIES, ahead, scoring_warpgroups
 from nsagen.render.kernel_doc import kernel_doc
 from nsagen.render.walks import Named, SourceView, conjuncts_of, power_of_two, sources_of
 from nsagen.sym import as_int
@@ -101,6 +101,7 @@ class KernelView:
     specialised: bool  # has a second form, in which a warp only copies
     combined: Combined | None  # what may ride on that form
     leaves: bool  # the last blocks of a list may be left to another branch
+    whole_scores: bool  # the scores that it reads may be whole already, where keys overlap the next block
 
     maps: dict[str, tuple[str, ...]]  # operand -> its tensor maps, one a part; nothing where it has none
     guards: dict[str, str]  # operand -> when its rows must be guarded, as a compile-time condition
@@ -110,6 +111,21 @@ class KernelView:
     def united(self) -> int:
         """Queries of a tile that share the blocks of their lists' union, where such tiles are."""
         return UNITED_QUERIES
+
+    @property
+    def block_bits(self) -> int:
+        """Of the number of a key within its selection block."""
+        assert self.select is not None
+        return self.select.grouped.bit_length() - 1
+
+    def key_of_block(self, i: int) -> str:
+        """A block's i-th keys, where splits by the lowest bit, the next and so on have named them."""
+        return "p" + "".join(str(i >> bit & 1) for bit in range(self.block_bits))
+
+    @property
+    def scorers(self) -> tuple[int, int]:
+        """Warpgroups of a tile whose rows of scores are queries × heads, where such tiles are, and their registers."""
+        return scoring_warpgroups(self.qk_dim)
 
     @property
     def taken(self) -> Taken | None:
@@ -268,6 +284,7 @@ def kernel_view(kernel: Kernel, plan: Plan) -> KernelView:
         specialised=kernel.specialised and not kernel.cached,
         combined=combined_view(kernel, plan),
         leaves=leaves,
+        whole_scores=not kernel.cached and scores_are_whole(plan),
         maps={a.operand: _maps(kernel, a) for a in kernel.accesses if a.map},
         guards={a.operand: "EXTENT" if a.guard == "segment" else "True" for a in kernel.accesses},
         wides={a.operand: ".to(tl.int64)" if a.bits == 64 else "" for a in kernel.accesses},
@@ -285,6 +302,11 @@ def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
     taken = {buffer for x in plan.launches(kernel.name) for operand, buffer in x.binds if operand == "out_taken"}
     completed = next((i for i, buffer in terms.items() if buffer in taken and kernel.specialised), None)
     return Combined(own, tuple(terms), ahead(plan.heads.v_dim, len(terms) - 1), completed)
+
+
+def scores_are_whole(plan: Plan) -> bool:
+    """Whether some tiles of scores leave one number a block, where others leave apart what is of the block before."""
+    return any(k.specialised and k.select and k.select.first for k in plan.kernels if k.body == "select_scores")
 
 
 def may_leave(kernel: Kernel, plan: Plan) -> bool:

@@ -73,7 +73,7 @@ def use_kernels(x: torch.Tensor) -> bool:
 def pick(tiles: Tiles, x: torch.Tensor, by_maps: bool = True) -> Config:
     """The configuration for x's device, dtype and length: the fastest measured, else the first that fits the device.
 
-    by_maps: whether the launch brings tensor maps (`mapped`), where its kernel can take them. Under the interpreter the
+    by_maps: whether the launch can take a tile that comes by tensor maps alone (`mapped`). Under the interpreter the
     smallest, which is the fastest there. Compiles and measures nothing; again, a look-up.
     """
     if tiles.forced is not None and (by_maps or not tiles.forced.specialised):
@@ -173,6 +173,11 @@ def specialises(cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor) -> bool
     return tensors[0].is_cuda and chip(tensors[0].device.index or 0).arch == "sm_90" and mapped(cu_seqlens, *tensors)
 
 
+def orders_keys(cu_seqlens: torch.Tensor | None, q: torch.Tensor) -> bool:
+    """Whether scores may be of rows that are queries × heads, for which keys are copied in lane order (lanes.py)."""
+    return (PLAIN or q.shape[1] >= ORDERED_FROM) and mapped(cu_seqlens, q)
+
+
 def maps(
     x: torch.Tensor, widths: tuple[int, ...], rows: int, block: int, cu_seqlens: torch.Tensor | None
 ) -> list[TensorDescriptor | None]:
@@ -247,8 +252,9 @@ def added(gradients: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, 
     return tuple(g if before is None else g + before for g, before in zip(gradients, into, strict=True))
 
 
+ORDERED_FROM = 8192  # queries: below, one launch more, which orders the keys, costs the host what is gained
 CHUNK_BYTES = 1 << 28  # of the scores of one chunk of queries
-CHUNK_STEP = 128  # no query tile is larger: a chunk is whole tiles
+CHUNK_STEP = 128  # no query tile is larger, and tiles of a power of two are whole ones of a chunk
 SLICE_BYTES = 4 << 30  # of what the branches of a prefill leave at once
 
 
@@ -301,5 +307,6 @@ def empty(
     return like.new_empty(shape, dtype=dtype)
 
 
-PLAIN = False  # the tuner: kernels that leave it no choice stand aside for those of packed calls
+# The tuner: kernels that leave it no choice stand aside for those of packed calls, and no length forbids a candidate.
+PLAIN = False
 POISON = False  # tests: outputs are NaN (lists −1) before a launch, so that a row nobody wrote shows

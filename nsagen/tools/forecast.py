@@ -38,6 +38,7 @@ RATES = {
     "score_lse": Rate(370e12, 9.3e-9),
     "select_scores": Rate(410e12, 1.0e-9),
 }
+BY_ROWS = Rate(620e12, 0.0, 50e-6)  # of scores whose rows are queries × heads
 SPECIALISED = Rate(690e12, 27e-9, 40e-6)  # of an attend_fwd with a warp that only copies
 RIDING = 0.5  # of its own time, what a combination costs in the epilogue of such a kernel
 LISTED = {"attend_fwd": L2, "attend_dq": DQ_SHARE * L2}  # bytes a second, of the blocks that each query reads
@@ -121,7 +122,8 @@ def _parts(kernel: Kernel, plan: Plan, tokens: int) -> float:
 def _tiled(kernel: Kernel, plan: Plan, tokens: int, tile: Tile) -> float:
     heads, (bm, bn, specialised) = plan.heads, tile
     in_turn = kernel.body in HEADS_IN_TURN
-    rate = SPECIALISED if specialised and kernel.body == "attend_fwd" else RATES[kernel.body]
+    forms = {"attend_fwd": SPECIALISED, "select_scores": BY_ROWS} if specialised else {}
+    rate = forms.get(kernel.body, RATES[kernel.body])
     halves = specialised and kernel.body in ("attend_fwd", "attend_queries")  # of a tile, whole queries each
     bt = bm if in_turn else queries(heads.group) if halves else max(1, bm // heads.group)
     loops = [_loops(w, bt, bn, tokens) for w in kernel.walks]

@@ -51,5 +51,6 @@ class Model:
     def _tile(self, kernel: str, tokens: int) -> Tile:
         device = torch.device(self.setting.device)
         like: Any = torch.empty(1, tokens, 0, device=device, dtype=self.setting.dtype)
-        config = launch.pick(self.configs[kernel], like)
+        by_maps = self.plan.kernel(kernel).body != "select_scores" or tokens >= launch.ORDERED_FROM
+        config = launch.pick(self.configs[kernel], like, by_maps)
         return Tile(config.bm, config.bn, config.specialised)

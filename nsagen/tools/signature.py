@@ -81,6 +81,7 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "PRECISION": "ieee",
         "ACCUMULATE": launch.accumulate,
         "LEAVES": launch.leaves,
+        "APART": True,
         "PAGE": 1,
         "EARLY": job.arch in EARLY,
         "TILES": 1,  # of a listed block
@@ -146,7 +147,8 @@ def _argument(name: str, job: Job, plan: Plan) -> tuple[str, bool]:
 def _map(stem: str, part: int, job: Job, plan: Plan) -> str:
     group, keys = plan.heads.group, job.kernel.body in BY_KEYS
     if stem in ("q", "do"):
-        return _boxes(DTYPES[job.dtype][0], [1, GROUP_ROWS // group if keys else 1, group, 64])
+        tokens = GROUP_ROWS // group if keys or job.kernel.body == "select_scores" else 1
+        return _boxes(DTYPES[job.dtype][0], [1, tokens, group, 64])
     operand = _operand(stem, job.kernel)
     known = job.arch in MAPS and DTYPES[job.dtype][1] == 16
     width = (job.kernel.v_parts if stem.startswith("v") else job.kernel.qk_parts)[part]

@@ -18,10 +18,11 @@ from nsagen.tools.costs import main_ops
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
-UNITED, JOINT, PARTS = (
-    json.loads((RESULTS / f"h200_nsa_128_bench_{x}.json").read_text())["rows"] for x in ("united", "joint", "gradients")
+LAST, PARTS = (
+    json.loads((RESULTS / f"h200_nsa_128_bench_{x}.json").read_text())["rows"] for x in ("by_rows", "gradients")
 )
-ROWS = [r for r in (*UNITED, *JOINT) if r["name"] == "whole"] + [r for r in PARTS if r["name"] != "whole"]
+ROWS = [r for r in LAST if r["name"] in ("whole", "select_blocks")]
+ROWS += [r for r in PARTS if r["name"] not in ("whole", "select_blocks")]
 LENGTHS = [4096, 6144, 8192, 16384, 32768, 65536, 131072]
 WITHIN = 0.25
 

@@ -83,3 +83,14 @@ def test_pointers_take_no_tile_that_would_spill(monkeypatch: pytest.MonkeyPatch)
     q = torch.empty((1, 64, 16, 128), dtype=torch.bfloat16).as_subclass(OnGpu)
     assert launch.pick(tiles, q) == wide
     assert launch.pick(tiles, q, False) == narrow
+
+
+def test_for_which_queries_keys_are_put_in_lane_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.zeros(1, launch.ORDERED_FROM, 4, 136, dtype=torch.bfloat16)
+    q = rows[..., :128]
+    assert launch.orders_keys(None, q)
+    assert not launch.orders_keys(None, rows[..., 1:129])  # maps take whole 16 bytes
+    assert not launch.orders_keys(torch.tensor([0, 10], dtype=torch.int32), q)
+    assert not launch.orders_keys(None, q[:, 1:])
+    monkeypatch.setattr(launch, "PLAIN", True)  # the tuner measures all candidates at any length
+    assert launch.orders_keys(None, q[:, 1:])

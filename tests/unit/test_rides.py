@@ -174,15 +174,26 @@ def test_who_carries(spec: str) -> None:
     plan = built(spec).plan
     of_plan = {rides: kernel for kernel, rides in riding(plan).values() if plan.kernel(rides).specialised}
     united = {k.name for k in plan.kernels if k.specialised and k.body == "attend_fwd" and k.walks[0].listed}
-    of_all = of_plan | dict.fromkeys(united, "unite_lists")
+    scores = {k.name for k in plan.kernels if k.specialised and k.body == "select_scores"}
+    of_all = of_plan | dict.fromkeys(united, "unite_lists") | dict.fromkeys(scores, "order_keys")
     assert {k: t.carries for k, t in module_of(spec)._CONFIGS.items() if t.carries} == of_all
     assert built(spec).source.count('carries="combine_fwd"') == len(of_plan)
 
 
-def test_serving_takes_no_form_that_copies_by_maps() -> None:
-    for branch in ("compressed", "window"):
-        text = function(built("nsa_128").source, f"_{branch}_cached")
-        assert f'c = launch.pick(_CONFIGS["{branch}_fwd"], q, False)' in text
+@pytest.mark.parametrize("spec", sorted(api.ready_specs()))
+def test_serving_takes_no_form_that_copies_by_maps(spec: str) -> None:
+    """Nor tiles that were made for it: 12 queries are no power of two."""
+    source, forms = built(spec).source, {k.name for k in built(spec).plan.kernels if k.specialised}
+    found = {name: function(source, name) for name in re.findall(r"^def (_\w+_cached)\(", source, re.MULTILINE)}
+    picks = [x for text in found.values() for x in re.findall(r'launch\.pick\(_CONFIGS\["(\w+)"\], (.*)\)', text)]
+    if spec == "nsa_128":
+        assert {kernel for kernel, _ in picks} & forms == {
+            "compressed_fwd",
+            "selected_fwd",
+            "window_fwd",
+            "select_scores",
+        }
+    assert all(arguments == "q, False" for kernel, arguments in picks if kernel in forms)
 
 
 @pytest.mark.parametrize("spec", sorted(api.ready_specs()))
@@ -412,5 +423,5 @@ def test_what_is_carried_is_no_subject_of_its_own() -> None:
     """It has one configuration: a round would find no launch of it beside a form that does its work."""
     for spec in sorted(api.ready_specs()):
         tables = module_of(spec)._CONFIGS
-        for carried in {t.carries for t in tables.values()} - {None, "unite_lists"}:  # of no module's
+        for carried in {t.carries for t in tables.values()} - {None, "unite_lists", "order_keys"}:  # of no module's
             assert all(len(configs) == 1 for configs in tables[carried].configs.values())

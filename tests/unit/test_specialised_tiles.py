@@ -46,6 +46,10 @@ AWKWARD = NSA | {"name": "awkward", "heads": {"query": 12, "kv": 1, "qk_dim": 72
 WIDE = NSA | {"name": "wide", "heads": {"query": 5, "kv": 1, "qk_dim": 256, "v_dim": 256}}
 WITH_SINKS = NSA | {"name": "with_sinks", "heads": AWKWARD["heads"], "branches": {"window": {"size": 100, "sinks": 4}}}
 WITH_SINKS |= {"combine": "single"}
+FOUR_HEADS = {"query": 4, "kv": 1, "qk_dim": 128, "v_dim": 128}
+SMALL_BLOCKS = {"block": 32, "top_n": 4, "initial": 1, "local": 1, "from": "compressed"}
+SPILLING = {"name": "spilling", "heads": FOUR_HEADS, "kv": "shared", "combine": "gated_sum"}
+SPILLING |= {"branches": {"compressed": NSA["branches"]["compressed"], "selected": SMALL_BLOCKS}}
 
 
 Spec = str | dict[str, Any]  # a ready one's name, or what it says
@@ -134,7 +138,7 @@ def test_a_tile_s_masks_can_be_counted_from_its_first_key(spec: str) -> None:
 
 def test_the_forwards_and_no_other() -> None:
     plan = plan_of("nsa_128")
-    assert with_the_form(plan) == {"compressed_fwd", "window_fwd", "selected_fwd"}
+    assert with_the_form(plan) == {"compressed_fwd", "window_fwd", "selected_fwd", "select_scores"}
     gradients = {f"{branch}_{what}" for branch in ("compressed", "window") for what in ("queries", "keys")}
     assert of_the_form(plan) == gradients | {"selected_grads", "joint_queries"}
     others = {k.name for k in plan.kernels} - with_the_form(plan) - of_the_form(plan)
@@ -144,7 +148,7 @@ def test_the_forwards_and_no_other() -> None:
         "window_cached",
         "window_dq",
         "window_dkv",
-        "select_scores",
+        "select_scores_cached",
     }
     assert not any(tables_with_it(plan.kernel(name)) for name in others)
 
@@ -229,6 +233,41 @@ def test_a_group_fills_one_warpgroup_at_most(query: int, offered: bool) -> None:
     assert [c.what for c in kernel.choices].count(WHAT) == offered
 
 
+SCORES: list[tuple[dict[str, int], dict[str, int], bool]] = [  # of the heads, of the selection; whether offered
+    ({}, {}, True),
+    ({"query": 4}, {}, True),
+    ({"query": 2}, {}, False),
+    ({"query": 32}, {}, False),
+    ({"qk_dim": 192}, {}, True),
+    ({"qk_dim": 256}, {}, False),
+    ({"qk_dim": 80}, {}, False),
+    ({}, {"block": 32}, True),
+    ({}, {"block": 256}, True),
+    ({}, {"block": 512}, False),  # 32 keys are never kept as one sum
+    ({}, {"block": 48}, False),
+]
+
+
+@pytest.mark.parametrize(("heads", "selection", "offered"), SCORES)
+def test_whose_rows_of_scores_are_queries_and_heads(
+    heads: dict[str, int], selection: dict[str, int], offered: bool
+) -> None:
+    of = {"query": 16, "kv": 1, "qk_dim": 128, "v_dim": 128} | heads
+    blocks = {"block": 64, "top_n": 4, "initial": 1, "local": 1, "from": "compressed"} | selection
+    branches = {"compressed": {"block": 32, "stride": 16, "pool": "mean"}, "selected": blocks}
+    spec = {"name": "scored", "heads": of, "kv": "shared", "branches": branches, "combine": "gated_sum"}
+    plan = plan_of(spec)
+    kernel = plan.kernel("select_scores")
+    assert tables_with_it(kernel) == ({("sm_90", 16)} if offered else set())
+    assert ("lanes.in_order(k, c.bn)" in built(spec).source) == offered
+    assert not plan.kernel("select_scores_cached").specialised
+    for table in kernel.tiles:
+        for c in table.configs:
+            if c.specialised:
+                warpgroups = 3 if of["qk_dim"] > 128 else 4
+                assert (c.bm, c.bn, c.dropped) == (warpgroups * 64 // of["query"], 64, None)
+
+
 def test_a_tile_that_does_not_fit_is_dropped_for_a_reason() -> None:
     kernel = plan_of(WIDE).kernel("window_fwd")
     (table,) = (t for t in kernel.tiles if (t.arch, t.bits) == ("sm_90", 16))
@@ -270,12 +309,14 @@ def test_the_choice_stands_where_the_form_is_and_is_explained(spec: str) -> None
     plan = plan_of(spec)
     some = of_the_form(plan) - {"selected_grads"}  # whose choice speaks of the loop order
     united = {name for name in with_the_form(plan) if plan.kernel(name).walks[0].listed}  # … and this of their queries
-    in_a_row = with_the_form(plan) - united
+    scores = {name for name in with_the_form(plan) if plan.kernel(name).select}  # and this of their rows
+    in_a_row = with_the_form(plan) - united - scores
     assert {k.name for k in plan.kernels if WHAT in [c.what for c in k.choices]} == in_a_row | some
     pages = summary(built(spec)).split("KERNEL ")[1:]
     assert {p.split()[0] for p in pages if f"  {WHAT} because a warp copies keys ahead" in p} == in_a_row
     assert {p.split()[0] for p in pages if f"  {WHAT} because a warp copies" in p} == in_a_row | some
     assert {p.split()[0] for p in pages if "  union_of_lists because adjacent queries" in p} == united
+    assert {p.split()[0] for p in pages if "  scores_by_rows because a warp copies keys" in p} == scores
     first = {k.name for k in plan.kernels if aot_chips.candidates(k, "sm_90", 16)[0].specialised}
     shown = r"^  tile sm_90 16-bit: \d+x\d+ w4 s\d ws  "
     assert {p.split()[0] for p in pages if re.search(shown, p, re.MULTILINE)} == first
@@ -324,7 +365,7 @@ def test_a_module_with_the_form_imports_gluon() -> None:
 def test_a_module_without_does_not() -> None:
     small = {"query": 8, "kv": 2, "qk_dim": 64, "v_dim": 64}
     source = built({**api.read("selected_only").to_dict(), "name": "small", "heads": small}).source
-    assert not re.search(r"gluon|hopper|_specialised|specialised=True", source)
+    assert not re.search(r"gluon|hopper|lanes|_specialised|specialised=True", source)
 
 
 # Keys.
@@ -336,8 +377,11 @@ def functions(module: str, before: str = "") -> set[str]:
     return set(re.findall(rf"^{before}def (\w+)\(", text, re.MULTILINE))
 
 
-DEVICE = functions("hopper", r"@gluon\.jit\n")
-HOST = functions("hopper") - DEVICE
+MODULES = ("hopper", "lanes")
+MARKED = r"@gluon\.(?:jit|constexpr_function)\n"
+DEVICE = {name for module in MODULES for name in functions(module, MARKED)}
+HOST = {name for module in MODULES for name in functions(module)} - DEVICE
+CALLED = r"\b(?:hopper|lanes)\.(\w+)\("
 
 
 @functools.cache
@@ -353,22 +397,24 @@ def changing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_key_knows_the_functions_for_hopper() -> None:
-    assert keys._library().keys() == functions("device") | functions("hopper")
-    assert not functions("device") & functions("hopper"), "a key finds a function by its name alone"
+    modules = [functions(name) for name in keys.DEVICE]
+    assert {*MODULES, "device"} == set(keys.DEVICE)
+    assert keys._library().keys() == set().union(*modules)
+    assert sum(map(len, modules)) == len(keys._library()), "a key finds a function by its name alone"
     names = with_the_form(plan_of("nsa_128")) | of_the_form(plan_of("nsa_128"))
-    called = set(re.findall(r"\bhopper\.(\w+)\(", "".join(map(text_of, sorted(names)))))
-    assert called == DEVICE | {"sync"}  # which is Triton's
+    called = set(re.findall(CALLED, "".join(map(text_of, sorted(names)))))
+    assert called == DEVICE - {"lane_before"} | {"sync"}  # which one_later calls; which is Triton's
     assert {"boxes", "programs"} < HOST
 
 
-@pytest.mark.parametrize("function", sorted(DEVICE))
+@pytest.mark.parametrize("function", sorted(DEVICE - {"lane_before"}))
 def test_a_key_is_of_the_functions_for_hopper_that_the_kernel_calls(function: str, changing: Any) -> None:
     plan = plan_of("nsa_128")
     names = [k.name for k in plan.kernels if not k.body.startswith("split")]
     before = {name: kernel_key(text_of(name)) for name in names}
     changing(**{function: "changed"})
     changed = {name for name in names if kernel_key(text_of(name)) != before[name]}
-    assert changed == {name for name in names if f"hopper.{function}(" in text_of(name)}
+    assert changed == {name for name in names if function in re.findall(CALLED, text_of(name))}
     assert changed and changed <= with_the_form(plan) | of_the_form(plan)
 
 
@@ -440,14 +486,15 @@ def test_tensor_maps_are_those_that_a_launch_makes(spec: Spec, dtype: str, kind:
             continue
         types = signature_of(getattr(module, f"{job.kernel.name}_specialised"), job, plan).types
         several = [str(w.source) for w in job.kernel.walks] if len(job.kernel.walks) > 1 else [""]
-        for side, width, parts in (("k", h.qk_dim, job.kernel.qk_parts), ("v", h.v_dim, job.kernel.v_parts)):
+        values = [("v", h.v_dim, job.kernel.v_parts)] if any(o.role == "v" for o in job.kernel.operands) else []
+        for side, width, parts in (("k", h.qk_dim, job.kernel.qk_parts), *values):
             rows = 64 if job.kernel.body in BY_KEYS else job.tile.bn
             made = hopper.boxes(torch.zeros(2, 300, h.kv, width, dtype=kind), parts, rows)
             wanted = {f"{side}{n}_map{i}": mangle_type(x) for n in several for i, x in enumerate(made)}
             assert {name: x for name, x in types.items() if re.match(rf"{side}\d?_map", name)} == wanted
         rows_too = [x for x in (("q", h.qk_dim), ("do", h.v_dim)) if f"{x[0]}_map0" in types]
         for side, width in rows_too:
-            tokens = 64 // h.group if job.kernel.body in BY_KEYS else 1
+            tokens = 64 // h.group if job.kernel.body in (*BY_KEYS, "select_scores") else 1
             made = hopper.row_boxes(torch.zeros(2, 300, h.query, width, dtype=kind), h.group, tokens)
             assert types[f"{side}_map0"] == mangle_type(made)
 
@@ -468,6 +515,8 @@ TRIED: dict[str, tuple[Spec, str, str]] = {  # spec, dtype, which candidates
     "tiny": ("tiny", "bf16", "first"),
     "awkward": (AWKWARD, "fp16", "all"),
     "mha_16": ("mha_16", "bf16", "first"),
+    "gqa_llama": ("gqa_llama", "bf16", "first"),
+    "four heads, two keys a block": (SPILLING, "bf16", "first"),  # whose scores spill most
 }
 
 
@@ -480,6 +529,9 @@ KNOWN: dict[tuple[str, str], set[str]] = {
     ("nsa_paper", "compressed_keys"): {"C7517"},
     ("nsa_paper", "window_keys"): {"C7517"},
     ("nsa_paper", "selected_grads"): {"C7512"},
+    ("gqa_llama", "compressed_keys"): {"C7517"},
+    ("gqa_llama", "window_keys"): {"C7517"},
+    ("four heads, two keys a block", "compressed_keys"): {"C7517"},
 }
 
 
