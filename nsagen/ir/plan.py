@@ -256,6 +256,11 @@ class Kernel:
         """Whether adjacent queries of some of its tiles share the blocks of their lists' union."""
         return self.specialised and self.body == "attend_fwd" and any(w.listed for w in self.walks)
 
+    @property
+    def scores_by_rows(self) -> bool:
+        """Whether some of its tiles have scores of rows that are queries × heads, of keys in lane order."""
+        return self.specialised and self.body == "select_scores"
+
 
 FACTS = {
     "rows_may_be_empty": "a query may see no key: output 0, lse −inf",

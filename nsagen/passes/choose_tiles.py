@@ -104,10 +104,11 @@ def _with_tiles(kernel: Kernel, heads: Heads) -> Kernel:
     even = 128 % heads.group == 0
     facts = (*kernel.facts, *(("group_fills_tile",) if even and kernel.walks else ()))
     kernel = replace(kernel, tiles=tables, facts=facts)
-    if not kernel.specialised or kernel.body not in ("attend_fwd", "select_scores"):
+    if kernel.scores_by_rows:
+        return _because(kernel, SCORES_BY_ROWS)
+    if not kernel.specialised or kernel.body != "attend_fwd":
         return kernel
-    plain = SCORES_BY_ROWS if kernel.body == "select_scores" else SPECIALISED
-    return _because(kernel, SHARES_BLOCKS if kernel.unites else plain)
+    return _because(kernel, SHARES_BLOCKS if kernel.unites else SPECIALISED)
 
 
 def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileConfig, ...]:
@@ -119,15 +120,20 @@ def _ranked(kernel: Kernel, heads: Heads, arch: Arch, bits: int) -> tuple[TileCo
     shapes = _shared_shapes(kernel, heads, bits) if kernel.body == "split_attend" else _shapes(kernel, heads)
     candidates = [_judge(kernel, heads, arch, bits, *shape) for shape in shapes]
     candidates += [_capped(c) for c in candidates if _gains_by_a_cap(kernel, arch, bits, c)]
-    if arch.specialises and bits == 16 and kernel.may_specialise() and heads.group <= GROUP_ROWS:
-        candidates += [_judge_specialised(kernel, heads, arch, *shape) for shape in SHAPES]
-    if arch.specialises and bits == 16 and may_unite(kernel, heads):
-        tile = united_tile(kernel, heads, arch.smem)
-        candidates.append(_judge_beside(tile, arch, UNITED_SHARE * min(c.cost for c in candidates)))
-    if arch.specialises and bits == 16 and may_score_by_rows(kernel, heads):
-        tile = scores_tile(kernel, heads, arch.smem)
-        candidates.append(_judge_beside(tile, arch, SCORE_SHARE * min(c.cost for c in candidates)))
+    if arch.specialises and bits == 16:
+        candidates += _with_a_copying_warp(kernel, heads, arch, min(c.cost for c in candidates))
     return tuple(sorted(candidates, key=lambda c: (c.dropped is not None, c.cost, c.smem)))
+
+
+def _with_a_copying_warp(kernel: Kernel, heads: Heads, arch: Arch, best: float) -> list[TileConfig]:
+    """best: the least cost of the other tiles."""
+    if kernel.may_specialise() and heads.group <= GROUP_ROWS:
+        return [_judge_specialised(kernel, heads, arch, *shape) for shape in SHAPES]
+    if may_unite(kernel, heads):
+        return [_judge_beside(united_tile(kernel, heads, arch.smem), arch, UNITED_SHARE * best)]
+    if may_score_by_rows(kernel, heads):
+        return [_judge_beside(scores_tile(kernel, heads, arch.smem), arch, SCORE_SHARE * best)]
+    return []
 
 
 def _gains_by_a_cap(kernel: Kernel, arch: Arch, bits: int, c: TileConfig) -> bool:

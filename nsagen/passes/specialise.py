@@ -70,6 +70,11 @@ def may_unite(kernel: Kernel, heads: Heads) -> bool:
     return whole and kernel.qk_parts[: len(kernel.v_parts)] == kernel.v_parts
 
 
+def _stages(room: int, each: int) -> int:
+    """Of a ring in `room` bytes, `each` a stage: from six on all are under way."""
+    return max(2, min(6, room // each))
+
+
 def united_tile(kernel: Kernel, heads: Heads, smem: int) -> TileConfig:
     """As many blocks on their way as fit in `smem` bytes, beside queries and weights of the warpgroups.
 
@@ -78,7 +83,7 @@ def united_tile(kernel: Kernel, heads: Heads, smem: int) -> TileConfig:
     qk, v = sum(kernel.qk_parts), sum(kernel.v_parts)
     fixed = 2 * UNITED_QUERIES * heads.group * (qk + GROUP_ROWS) + 2048
     each = 2 * GROUP_ROWS * (qk + v)
-    stages = max(2, min(6, (smem - fixed) // each))
+    stages = _stages(smem - fixed, each)
     bm, size = UNITED_QUERIES * heads.group, fixed + stages * each
     registers = heads.group * (v + 3 * GROUP_ROWS) // 128 + 48
     spills = 12 * heads.group  # once a tile
@@ -113,7 +118,7 @@ def scores_tile(kernel: Kernel, heads: Heads, smem: int) -> TileConfig:
     qk = sum(kernel.qk_parts)
     rows = scoring_warpgroups(heads.qk_dim)[0] * GROUP_ROWS
     fixed, each = 2 * rows * qk + 1024, 2 * GROUP_ROWS * qk
-    stages = max(2, min(6, (smem - fixed) // each))
+    stages = _stages(smem - fixed, each)
     registers = (qk + GROUP_ROWS) // 2 // 2 + GROUP_ROWS // 4 + 40
     size, spills = fixed + stages * each, 1536 // heads.group  # once a tile of queries
     return TileConfig(

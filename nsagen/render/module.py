@@ -104,7 +104,7 @@ def _context(spec: dict[str, Any], graph: Graph, plan: Plan, digest: str, runtim
         "attends": branch_views(graph, plan),
         "joint": joint_view(graph, plan),
         "specialised": any(k.specialised for k in plan.kernels),
-        "scores_by_rows": any(k.specialised for k in plan.kernels if k.body == "select_scores"),
+        "scores_by_rows": any(k.scores_by_rows for k in plan.kernels),
         "whole_scores": scores_are_whole(plan),
         "qk_parts": next((k.qk_parts for k in plan.kernels if k.body == "select_scores"), ()),
         "united": UNITED_QUERIES if any(k.unites for k in plan.kernels) else 0,
@@ -167,8 +167,8 @@ def _kernel_text(kernel: Kernel, plan: Plan) -> KernelText:
     # A kernel over a cache runs with the tiles of the one that it is made from.
     configs = () if kernel.cached else _distinct(kernel.tiles)
     riders = plan.riders(kernel.name) if combined_view(kernel, plan) else ()
-    before = {"attend_fwd": "unite_lists" if kernel.unites else None, "select_scores": "order_keys"}  # its other form
-    carries = riders[0].kernel if riders else before.get(kernel.body) if kernel.specialised else None
+    before = "unite_lists" if kernel.unites else "order_keys" if kernel.scores_by_rows else None
+    carries = riders[0].kernel if riders else before
     return KernelText(kernel.name, kernel_key(source), source, configs, _lengths(kernel, plan), carries)
 
 

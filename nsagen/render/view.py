@@ -119,7 +119,7 @@ class KernelView:
         return self.select.grouped.bit_length() - 1
 
     def key_of_block(self, i: int) -> str:
-        """A block's i-th keys, where splits by the lowest bit, the next and so on have named them."""
+        """The i-th keys of blocks, where splits by the lowest bit, the next and so on have named them."""
         return "p" + "".join(str(i >> bit & 1) for bit in range(self.block_bits))
 
     @property
@@ -306,7 +306,7 @@ def combined_view(kernel: Kernel, plan: Plan) -> Combined | None:
 
 def scores_are_whole(plan: Plan) -> bool:
     """Whether some tiles of scores leave one number a block, where others leave apart what is of the block before."""
-    return any(k.specialised and k.select and k.select.first for k in plan.kernels if k.body == "select_scores")
+    return any(k.scores_by_rows and k.select and k.select.first for k in plan.kernels)
 
 
 def may_leave(kernel: Kernel, plan: Plan) -> bool:

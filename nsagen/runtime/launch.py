@@ -175,7 +175,12 @@ def specialises(cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor) -> bool
 
 def orders_keys(cu_seqlens: torch.Tensor | None, q: torch.Tensor) -> bool:
     """Whether scores may be of rows that are queries × heads, for which keys are copied in lane order (lanes.py)."""
-    return (PLAIN or q.shape[1] >= ORDERED_FROM) and mapped(cu_seqlens, q)
+    return orders_from(q.shape[1]) and mapped(cu_seqlens, q)
+
+
+def orders_from(queries: int) -> bool:
+    """Whether so many queries are worth it."""
+    return PLAIN or queries >= ORDERED_FROM
 
 
 def maps(

@@ -51,6 +51,6 @@ class Model:
     def _tile(self, kernel: str, tokens: int) -> Tile:
         device = torch.device(self.setting.device)
         like: Any = torch.empty(1, tokens, 0, device=device, dtype=self.setting.dtype)
-        by_maps = self.plan.kernel(kernel).body != "select_scores" or tokens >= launch.ORDERED_FROM
+        by_maps = self.plan.kernel(kernel).body != "select_scores" or launch.orders_from(tokens)
         config = launch.pick(self.configs[kernel], like, by_maps)
         return Tile(config.bm, config.bn, config.specialised)
