@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  dfcd3ae8fc9c
-runtime  20
+content  5bf2d1537eeb
+runtime  21
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -43,7 +43,7 @@ window_cached            query_major, because mode=train: every query tile has B
 decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as sums a block, so that the keys are not read again once lse is known
 decode_select            selects, because up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait; row_a_program, because a row of scores fits the registers: few are ranked, of many the n-th best is found bit by bit; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
+decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because with many sequences a program has all of a query (decode_whole): no part is written, nothing is launched
 """
 
 from typing import Optional
@@ -59,7 +59,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(20, "mha_16")
+version.require(21, "mha_16")
 
 SPEC = {'name': 'mha_16',
  'heads': {'query': 16, 'kv': 16, 'qk_dim': 128, 'v_dim': 128},
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_dfcd3ae8fc9c"
+_SPACE = "nsagen_mha_16_5bf2d1537eeb"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -460,7 +460,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "d35cc791b8a3", {
+    "decode_scores": Tiles("decode_scores", "ed7b98f15b7c", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -475,7 +475,7 @@ _DECODE_CONFIGS = {
             Config(16, 32, 4, 1, 20480), Config(16, 16, 4, 1, 12288),
         ),
     }),
-    "decode_attend": Tiles("decode_attend", "387d963ec1f4", {
+    "decode_attend": Tiles("decode_attend", "129d46902046", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400),
             Config(16, 32, 4, 2, 36864), Config(16, 16, 4, 3, 28672), Config(16, 64, 8, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -3734,6 +3734,8 @@ def decode_scores_source(
         d = tl.arange(0, 128)[None, :]
         tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
     return m, z, acc0
+
+
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run", "key_tiles"])
 def decode_scores(
     q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
@@ -4081,93 +4083,55 @@ def decode_attend_source1(
         d = tl.arange(0, 128)[None, :]
         tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
     return m, z, acc0
+
+
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1", "splits_compressed", "key_tiles"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, sums_ptr, tops_ptr, lses_compressed_ptr, scores_ptr, parts_compressed_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits0, run0, splits1, run1, splits_compressed, scale,
+    q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, sums_ptr, tops_ptr, lses_compressed_ptr, scores_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, groups, key_tiles, splits0, run0, splits1, run1, splits_compressed, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr, SCORED: tl.constexpr, HEATS: tl.constexpr, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, SPLITS: tl.constexpr, SCORED: tl.constexpr, HEATS: tl.constexpr, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: one query × the 1 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
-    WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
-    SPLITS: parts that came before, at most.
     A list's program begins with the selection, and every run of the list does the same: from sums, or SCORED from what
-    decode_select has stored of runs of TOGETHER candidates (HEATS: their best).
+    decode_select has stored of runs of TOGETHER candidates (HEATS: their best). SPLITS: runs that came before, at most.
     """
     BT: tl.constexpr = BM // 1
     tiles = tl.cdiv(queries, BT)
     programs = queries * splits0 + tiles * splits1
-    if WHOLE:
-        programs = 1
     pid = tl.program_id(0)
     h = pid % 16  # KV head
     b = (pid // 16 // programs).to(tl.int64)
-    past = device.past_of(past_ptr + b, EARLY, not WHOLE)
+    past = device.past_of(past_ptr + b, EARLY, True)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    if WHOLE:
-        head = tl.arange(0, 16)
-        live = head < 1
-        stat = b * 16 + h * 1 + head
-        out0 = tl.zeros([16, 128], dtype=tl.float32)
-        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-        z = tl.zeros([16], dtype=tl.float32)
-        acc0 = tl.zeros([16, 128], dtype=tl.float32)
-        m, z, acc0 = decode_merge_parts(m, z, acc0, parts_compressed_ptr, lses_compressed_ptr, splits_compressed, stat, live, part_rows, SPLITS)
-        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 0)
-        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-        z = tl.zeros([16], dtype=tl.float32)
-        acc0 = tl.zeros([16, 128], dtype=tl.float32)
+    at = pid // 16 % programs
+    programs = queries * splits0
+    if (at >= 0) & (at < programs):
         if SCORED:
-            decode_select_scored(scores_ptr, blocks0_ptr, past, b * queries + 0, 0, h, capacity, CANDIDATES, TOGETHER, HEATS)
+            decode_select_scored(scores_ptr, blocks0_ptr, past, b * queries + at % queries, at % queries, h, capacity, CANDIDATES, TOGETHER, HEATS)
         else:
-            decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_compressed_ptr, scores_ptr, blocks0_ptr, past, b * queries + 0, 0, h, capacity, part_rows, groups, splits_compressed, CANDIDATES, TOGETHER, SPLITS, TILE)
-        m, z, acc0 = decode_attend_source0(
-            m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
-            splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, False,
-        )
-        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
+            decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_compressed_ptr, scores_ptr, blocks0_ptr, past, b * queries + at % queries, at % queries, h, capacity, part_rows, groups, splits_compressed, CANDIDATES, TOGETHER, SPLITS, TILE)
         m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
         z = tl.zeros([16], dtype=tl.float32)
         acc0 = tl.zeros([16, 128], dtype=tl.float32)
-        m, z, acc0 = decode_attend_source1(
-            m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, 0,
-            splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, 16, BN, PRECISION, PAGE, False,
+        decode_attend_source0(
+            m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
+            splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
+            k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, True,
         )
-        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 2)
-        decode_merge_store(out0, out_ptr, stat, live)
-        if h == 0:  # nothing of the step reads them: it goes by what they were
-            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
-    else:
-        at = pid // 16 % programs
-        programs = queries * splits0
-        if (at >= 0) & (at < programs):
-            if SCORED:
-                decode_select_scored(scores_ptr, blocks0_ptr, past, b * queries + at % queries, at % queries, h, capacity, CANDIDATES, TOGETHER, HEATS)
-            else:
-                decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_compressed_ptr, scores_ptr, blocks0_ptr, past, b * queries + at % queries, at % queries, h, capacity, part_rows, groups, splits_compressed, CANDIDATES, TOGETHER, SPLITS, TILE)
-            m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-            z = tl.zeros([16], dtype=tl.float32)
-            acc0 = tl.zeros([16, 128], dtype=tl.float32)
-            decode_attend_source0(
-                m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
-                splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
-                k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, True,
-            )
-        at -= programs
-        programs = tiles * splits1
-        if (at >= 0) & (at < programs):
-            m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-            z = tl.zeros([BM], dtype=tl.float32)
-            acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-            decode_attend_source1(
-                m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
-                splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
-                k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE, True,
-            )
+    at -= programs
+    programs = tiles * splits1
+    if (at >= 0) & (at < programs):
+        m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([BM], dtype=tl.float32)
+        acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+        decode_attend_source1(
+            m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
+            splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
+            k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE, True,
+        )
 
 
 @triton.jit
@@ -4234,6 +4198,62 @@ def decode_merge(
     first = live & (stat % (queries * 16) == 0)
     past = tl.load(past_ptr + b, mask=first, other=0)
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "key_tiles", "run_scored", "run0", "run1"])
+def decode_whole(
+    q_ptr, k_scored_ptr, v_scored_ptr, k0_ptr, v0_ptr, blocks0_ptr, k1_ptr, v1_ptr, sums_ptr, tops_ptr, lses_ptr, scores_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scored_scales_ptr, v_scored_scales_ptr, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, groups, key_tiles, run_scored, run0, run1, scale,
+    q_sb, q_st, q_sh, k_scored_sb, k_scored_st, k_scored_sh, v_scored_sb, v_scored_st, v_scored_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr,
+):
+    """All of a step of one query a sequence; one program: one query × the 1 heads of one KV head.
+
+    Grid: sequences × KV heads, heads fastest. past int32 [B]: tokens before the step's.
+    """
+    pid = tl.program_id(0)
+    h = pid % 16  # KV head
+    b = (pid // 16).to(tl.int64)
+    past = device.past_of(past_ptr + b, EARLY, False)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    head = tl.arange(0, 16)
+    live = head < 1
+    stat = b * 16 + h * 1 + head
+    out0 = tl.zeros([16, 128], dtype=tl.float32)
+    m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([16], dtype=tl.float32)
+    acc0 = tl.zeros([16, 128], dtype=tl.float32)
+    m, z, acc0 = decode_scores_source(
+        m, z, acc0, q_ptr, k_scored_ptr, v_scored_ptr, None, None, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scored_scales_ptr, v_scored_scales_ptr, past, queries, capacity, 0,
+        1, run_scored, part_rows, scale, None, 0, None, 0, None, 0, None, 0, 0, 0, b, h, q_sb, q_st, q_sh,
+        k_scored_sb, k_scored_st, k_scored_sh, v_scored_sb, v_scored_st, v_scored_sh, 16, BN, PRECISION, PAGE, False,
+    )
+    some = z > 0
+    tl.store(lses_ptr + stat, tl.where(some, m + tl.log2(tl.where(some, z, 1.0)), float("-inf")), mask=live)
+    tl.debug_barrier()  # the selection reads what other threads have stored
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 0)
+    m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([16], dtype=tl.float32)
+    acc0 = tl.zeros([16, 128], dtype=tl.float32)
+    decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_ptr, scores_ptr, blocks0_ptr, past, b * queries + 0, 0, h, capacity, part_rows, groups, 1, CANDIDATES, TOGETHER, 1, TILE)
+    m, z, acc0 = decode_attend_source0(
+        m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, None, None, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
+        1, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, False,
+    )
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
+    m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([16], dtype=tl.float32)
+    acc0 = tl.zeros([16, 128], dtype=tl.float32)
+    m, z, acc0 = decode_attend_source1(
+        m, z, acc0, q_ptr, k1_ptr, v1_ptr, None, None, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, 0,
+        1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, 16, BN, PRECISION, PAGE, False,
+    )
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 2)
+    decode_merge_store(out0, out_ptr, stat, live)
+    if h == 0:  # nothing of the step reads them: it goes by what they were
+        tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit
@@ -5206,8 +5226,7 @@ def _decode_scores(q, k, v, past, scale, append=None):
     batch, queries = q.shape[:2]
     bm = split.rows(q, 1)
     tiles, rows, programs = -(-queries // (bm // 1)), (batch, queries, 16), 0
-    longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
-    runs = split.runs(16 * batch * tiles, longest, c.bn)
+    runs = split.runs(16 * batch * tiles, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn)
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
@@ -5241,13 +5260,11 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     programs += queries * runs0.count
     parts0 = launch.empty(q, (runs0.count, *rows, 128), None, torch.float32)
     lses0 = launch.empty(q, (runs0.count, *rows), None, torch.float32)
-    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
-    runs1 = split.runs(16 * batch * tiles, longest, c.bn)
+    runs1 = split.runs(16 * batch * tiles, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn)
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    whole = queries == 1 and runs0.count == 1 and runs1.count == 1
     before = lses_compressed.shape[0]
     splits = launch.power_of_two(before, 1)
     groups, candidates = sums.shape[-1], launch.power_of_two(-(-past.capacity // 64), max(16, tile))
@@ -5259,13 +5276,11 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
             sums, tops, lses_compressed, scores, cache.lengths, queries, past.capacity, batch * queries * 16, groups, tops.shape[-1], before,
             candidates, of.together, splits, tile, of.heats, num_warps=split.SELECT_WARPS, **split.early(q, 16),
         )
-    decode_attend[(16 * batch * (1 if whole else programs),)](
-        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, parts_compressed, gates, out, past.lengths if whole else cache.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+    decode_attend[(16 * batch * programs,)](
+        q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 16, groups, tops.shape[-1], *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=splits, SCORED=of.launched, HEATS=of.heats, CANDIDATES=candidates, TOGETHER=of.together, TILE=tile, **c.options, **split.early(q, 16),
+        launch.precision(q), past.page, SPLITS=splits, SCORED=of.launched, HEATS=of.heats, CANDIDATES=candidates, TOGETHER=of.together, TILE=tile, **c.options, **split.early(q, 16),
     )
-    if whole:
-        return out
     counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 16, 128, *widths)
@@ -5276,8 +5291,47 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     return out
 
 
+def _whole(q, cache):
+    """The tile and the keys of each source, where a program has all of a sequence and KV head; None where some share them."""
+    past, (batch, queries) = cache.past, q.shape[:2]
+    blocks = -(-past.capacity // 64)
+    if not split.whole(q, 16, blocks):
+        return None
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 16, cache.rows("k_cmp").scales is not None, True)
+    runs = (
+        split.runs(16 * batch, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn).length,
+        split.runs(16 * batch, 16, 1).length,
+        split.runs(16 * batch, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn).length,
+    )
+    return c, runs, launch.power_of_two(blocks, max(16, c.bn // 4))
+
+
+def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, scale, c, runs, candidates):
+    """compressed, selected, window of a query by one program, merged -> out."""
+    batch, rows = q.shape[0], q.shape[0] * 16
+    out = launch.empty(q, (batch, 1, 16, 128), None)
+    lses = launch.empty(q, (rows,), None, torch.float32)
+    groups = split.groups(past.capacity // 16, 4)
+    sums = launch.empty(q, (rows, 2, groups), None, torch.float32)
+    tile = c.bn // 4
+    tops = launch.empty(q, (rows, -(-groups // tile)), None, torch.float32)
+    scores = launch.empty(q, (batch, 16, candidates), None, torch.float32)
+    blocks0 = launch.empty(q, (batch, 16, 16), None, torch.int32)
+    together = split.together(candidates, 1, c.warps * split.MOST_RIDING_SUMS, tile)
+    decode_whole[(16 * batch,)](
+        q, k_scored.data, v_scored.data, k0.data, v0.data, blocks0, k1.data, v1.data, sums, tops, lses, scores, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k_scored.scales, v_scored.scales, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
+        groups, tops.shape[-1], *runs, scale, *launch.strides(q), *launch.strides(k_scored.data), *launch.strides(v_scored.data), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
+        launch.precision(q), past.page, CANDIDATES=candidates, TOGETHER=together, TILE=tile, **c.options, **split.early(q, 16),
+    )
+    return out
+
+
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 5 launches at most -> out [B, m, 16, 128]; the last one advances the cache's lengths."""
+    whole = _whole(q, cache)
+    if whole:
+        past, _ = _append(k, v, phi, cache, False)
+        return _decode_whole(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale, *whole)
     joins = phi.plain_mean and cache.rows("k_cmp").scales is None and split.joins(q, 16, 16)
     past, append = _append(k, v, phi, cache, joins)
     parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append)

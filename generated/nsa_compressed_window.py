@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  77f52f9fc38b
-runtime  20
+content  a96c20808fad
+runtime  21
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -28,7 +28,7 @@ joint_queries            joint, because q and d_out are read once and dq is writ
 compressed_cached        query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
+decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because with many sequences a program has all of a query (decode_whole): no part is written, nothing is launched
 """
 
 from typing import Optional
@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(20, "nsa_compressed_window")
+version.require(21, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -59,7 +59,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_77f52f9fc38b"
+_SPACE = "nsagen_nsa_compressed_window_a96c20808fad"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -317,7 +317,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "66de21205857", {
+    "decode_attend": Tiles("decode_attend", "fd7073ce40ce", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -2715,78 +2715,49 @@ def decode_attend_source1(
         d = tl.arange(0, 128)[None, :]
         tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
     return m, z, acc0
+
+
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits0", "run0", "splits1", "run1"])
 def decode_attend(
-    q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, past_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, splits0, run0, splits1, run1, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
-    WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
-    SPLITS: parts that came before, at most.
     """
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits0 + tiles * splits1
-    if WHOLE:
-        programs = 1
     pid = tl.program_id(0)
     h = pid % 4  # KV head
     b = (pid // 4 // programs).to(tl.int64)
-    past = device.past_of(past_ptr + b, EARLY, not WHOLE)
+    past = device.past_of(past_ptr + b, EARLY, True)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    if WHOLE:
-        head = tl.arange(0, 16)
-        live = head < 16
-        stat = b * 64 + h * 16 + head
-        out0 = tl.zeros([16, 128], dtype=tl.float32)
-        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-        z = tl.zeros([16], dtype=tl.float32)
-        acc0 = tl.zeros([16, 128], dtype=tl.float32)
-        m, z, acc0 = decode_attend_source0(
-            m, z, acc0, q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
+    at = pid // 4 % programs
+    programs = tiles * splits0
+    if (at >= 0) & (at < programs):
+        m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([BM], dtype=tl.float32)
+        acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+        decode_attend_source0(
+            m, z, acc0, q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
             splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, False,
+            k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, BM, BN, PRECISION, PAGE, True,
         )
-        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 0)
-        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-        z = tl.zeros([16], dtype=tl.float32)
-        acc0 = tl.zeros([16, 128], dtype=tl.float32)
-        m, z, acc0 = decode_attend_source1(
-            m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, 0,
+    at -= programs
+    programs = tiles * splits1
+    if (at >= 0) & (at < programs):
+        m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([BM], dtype=tl.float32)
+        acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+        decode_attend_source1(
+            m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
             splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, 16, BN, PRECISION, PAGE, False,
+            k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE, True,
         )
-        out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
-        decode_merge_store(out0, out_ptr, stat, live)
-        if h == 0:  # nothing of the step reads them: it goes by what they were
-            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
-    else:
-        at = pid // 4 % programs
-        programs = tiles * splits0
-        if (at >= 0) & (at < programs):
-            m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-            z = tl.zeros([BM], dtype=tl.float32)
-            acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-            decode_attend_source0(
-                m, z, acc0, q_ptr, k0_ptr, v0_ptr, parts0_ptr, lses0_ptr, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, at,
-                splits0, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
-                k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, BM, BN, PRECISION, PAGE, True,
-            )
-        at -= programs
-        programs = tiles * splits1
-        if (at >= 0) & (at < programs):
-            m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-            z = tl.zeros([BM], dtype=tl.float32)
-            acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-            decode_attend_source1(
-                m, z, acc0, q_ptr, k1_ptr, v1_ptr, parts1_ptr, lses1_ptr, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, at,
-                splits1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
-                k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, BM, BN, PRECISION, PAGE, True,
-            )
 
 
 @triton.jit
@@ -2848,6 +2819,49 @@ def decode_merge(
     first = live & (stat % (queries * 64) == 0)
     past = tl.load(past_ptr + b, mask=first, other=0)
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "run0", "run1"])
+def decode_whole(
+    q_ptr, k0_ptr, v0_ptr, k1_ptr, v1_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, run0, run1, scale,
+    q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+):
+    """All of a step of one query a sequence; one program: one query × the 16 heads of one KV head.
+
+    Grid: sequences × KV heads, heads fastest. past int32 [B]: tokens before the step's.
+    """
+    pid = tl.program_id(0)
+    h = pid % 4  # KV head
+    b = (pid // 4).to(tl.int64)
+    past = device.past_of(past_ptr + b, EARLY, False)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    head = tl.arange(0, 16)
+    live = head < 16
+    stat = b * 64 + h * 16 + head
+    out0 = tl.zeros([16, 128], dtype=tl.float32)
+    m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([16], dtype=tl.float32)
+    acc0 = tl.zeros([16, 128], dtype=tl.float32)
+    m, z, acc0 = decode_attend_source0(
+        m, z, acc0, q_ptr, k0_ptr, v0_ptr, None, None, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
+        1, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, False,
+    )
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 0)
+    m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([16], dtype=tl.float32)
+    acc0 = tl.zeros([16, 128], dtype=tl.float32)
+    m, z, acc0 = decode_attend_source1(
+        m, z, acc0, q_ptr, k1_ptr, v1_ptr, None, None, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, 0,
+        1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, 16, BN, PRECISION, PAGE, False,
+    )
+    out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
+    decode_merge_store(out0, out_ptr, stat, live)
+    if h == 0:  # nothing of the step reads them: it goes by what they were
+        tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit
@@ -3534,25 +3548,20 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
-    longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
-    runs0 = split.runs(4 * batch * tiles, longest, c.bn)
+    runs0 = split.runs(4 * batch * tiles, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn)
     programs += tiles * runs0.count
     parts0 = launch.empty(q, (runs0.count, *rows, 128), None, torch.float32)
     lses0 = launch.empty(q, (runs0.count, *rows), None, torch.float32)
-    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
-    runs1 = split.runs(4 * batch * tiles, longest, c.bn)
+    runs1 = split.runs(4 * batch * tiles, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn)
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    whole = queries == 1 and runs0.count == 1 and runs1.count == 1
-    decode_attend[(4 * batch * (1 if whole else programs),)](
-        q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, gates, out, past.lengths if whole else cache.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
+    decode_attend[(4 * batch * programs,)](
+        q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q, 4),
+        launch.precision(q), past.page, **c.options, **split.early(q, 4),
     )
-    if whole:
-        return out
     counts = [lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
@@ -3563,7 +3572,36 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     return out
 
 
+def _whole(q, cache):
+    """The tile and the keys of each source, where a program has all of a sequence and KV head; None where some share them."""
+    past, (batch, queries) = cache.past, q.shape[:2]
+    if not split.whole(q, 4):
+        return None
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 16), 4, cache.rows("k_cmp").scales is not None, True)
+    runs = (
+        split.runs(4 * batch, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn).length,
+        split.runs(4 * batch, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn).length,
+    )
+    return c, runs
+
+
+def _decode_whole(q, k0, v0, k1, v1, gates, past, cache, scale, c, runs):
+    """compressed, window of a query by one program, merged -> out."""
+    batch, rows = q.shape[0], q.shape[0] * 64
+    out = launch.empty(q, (batch, 1, 64, 128), None)
+    decode_whole[(4 * batch,)](
+        q, k0.data, v0.data, k1.data, v1.data, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
+        *runs, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q, 4),
+    )
+    return out
+
+
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches at most -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
+    whole = _whole(q, cache)
+    if whole:
+        past = _append(k, v, phi, cache)
+        return _decode_whole(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale, *whole)
     past = _append(k, v, phi, cache)
     return _decode_attend(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale)

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  c0fac28e03ce
-runtime  20
+content  33e89273c310
+runtime  21
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -15,7 +15,7 @@ window_sum               shared_tiles, because programs share a key tile where t
 row_delta                one_pass, because bound by memory: every term is read once, sums in float32
 window_cached            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops
-decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because where each source is one run, its program goes on with the merge: no part is written, no launch follows
+decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because with many sequences a program has all of a query (decode_whole): no part is written, nothing is launched
 """
 
 from typing import Optional
@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(20, "window_only")
+version.require(21, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -45,7 +45,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_c0fac28e03ce"
+_SPACE = "nsagen_window_only_33e89273c310"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -164,7 +164,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_attend": Tiles("decode_attend", "c724fcd6f2ae", {
+    "decode_attend": Tiles("decode_attend", "5aff023d728a", {
         ("sm_80", 16): (
             Config(16, 64, 8, 3, 102400), Config(16, 64, 8, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 32, 4, 2, 36864),
             Config(16, 64, 4, 3, 102400), Config(16, 16, 4, 3, 28672), Config(16, 16, 4, 2, 20480), Config(16, 64, 8, 1, 36864),
@@ -1260,58 +1260,38 @@ def decode_attend_source(
         d = tl.arange(0, 128)[None, :]
         tl.store(part + d, acc0 / norm[:, None], mask=(live & some)[:, None])
     return m, z, acc0
+
+
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits", "run"])
 def decode_attend(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
+    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, past_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, splits, run, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, WHOLE: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
-    WHOLE: of one query a sequence, with one run a source: a program takes them all and goes on with decode_merge;
-    SPLITS: parts that came before, at most.
     """
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits
-    if WHOLE:
-        programs = 1
     pid = tl.program_id(0)
     h = pid % 4  # KV head
     b = (pid // 4 // programs).to(tl.int64)
-    past = device.past_of(past_ptr + b, EARLY, not WHOLE)
+    past = device.past_of(past_ptr + b, EARLY, True)
     if table_ptr is not None:
         table_ptr += b * table_sb
-    if WHOLE:
-        head = tl.arange(0, 16)
-        live = head < 16
-        stat = b * 64 + h * 16 + head
-        out0 = tl.zeros([16, 128], dtype=tl.float32)
-        m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-        z = tl.zeros([16], dtype=tl.float32)
-        acc0 = tl.zeros([16, 128], dtype=tl.float32)
-        m, z, acc0 = decode_attend_source(
-            m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, 0,
+    at = pid // 4 % programs
+    programs = tiles * splits
+    if (at >= 0) & (at < programs):
+        m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+        z = tl.zeros([BM], dtype=tl.float32)
+        acc0 = tl.zeros([BM, 128], dtype=tl.float32)
+        decode_attend_source(
+            m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
             splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
-            k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE, False,
+            k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
         )
-        out0 = decode_merge_term(out0, z, acc0, stat, live, 0)
-        decode_merge_store(out0, out_ptr, stat, live)
-        if h == 0:  # nothing of the step reads them: it goes by what they were
-            tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
-    else:
-        at = pid // 4 % programs
-        programs = tiles * splits
-        if (at >= 0) & (at < programs):
-            m = tl.full([BM], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
-            z = tl.zeros([BM], dtype=tl.float32)
-            acc0 = tl.zeros([BM, 128], dtype=tl.float32)
-            decode_attend_source(
-                m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
-                splits, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
-                k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
-            )
 
 
 @triton.jit
@@ -1367,6 +1347,40 @@ def decode_merge(
     first = live & (stat % (queries * 64) == 0)
     past = tl.load(past_ptr + b, mask=first, other=0)
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "run"])
+def decode_whole(
+    q_ptr, k_ptr, v_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, run, scale,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+):
+    """All of a step of one query a sequence; one program: one query × the 16 heads of one KV head.
+
+    Grid: sequences × KV heads, heads fastest. past int32 [B]: tokens before the step's.
+    """
+    pid = tl.program_id(0)
+    h = pid % 4  # KV head
+    b = (pid // 4).to(tl.int64)
+    past = device.past_of(past_ptr + b, EARLY, False)
+    if table_ptr is not None:
+        table_ptr += b * table_sb
+    head = tl.arange(0, 16)
+    live = head < 16
+    stat = b * 64 + h * 16 + head
+    out0 = tl.zeros([16, 128], dtype=tl.float32)
+    m = tl.full([16], -1.0e30, dtype=tl.float32)  # finite: a first tile that is masked whole must not give NaN
+    z = tl.zeros([16], dtype=tl.float32)
+    acc0 = tl.zeros([16, 128], dtype=tl.float32)
+    m, z, acc0 = decode_attend_source(
+        m, z, acc0, q_ptr, k_ptr, v_ptr, None, None, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, 0,
+        1, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE, False,
+    )
+    out0 = decode_merge_term(out0, z, acc0, stat, live, 0)
+    decode_merge_store(out0, out_ptr, stat, live)
+    if h == 0:  # nothing of the step reads them: it goes by what they were
+        tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity))
 
 
 @triton.jit
@@ -1680,20 +1694,16 @@ def _decode_attend(q, k, v, past, cache, scale):
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
-    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
-    runs = split.runs(4 * batch * tiles, longest, c.bn)
+    runs = split.runs(4 * batch * tiles, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn)
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    whole = queries == 1 and runs.count == 1
-    decode_attend[(4 * batch * (1 if whole else programs),)](
-        q, k.data, v.data, parts, lses, out, past.lengths if whole else cache.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
+    decode_attend[(4 * batch * programs,)](
+        q, k.data, v.data, parts, lses, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
-        launch.precision(q), past.page, WHOLE=whole, SPLITS=1, **c.options, **split.early(q, 4),
+        launch.precision(q), past.page, **c.options, **split.early(q, 4),
     )
-    if whole:
-        return out
     counts = [lses.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
@@ -1704,7 +1714,35 @@ def _decode_attend(q, k, v, past, cache, scale):
     return out
 
 
+def _whole(q, cache):
+    """The tile and the keys of each source, where a program has all of a sequence and KV head; None where some share them."""
+    past, (batch, queries) = cache.past, q.shape[:2]
+    if not split.whole(q, 4):
+        return None
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, cache.rows("k").scales is not None, True)
+    runs = (
+        split.runs(4 * batch, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn).length,
+    )
+    return c, runs
+
+
+def _decode_whole(q, k, v, past, cache, scale, c, runs):
+    """window of a query by one program, merged -> out."""
+    batch, rows = q.shape[0], q.shape[0] * 64
+    out = launch.empty(q, (batch, 1, 64, 128), None)
+    decode_whole[(4 * batch,)](
+        q, k.data, v.data, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, 1, past.capacity, rows,
+        *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bn,
+        launch.precision(q), past.page, **c.options, **split.early(q, 4),
+    )
+    return out
+
+
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches at most -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
+    whole = _whole(q, cache)
+    if whole:
+        past = _append(k, v, phi, cache)
+        return _decode_whole(q, cache.rows("k"), cache.rows("v"), past, cache, scale, *whole)
     past = _append(k, v, phi, cache)
     return _decode_attend(q, cache.rows("k"), cache.rows("v"), past, cache, scale)

@@ -41,7 +41,7 @@ SHARED = Choice(
     "shared_out", "one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts"
 )
 RIDES = Choice(
-    "rides", "where each source is one run, its program goes on with the merge: no part is written, no launch follows"
+    "rides", "with many sequences a program has all of a query (decode_whole): no part is written, nothing is launched"
 )
 SELECTS = Choice(
     "selects", "up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait"

@@ -8,7 +8,7 @@ from nsagen.ir.graph import Graph, Pool, phi
 from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
-from nsagen.render.split_view import RiderView, RidingLane, SelectionView, rider_view, selection_view
+from nsagen.render.split_view import RiderView, RidingLane, SelectionView, rider_view, selecting, selection_view
 from nsagen.render.walks import power_of_two
 
 
@@ -78,12 +78,55 @@ class RunView:
 
 
 @dataclass(frozen=True)
+class WholeRun(RunView):
+    """A source of the kernel whose programs share no query out. place: what follows `k` in its arguments' names."""
+
+    place: str
+
+
+@dataclass(frozen=True)
+class WholeView:
+    """That kernel: the sources of those that do share them out, what is selected from first, under names of its own."""
+
+    sources: tuple[WholeRun, ...]
+    tiles: str  # whose tiles it takes: of keys with values
+    gated: bool
+
+    @property
+    def selected(self) -> tuple[WholeRun, ...]:
+        """Those whose lists the kernel finds."""
+        return tuple(s for s in self.sources if s.blocks and not s.given)
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Its arguments, and what a step gives for them."""
+        found = [
+            (name[:1] + s.place if name[:1] in "kv" else name, given) for s in self.sources for name, given in s.keys
+        ]
+        return [*found, ("gates", "gates")] if self.gated else found
+
+    @property
+    def arguments(self) -> str:
+        return "".join(f"{name}, " for name, _ in self.keys)
+
+    @property
+    def given(self) -> str:
+        return "".join(f"{given}, " for _, given in self.keys)
+
+    @property
+    def doc(self) -> str:
+        what = ", ".join(s.lse.removeprefix("split_lse_") for s in self.sources)
+        return f"{what} of a query by one program, merged -> out."
+
+
+@dataclass(frozen=True)
 class SplitKernelView:
     name: str
     sources: tuple[RunView, ...]
     sums: bool
     grouped: int  # keys of a sum
     more: tuple[str, ...]  # operands that come for the sake of what rides
+    selecting: tuple[str, ...]  # of those what comes for the selection
     rider: RiderView | None
     selection: SelectionView | None
 
@@ -167,6 +210,14 @@ class DecodeView:
     def attend(self) -> SplitKernelView:
         return next(s for s in self.splits if not s.sums)
 
+    @property
+    def whole(self) -> WholeView:
+        before = self.scores.sources if self.scores else ()
+        runs = [*((s, "_scored") for s in before), *((s, s.suffix) for s in self.attend.sources)]
+        sources = tuple(WholeRun(**vars(s), place=place) for s, place in runs)
+        tiles = self.scores if self.scores and sources[0].v else self.attend
+        return WholeView(sources, tiles.name, "gates" in self.attend.more)
+
 
 def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeView:
     op = next(o for o in plan.ops if o.doc == "decode")
@@ -211,6 +262,7 @@ def _split(launch: Launch, plan: Plan) -> SplitKernelView:
         sums=kernel.select is not None,
         grouped=kernel.select.grouped if kernel.select else selection.grouped if selection else 1,
         more=tuple(operand for operand, _ in plan.brought(launch)),
+        selecting=selecting(kernel, plan),
         rider=rider_view(kernel, plan),
         selection=selection,
     )

@@ -153,8 +153,12 @@ def _step_context(view: DecodeView, plan: Plan) -> dict[str, Any]:
     }
     source = environment().get_template("cache_append.py.j2").render(append).strip("\n")
     kernels = [k for k in plan.kernels if k.body == "split_attend"]
+    scores, attend = next((k for k in kernels if k.select), None), next(k for k in kernels if not k.select)
+    whole = {"x": kernel_view(attend, plan), "own": split_view(attend, plan)}
+    whole["scored"] = scores and kernel_view(scores, plan)
+    whole_source = environment().get_template("split_whole.py.j2").render(whole).strip("\n")
     tiles = [KernelText(k.name, kernel_key(_source(k, plan)), "", _distinct(k.tiles), None) for k in kernels]
-    return {"decode": view, "append_source": source, "decode_tiles": tiles}
+    return {"decode": view, "append_source": source, "whole_source": whole_source, "decode_tiles": tiles}
 
 
 def kernel_keys(plan: Plan) -> dict[str, str]:

@@ -32,7 +32,7 @@ class RidingLane(LaneView):
 
 @dataclass(frozen=True)
 class RiderView:
-    """The merge that a program goes on with where it takes every source itself."""
+    """The merge of all parts of a step, or what a program goes on with that takes every source itself."""
 
     name: str
     lanes: tuple[RidingLane, ...]
@@ -40,8 +40,12 @@ class RiderView:
 
     @property
     def earlier(self) -> tuple[RidingLane, ...]:
-        """Lanes whose parts came before."""
+        """Lanes whose parts came before: of a term of their own each."""
         return tuple(x for x in self.lanes if x.suffix is None)
+
+    @property
+    def own(self) -> tuple[RidingLane, ...]:
+        return tuple(x for x in self.lanes if x.suffix is not None)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class SplitView:
     ranked: int  # candidates that are sorted by comparing each with every other
     near: int  # candidates whose scores a selecting program holds from the first sum to the best
     merged: tuple[LaneView, ...]
-    more: tuple[str, ...]  # operands that come for the sake of what rides
+    selecting: tuple[str, ...]  # operands that come for the sake of the selection
     rider: RiderView | None
     selection: SelectionView | None
     newest: NewestView | None
@@ -99,11 +103,17 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         ranked=RANKED,
         near=max(32, min(128, 4096 // group)),
         merged=tuple(LaneView(o.name.removeprefix("parts_"), o.source) for o in parts),
-        more=tuple(operand for operand, _ in plan.brought(plan.launches(kernel.name)[0])),
+        selecting=selecting(kernel, plan),
         rider=rider_view(kernel, plan),
         selection=selection_view(kernel, plan),
         newest=_newest_view(kernel, plan),
     )
+
+
+def selecting(kernel: Kernel, plan: Plan) -> tuple[str, ...]:
+    """Operands that come for the sake of the selection that rides on a kernel, or goes before it."""
+    wanted = {buffer for x in plan.riders(kernel.name) if plan.kernel(x.kernel).select for _, buffer in x.binds}
+    return tuple(operand for operand, buffer in plan.brought(plan.launches(kernel.name)[0]) if buffer in wanted)
 
 
 def _newest_view(kernel: Kernel, plan: Plan) -> NewestView | None:

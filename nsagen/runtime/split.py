@@ -24,7 +24,7 @@ MOST_SUMS = 1024  # sums that a warp of a selection holds, of each kind
 MOST_RIDING_SUMS = 512  # of one that rides: more would spill where programs are held to a quarter's registers
 MOST_CANDIDATES = 1024  # whose scores it adds up at once
 MOST_RIDING_FEW = 256  # of few programs: what the others do meanwhile hides nothing
-MOST_SEARCHED = 4096  # candidates among which a program of the attention finds the best at once
+MOST_SEARCHED = 4096  # candidates among which a program finds the best at once
 FINALISTS = 256  # of a row: as many can be compared each with every other
 MOST_ROWS = {2: 32, 4: 16}  # of a tile of several queries, by bytes of an operand: more would spill on four warps
 
@@ -44,27 +44,41 @@ class Runs(NamedTuple):
     length: int
 
 
-def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int, scaled: bool) -> Config:
+def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int, scaled: bool, whole: bool = False) -> Config:
     """The first candidate for few queries; for more one of four warps, and of a deep pipeline if `scattered`.
 
-    For a crowd of one-token steps the same in two stages for three, held to a quarter of a multiprocessor's registers
-    where four programs fit its shared memory: with three, 512 programs took two rounds, the second one nearly empty.
-    Not if `scaled`: with scales a program needs more registers.
+    For a crowd of programs with a `whole` query each, one that is held to a quarter of a multiprocessor's registers and
+    fits a quarter of its shared memory: else 512 programs take two rounds, the second one nearly empty. Not if
+    `scaled`: with scales a program needs more registers; nor in float32, which no tensor core multiplies.
     """
     first = launch.pick(tiles, q)
     if tiles.forced is not None or not q.is_cuda or few(q, heads):
         return first
-    crowd = q.shape[1] == 1 and q.shape[0] * heads > PROGRAMS and not (scattered or scaled or torch.version.hip)
+    crowd = whole and _programs(q, heads) > PROGRAMS and q.element_size() == 2
+    crowd = crowd and not (scattered or scaled or torch.version.hip)
     at = (q.device, q.dtype, scattered, crowd)
     config = tiles.picked.get(at)
     if config is None:
         chip = launch.chip(q.device.index or 0)
         four = [c for c in launch.candidates(tiles, chip, 8 * q.element_size()) if c.warps == 4]
         config = min(four, key=lambda c: (c.stages == DEEP) != scattered, default=first)
-        if crowd and config.stages == 3 and 2 * config.smem <= chip.smem:  # one stage of the model's three is needed
-            config = config._replace(stages=2, cap=QUARTER)
+        widest = max((c for c in four if quarter(c.bn, c.stages, c.smem, chip.smem)), key=lambda c: c.bn, default=None)
+        if crowd and widest:
+            config = widest._replace(cap=QUARTER)
         tiles.picked[at] = config
     return config
+
+
+def quarter(bn: int, stages: int, smem: int, most: int) -> bool:
+    """Whether four programs share a multiprocessor of `most` bytes well: of the model's three stages, which `smem` is
+    of, a tile needs two. With tiles of 16 keys fewer programs are faster (H200)."""
+    return stages == 3 and bn >= 32 and 4 * (2 * smem // 3) <= most
+
+
+def whole(q: Tensor, heads: int, blocks: int = 1) -> bool:
+    """Whether a program takes all keys of a sequence and KV head: of one query, with so many sequences that each source
+    would be one run; and no more blocks to select among than it can search at once."""
+    return q.shape[1] == 1 and _programs(q, heads) >= PROGRAMS and blocks <= MOST_SEARCHED
 
 
 def few(q: Tensor, heads: int) -> bool:

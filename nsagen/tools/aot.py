@@ -9,9 +9,9 @@ from typing import Any
 
 from nsagen.errors import CompileError
 from nsagen.ir.plan import SHARED, Kernel, Launch, Plan, TileConfig
-from nsagen.tools.aot_append import append_kernels
 from nsagen.tools.aot_chips import CHIPS, TENSOR_MEMORY, Chip, candidates
 from nsagen.tools.aot_listing import Listing, amd, nvidia, ptxas_log
+from nsagen.tools.aot_step import step_kernels
 from nsagen.tools.signature import DTYPES, Job, signature_of, warps_of
 
 
@@ -36,7 +36,7 @@ class Report:
 
 
 def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> list[Job]:
-    """The first choice of a kernel, in each form, or all that survive; of those that append the one there is."""
+    """The first choice of a kernel, in each form, or all that survive; of a step's own those that it takes."""
     bits = DTYPES[dtype][1]
     jobs: list[Job] = []
     for kernel in plan.kernels:
@@ -45,7 +45,7 @@ def jobs_of(plan: Plan, arch: str, dtype: str, all_candidates: bool = False) -> 
             found, bound = _with_riders(plan, kernel, launch)
             chosen = tiles if all_candidates else _first(tiles)
             jobs += [Job(found, _bound_by(kernel, c, bound), arch, dtype, c) for c in chosen]
-    return [*jobs, *(Job(kernel, x, arch, dtype, tile) for kernel, x, tile in append_kernels(plan, arch, bits))]
+    return [*jobs, *(Job(kernel, x, arch, dtype, tile) for kernel, x, tile in step_kernels(plan, arch, bits))]
 
 
 def _first(tiles: list[TileConfig]) -> list[TileConfig]:

@@ -87,7 +87,6 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "TILES": 1,  # of a listed block
         "PIECES": 1,  # of an item
         "TOKENS": 1,  # of a step
-        "WHOLE": False,
         "ROWS": split.merged_rows(split.MOST_RUNS),
         **dict.fromkeys(_splits(job.kernel), split.MOST_RUNS),
     }
@@ -105,6 +104,8 @@ def _scored_tile(job: Job, select: Select, plan: Plan) -> int:
     """Groups of a key tile of the decoding kernel that scores, in its first choice; 1 where sums are of single keys."""
     if select.grouped == 1 or not job.kernel.body.startswith("split_"):
         return 1
+    if job.kernel.body == "split_whole":
+        return job.tile.bn // select.grouped
     scores = next(k for k in plan.kernels if k.body == "split_attend" and k.select)
     return candidates(scores, job.arch, DTYPES[job.dtype][1])[0].bn // select.grouped
 

@@ -127,13 +127,27 @@ def test_blocks_that_end_with_a_step(
 
 @pytest.mark.parametrize(("name", "page"), [(name, 24 if name == "whole" else None) for name in SPECS])
 def test_one_run_a_source(name: str, page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with many sequences: a step of one token merges where it attends, one of two by a launch of its own."""
+    """As with many sequences: a program has all of a step of one token, and some share one of two."""
     monkeypatch.setattr(split, "PROGRAMS", 1)
     of = Served(name, 44, device, page)
+    launched: list[int] = []
+    whole = of.module._decode_whole
+    monkeypatch.setattr(of.module, "_decode_whole", lambda q, *rest: (launched.append(q.shape[1]), whole(q, *rest))[1])
     of.step(0, 40)
     of.step(40, 41, decode=True)
     of.step(41, 43, decode=True)
     of.step(43, 44, decode=True)
+    assert launched == [1, 1]
+
+
+def test_more_blocks_than_a_program_searches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many sequences, too, some programs share a query then."""
+    monkeypatch.setattr(split, "PROGRAMS", 1)
+    monkeypatch.setattr(split, "MOST_SEARCHED", 1)
+    of = Served("whole", 22, device, None)
+    monkeypatch.setattr(of.module, "_decode_whole", None)
+    of.step(0, 20)
+    of.step(20, 21, decode=True)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_first_choices_do_not_spill(spec, tmp_path):
     records = json.loads((tmp_path / "found.json").read_text())
     assert {(r["arch"], r["dtype"]) for r in records} == {("sm_90", "bf16")}
     plan = api.compiled_of(api.read(spec)).plan
-    assert {r["kernel"] for r in records} == {k.name for k in plan.kernels} | {"cache_append"}
+    assert {r["kernel"] for r in records} == {k.name for k in plan.kernels} | {"cache_append", "decode_whole"}
     assert all(r["registers"] > 0 and r["spill_stores"] == r["spill_loads"] == 0 for r in records)
 
 
@@ -124,6 +124,16 @@ def test_an_append_beside_the_scores_on_every_chip(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert [r["arch"] for r in found] == ["sm_80", "sm_90", "sm_100", "gfx942"]
     assert all(r["error"] is None and r["registers"] < 255 and r["spill_stores"] == 0 for r in found)
+
+
+def test_a_whole_step_by_one_program_on_every_chip(tmp_path):
+    """Another; also held to a quarter's registers, where it may spill a little."""
+    done = compiling("-c", CHIPS, json.dumps(WITH_SELECTION), str(tmp_path / "found.json"), "decode_whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [r["arch"] for r in found] == ["sm_80", "sm_80", "sm_90", "sm_90", "sm_100", "sm_100", "gfx942"]
+    assert all(r["error"] is None and r["registers"] <= 255 for r in found)
+    assert all(r["registers"] <= 128 for r in found[1:6:2])
 
 
 # What the texts say.

@@ -96,20 +96,32 @@ def test_rows_hold_a_group_at_least(queries: int, group: int, dtype: torch.dtype
     [
         (1, 1, False, "16x64w8s3"), (1, 1, True, "16x64w8s3"), (16, 1, False, "16x64w4s3"), (16, 1, True, "16x32w4s5"),
         (1, 8, False, "16x64w8s3"), (2, 8, False, "16x64w4s3"), (256, 4, False, "16x64w4s3"),
-        (64, 1, False, "16x64w4s3"), (65, 1, False, "16x64w4s2r128"), (65, 1, True, "16x32w4s5"),
+        (64, 1, False, "16x64w4s3"), (65, 1, False, "16x32w4s3r128"), (65, 1, True, "16x32w4s5"),
     ],
 )  # fmt: skip
 def test_many_programs_take_four_warps(
     monkeypatch: pytest.MonkeyPatch, batch: int, queries: int, scattered: bool, label: str
 ) -> None:
     monkeypatch.setattr(launch, "chip", lambda index: launch.Chip("sm_90", 227 << 10, "some GPU"))
-    shapes = ((64, 8, 3), (64, 4, 3), (32, 4, 3), (32, 4, split.DEEP))
-    tiles = launch.Tiles("a", "b", {("sm_90", 16): tuple(launch.Config(16, *shape, 0) for shape in shapes)})
+    shapes = ((64, 8, 3, 100), (64, 4, 3, 100), (64, 4, 2, 55), (32, 4, 3, 55), (32, 4, split.DEEP, 85), (16, 4, 3, 30))
+    sized = tuple(launch.Config(16, bn, warps, stages, kib << 10) for bn, warps, stages, kib in shapes)
+    tiles = launch.Tiles("a", "b", {("sm_90", 16): sized})
     q = torch.empty((batch, queries, 64, 16), dtype=torch.bfloat16).as_subclass(OnGpu)
     for _ in range(2):
-        assert split.pick(tiles, q, scattered, 4, False).label == label
-    scaled = split.pick(tiles, q, scattered, 4, True)
-    assert scaled.label == label.replace("s2r128", "s3")
+        assert split.pick(tiles, q, scattered, 4, False, queries == 1).label == label
+    shared_out = label.replace("16x32w4s3r128", "16x64w4s3")
+    assert split.pick(tiles, q, scattered, 4, False).label == shared_out
+    assert split.pick(tiles, q, scattered, 4, True, queries == 1).label == shared_out
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "blocks", "whole"),
+    [(63, 1, 1, False), (64, 1, 1, True), (64, 2, 1, False), (64, 1, 4096, True), (64, 1, 4097, False)],
+)
+def test_a_program_has_all_of_a_query_where_there_are_many(batch: int, queries: int, blocks: int, whole: bool) -> None:
+    assert split.whole(torch.empty((batch, queries, 64, 16)), 4, blocks) == whole
+    if whole:  # each source is one run, then
+        assert split.runs(4 * batch, 1 << 20, 16).count == 1
 
 
 @pytest.mark.parametrize(
