@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  5bf2d1537eeb
+content  552cd5eae878
 runtime  21
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_5bf2d1537eeb"
+_SPACE = "nsagen_mha_16_552cd5eae878"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4200,9 +4200,9 @@ def decode_merge(
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "key_tiles", "run_scored", "run0", "run1"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "key_tiles"])
 def decode_whole(
-    q_ptr, k_scored_ptr, v_scored_ptr, k0_ptr, v0_ptr, blocks0_ptr, k1_ptr, v1_ptr, sums_ptr, tops_ptr, lses_ptr, scores_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scored_scales_ptr, v_scored_scales_ptr, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, groups, key_tiles, run_scored, run0, run1, scale,
+    q_ptr, k_scored_ptr, v_scored_ptr, k0_ptr, v0_ptr, blocks0_ptr, k1_ptr, v1_ptr, sums_ptr, tops_ptr, lses_ptr, scores_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scored_scales_ptr, v_scored_scales_ptr, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, groups, key_tiles, scale,
     q_sb, q_st, q_sh, k_scored_sb, k_scored_st, k_scored_sh, v_scored_sb, v_scored_st, v_scored_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, CANDIDATES: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr,
 ):
@@ -4225,7 +4225,7 @@ def decode_whole(
     acc0 = tl.zeros([16, 128], dtype=tl.float32)
     m, z, acc0 = decode_scores_source(
         m, z, acc0, q_ptr, k_scored_ptr, v_scored_ptr, None, None, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scored_scales_ptr, v_scored_scales_ptr, past, queries, capacity, 0,
-        1, run_scored, part_rows, scale, None, 0, None, 0, None, 0, None, 0, 0, 0, b, h, q_sb, q_st, q_sh,
+        1, 0, part_rows, scale, None, 0, None, 0, None, 0, None, 0, 0, 0, b, h, q_sb, q_st, q_sh,
         k_scored_sb, k_scored_st, k_scored_sh, v_scored_sb, v_scored_st, v_scored_sh, 16, BN, PRECISION, PAGE, False,
     )
     some = z > 0
@@ -4238,7 +4238,7 @@ def decode_whole(
     decode_select_row(sums_ptr, tops_ptr, key_tiles, lses_ptr, scores_ptr, blocks0_ptr, past, b * queries + 0, 0, h, capacity, part_rows, groups, 1, CANDIDATES, TOGETHER, 1, TILE)
     m, z, acc0 = decode_attend_source0(
         m, z, acc0, q_ptr, k0_ptr, v0_ptr, blocks0_ptr, None, None, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
-        1, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        1, 16, part_rows, scale, b, h, q_sb, q_st, q_sh,
         k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, False,
     )
     out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
@@ -4247,7 +4247,7 @@ def decode_whole(
     acc0 = tl.zeros([16, 128], dtype=tl.float32)
     m, z, acc0 = decode_attend_source1(
         m, z, acc0, q_ptr, k1_ptr, v1_ptr, None, None, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, 0,
-        1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        1, 0, part_rows, scale, b, h, q_sb, q_st, q_sh,
         k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, 16, BN, PRECISION, PAGE, False,
     )
     out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 2)
@@ -5226,7 +5226,8 @@ def _decode_scores(q, k, v, past, scale, append=None):
     batch, queries = q.shape[:2]
     bm = split.rows(q, 1)
     tiles, rows, programs = -(-queries // (bm // 1)), (batch, queries, 16), 0
-    runs = split.runs(16 * batch * tiles, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn)
+    longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
+    runs = split.runs(16 * batch * tiles, longest, c.bn)
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
@@ -5260,7 +5261,8 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     programs += queries * runs0.count
     parts0 = launch.empty(q, (runs0.count, *rows, 128), None, torch.float32)
     lses0 = launch.empty(q, (runs0.count, *rows), None, torch.float32)
-    runs1 = split.runs(16 * batch * tiles, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn)
+    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
+    runs1 = split.runs(16 * batch * tiles, longest, c.bn)
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
@@ -5291,23 +5293,9 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     return out
 
 
-def _whole(q, cache):
-    """The tile and the keys of each source, where a program has all of a sequence and KV head; None where some share them."""
-    past, (batch, queries) = cache.past, q.shape[:2]
-    blocks = -(-past.capacity // 64)
-    if not split.whole(q, 16, blocks):
-        return None
-    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 16, cache.rows("k_cmp").scales is not None, True)
-    runs = (
-        split.runs(16 * batch, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn).length,
-        split.runs(16 * batch, 16, 1).length,
-        split.runs(16 * batch, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn).length,
-    )
-    return c, runs, launch.power_of_two(blocks, max(16, c.bn // 4))
-
-
-def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, scale, c, runs, candidates):
+def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, scale):
     """compressed, selected, window of a query by one program, merged -> out."""
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 16, k_scored.scales is not None, True)
     batch, rows = q.shape[0], q.shape[0] * 16
     out = launch.empty(q, (batch, 1, 16, 128), None)
     lses = launch.empty(q, (rows,), None, torch.float32)
@@ -5315,12 +5303,13 @@ def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, sca
     sums = launch.empty(q, (rows, 2, groups), None, torch.float32)
     tile = c.bn // 4
     tops = launch.empty(q, (rows, -(-groups // tile)), None, torch.float32)
+    candidates = launch.power_of_two(-(-past.capacity // 64), max(16, tile))
     scores = launch.empty(q, (batch, 16, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, 16, 16), None, torch.int32)
     together = split.together(candidates, 1, c.warps * split.MOST_RIDING_SUMS, tile)
     decode_whole[(16 * batch,)](
         q, k_scored.data, v_scored.data, k0.data, v0.data, blocks0, k1.data, v1.data, sums, tops, lses, scores, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k_scored.scales, v_scored.scales, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
-        groups, tops.shape[-1], *runs, scale, *launch.strides(q), *launch.strides(k_scored.data), *launch.strides(v_scored.data), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
+        groups, tops.shape[-1], scale, *launch.strides(q), *launch.strides(k_scored.data), *launch.strides(v_scored.data), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
         launch.precision(q), past.page, CANDIDATES=candidates, TOGETHER=together, TILE=tile, **c.options, **split.early(q, 16),
     )
     return out
@@ -5328,10 +5317,9 @@ def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, sca
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 5 launches at most -> out [B, m, 16, 128]; the last one advances the cache's lengths."""
-    whole = _whole(q, cache)
-    if whole:
+    if split.whole(q, 16, -(-cache.max_len // 64)):
         past, _ = _append(k, v, phi, cache, False)
-        return _decode_whole(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale, *whole)
+        return _decode_whole(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale)
     joins = phi.plain_mean and cache.rows("k_cmp").scales is None and split.joins(q, 16, 16)
     past, append = _append(k, v, phi, cache, joins)
     parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append)

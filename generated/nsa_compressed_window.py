@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  a96c20808fad
+content  d931d3ee3ae3
 runtime  21
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -59,7 +59,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_a96c20808fad"
+_SPACE = "nsagen_nsa_compressed_window_d931d3ee3ae3"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2821,9 +2821,9 @@ def decode_merge(
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "run0", "run1"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows"])
 def decode_whole(
-    q_ptr, k0_ptr, v0_ptr, k1_ptr, v1_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, run0, run1, scale,
+    q_ptr, k0_ptr, v0_ptr, k1_ptr, v1_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k0_scales_ptr, v0_scales_ptr, k1_scales_ptr, v1_scales_ptr, queries, capacity, part_rows, scale,
     q_sb, q_st, q_sh, k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -2846,7 +2846,7 @@ def decode_whole(
     acc0 = tl.zeros([16, 128], dtype=tl.float32)
     m, z, acc0 = decode_attend_source0(
         m, z, acc0, q_ptr, k0_ptr, v0_ptr, None, None, table_ptr, pages, k0_scales_ptr, v0_scales_ptr, past, queries, capacity, 0,
-        1, run0, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        1, 0, part_rows, scale, b, h, q_sb, q_st, q_sh,
         k0_sb, k0_st, k0_sh, v0_sb, v0_st, v0_sh, 16, BN, PRECISION, PAGE, False,
     )
     out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 0)
@@ -2855,7 +2855,7 @@ def decode_whole(
     acc0 = tl.zeros([16, 128], dtype=tl.float32)
     m, z, acc0 = decode_attend_source1(
         m, z, acc0, q_ptr, k1_ptr, v1_ptr, None, None, table_ptr, pages, k1_scales_ptr, v1_scales_ptr, past, queries, capacity, 0,
-        1, run1, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        1, 0, part_rows, scale, b, h, q_sb, q_st, q_sh,
         k1_sb, k1_st, k1_sh, v1_sb, v1_st, v1_sh, 16, BN, PRECISION, PAGE, False,
     )
     out0 = decode_merge_term(out0, z, acc0, gates_ptr, stat, live, 1)
@@ -3548,11 +3548,13 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
-    runs0 = split.runs(4 * batch * tiles, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn)
+    longest = split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn)
+    runs0 = split.runs(4 * batch * tiles, longest, c.bn)
     programs += tiles * runs0.count
     parts0 = launch.empty(q, (runs0.count, *rows, 128), None, torch.float32)
     lses0 = launch.empty(q, (runs0.count, *rows), None, torch.float32)
-    runs1 = split.runs(4 * batch * tiles, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn)
+    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
+    runs1 = split.runs(4 * batch * tiles, longest, c.bn)
     programs += tiles * runs1.count
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
@@ -3572,26 +3574,14 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     return out
 
 
-def _whole(q, cache):
-    """The tile and the keys of each source, where a program has all of a sequence and KV head; None where some share them."""
-    past, (batch, queries) = cache.past, q.shape[:2]
-    if not split.whole(q, 4):
-        return None
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 16), 4, cache.rows("k_cmp").scales is not None, True)
-    runs = (
-        split.runs(4 * batch, split.longest(_compressed_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 16), c.bn), c.bn).length,
-        split.runs(4 * batch, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn).length,
-    )
-    return c, runs
-
-
-def _decode_whole(q, k0, v0, k1, v1, gates, past, cache, scale, c, runs):
+def _decode_whole(q, k0, v0, k1, v1, gates, past, cache, scale):
     """compressed, window of a query by one program, merged -> out."""
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 16), 4, k0.scales is not None, True)
     batch, rows = q.shape[0], q.shape[0] * 64
     out = launch.empty(q, (batch, 1, 64, 128), None)
     decode_whole[(4 * batch,)](
         q, k0.data, v0.data, k1.data, v1.data, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
-        *runs, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
+        scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),
     )
     return out
@@ -3599,9 +3589,8 @@ def _decode_whole(q, k0, v0, k1, v1, gates, past, cache, scale, c, runs):
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches at most -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
-    whole = _whole(q, cache)
-    if whole:
+    if split.whole(q, 4):
         past = _append(k, v, phi, cache)
-        return _decode_whole(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale, *whole)
+        return _decode_whole(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale)
     past = _append(k, v, phi, cache)
     return _decode_attend(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale)

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  abf8d63e8bc9
+content  beaf7d0ce675
 runtime  21
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; union_of_lists, because adjacent queries share the blocks of their lists' union: a warp copies each once, by tensor maps, and four warpgroups have a query each (16-bit on sm_90); tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_abf8d63e8bc9"
+_SPACE = "nsagen_selected_only_beaf7d0ce675"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1197,9 +1197,9 @@ def decode_merge(
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "run"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows"])
 def decode_whole(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, run, scale,
+    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -1222,7 +1222,7 @@ def decode_whole(
     acc0 = tl.zeros([16, 128], dtype=tl.float32)
     m, z, acc0 = decode_attend_source(
         m, z, acc0, q_ptr, k_ptr, v_ptr, blocks_ptr, None, None, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, 0,
-        1, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        1, 16, part_rows, scale, b, h, q_sb, q_st, q_sh,
         k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE, False,
     )
     out0 = decode_merge_term(out0, z, acc0, stat, live, 0)
@@ -1587,25 +1587,14 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     return out
 
 
-def _whole(q, cache):
-    """The tile and the keys of each source, where a program has all of a sequence and KV head; None where some share them."""
-    past, (batch, queries) = cache.past, q.shape[:2]
-    if not split.whole(q, 4):
-        return None
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, cache.rows("k").scales is not None, True)
-    runs = (
-        split.runs(4 * batch, 16, 1).length,
-    )
-    return c, runs
-
-
-def _decode_whole(q, k, v, blocks, past, cache, scale, c, runs):
+def _decode_whole(q, k, v, blocks, past, cache, scale):
     """selected of a query by one program, merged -> out."""
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k.scales is not None, True)
     batch, rows = q.shape[0], q.shape[0] * 64
     out = launch.empty(q, (batch, 1, 64, 128), None)
     decode_whole[(4 * batch,)](
         q, k.data, v.data, blocks, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, 1, past.capacity, rows,
-        *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bn,
+        scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),
     )
     return out
@@ -1613,9 +1602,8 @@ def _decode_whole(q, k, v, blocks, past, cache, scale, c, runs):
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches at most -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
-    whole = _whole(q, cache)
-    if whole:
+    if split.whole(q, 4):
         past = _append(k, v, phi, cache)
-        return _decode_whole(q, cache.rows("k"), cache.rows("v"), blocks, past, cache, scale, *whole)
+        return _decode_whole(q, cache.rows("k"), cache.rows("v"), blocks, past, cache, scale)
     past = _append(k, v, phi, cache)
     return _decode_attend(q, cache.rows("k"), cache.rows("v"), blocks, past, cache, scale)

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  33e89273c310
+content  0777e3fb11d5
 runtime  21
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -45,7 +45,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_33e89273c310"
+_SPACE = "nsagen_window_only_0777e3fb11d5"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1349,9 +1349,9 @@ def decode_merge(
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "run"])
+@triton.jit(do_not_specialize=["queries", "capacity", "part_rows"])
 def decode_whole(
-    q_ptr, k_ptr, v_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, run, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, past_ptr, lengths_ptr, table_ptr, table_sb, pages, k_scales_ptr, v_scales_ptr, queries, capacity, part_rows, scale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):
@@ -1374,7 +1374,7 @@ def decode_whole(
     acc0 = tl.zeros([16, 128], dtype=tl.float32)
     m, z, acc0 = decode_attend_source(
         m, z, acc0, q_ptr, k_ptr, v_ptr, None, None, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, 0,
-        1, run, part_rows, scale, b, h, q_sb, q_st, q_sh,
+        1, 0, part_rows, scale, b, h, q_sb, q_st, q_sh,
         k_sb, k_st, k_sh, v_sb, v_st, v_sh, 16, BN, PRECISION, PAGE, False,
     )
     out0 = decode_merge_term(out0, z, acc0, stat, live, 0)
@@ -1694,7 +1694,8 @@ def _decode_attend(q, k, v, past, cache, scale):
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
     tiles, rows, programs = -(-queries // (bm // 16)), (batch, queries, 64), 0
-    runs = split.runs(4 * batch * tiles, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn)
+    longest = split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn)
+    runs = split.runs(4 * batch * tiles, longest, c.bn)
     programs += tiles * runs.count
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
@@ -1714,25 +1715,14 @@ def _decode_attend(q, k, v, past, cache, scale):
     return out
 
 
-def _whole(q, cache):
-    """The tile and the keys of each source, where a program has all of a sequence and KV head; None where some share them."""
-    past, (batch, queries) = cache.past, q.shape[:2]
-    if not split.whole(q, 4):
-        return None
-    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, cache.rows("k").scales is not None, True)
-    runs = (
-        split.runs(4 * batch, split.longest(_window_ranges(max(0, past.capacity - queries), past.capacity, past.capacity // 1), c.bn), c.bn).length,
-    )
-    return c, runs
-
-
-def _decode_whole(q, k, v, past, cache, scale, c, runs):
+def _decode_whole(q, k, v, past, cache, scale):
     """window of a query by one program, merged -> out."""
+    c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k.scales is not None, True)
     batch, rows = q.shape[0], q.shape[0] * 64
     out = launch.empty(q, (batch, 1, 64, 128), None)
     decode_whole[(4 * batch,)](
         q, k.data, v.data, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, 1, past.capacity, rows,
-        *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bn,
+        scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),
     )
     return out
@@ -1740,9 +1730,8 @@ def _decode_whole(q, k, v, past, cache, scale, c, runs):
 
 def _step(q, k, v, gates, phi, cache, blocks, scale):
     """A decoding step in 3 launches at most -> out [B, m, 64, 128]; the last one advances the cache's lengths."""
-    whole = _whole(q, cache)
-    if whole:
+    if split.whole(q, 4):
         past = _append(k, v, phi, cache)
-        return _decode_whole(q, cache.rows("k"), cache.rows("v"), past, cache, scale, *whole)
+        return _decode_whole(q, cache.rows("k"), cache.rows("v"), past, cache, scale)
     past = _append(k, v, phi, cache)
     return _decode_attend(q, cache.rows("k"), cache.rows("v"), past, cache, scale)
