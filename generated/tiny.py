@@ -6,7 +6,7 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  0576cac6257d
+content  803c35bd1958
 runtime  21
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -36,7 +36,7 @@ window_cached            query_major, because mode=train: every query tile has B
 decode_scores            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; scores_once, because a head's scores are kept as sums a block, so that the keys are not read again once lse is known
 decode_select            selects, because up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait; row_a_program, because a row of scores fits the registers: few are ranked, of many the n-th best is found bit by bit; shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run
 decode_attend            split_keys, because mode=decode: batch × KV heads programs leave the GPU idle, so programs share a query's keys, in runs; head_packing, because the group's heads, and the step's queries where they walk alike, fill the rows; one_masked_loop, because bound by memory: a mask is cheaper than the drained pipelines of three loops; one_launch, because no source waits for another's result; a launch costs what a short step's bytes do
-decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because with many sequences a program has all of a query (decode_whole): no part is written, nothing is launched
+decode_merge             shared_out, because one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts; fixed_order, because float32 parts are added in their order: the same bits on every run; rides, because with many sequences a program has all of a query (decode_whole): no part is written, no launch follows
 """
 
 from typing import Optional
@@ -69,7 +69,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_0576cac6257d"
+_SPACE = "nsagen_tiny_803c35bd1958"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4148,7 +4148,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
 
 def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, scale):
     """compressed, selected, window of a query by one program, merged -> out."""
-    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 4), 2, k_scored.scales is not None, True)
+    c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 4), 2, k_scored.scales is not None, 31)
     batch, rows = q.shape[0], q.shape[0] * 6
     out = launch.empty(q, (batch, 1, 6, 16), None)
     lses = launch.empty(q, (rows,), None, torch.float32)

@@ -34,6 +34,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write tests/golden/ anew instead of comparing")
 
 
+@pytest.fixture(params=[False, True], ids=["shared out", "whole"])
+def one_program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a step of one token is a program's alone, as with many sequences."""
+    from nsagen.runtime import split
+
+    if request.param:
+        monkeypatch.setattr(split, "PROGRAMS", 1)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the kernels run."""

@@ -2,8 +2,8 @@
 
 Up to four launches: the scores of a selection, with the attention over the same keys if there is one; the selection;
 every other attention; the merge of all parts, gates and all. The selection rides on the attention up to some thousand
-candidates, and the merge where there are so many sequences that every source is one run of keys. What appends is
-outside of the plan: a launch before them, or programs beside the first one's.
+candidates. With so many sequences that every source is one run of keys, one launch does it all, a query a program
+(decode_whole). What appends is outside of the plan: a launch before them, or programs beside the first one's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHARED = Choice(
     "shared_out", "one program's selection or merge would hold all others up: runs of candidates, rows by rows of parts"
 )
 RIDES = Choice(
-    "rides", "with many sequences a program has all of a query (decode_whole): no part is written, nothing is launched"
+    "rides", "with many sequences a program has all of a query (decode_whole): no part is written, no launch follows"
 )
 SELECTS = Choice(
     "selects", "up to some thousand blocks each program of a list selects for itself: cheaper than a launch, no wait"

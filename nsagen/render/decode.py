@@ -8,7 +8,15 @@ from nsagen.ir.graph import Graph, Pool, phi
 from nsagen.ir.plan import Kernel, Launch, Plan, Ring
 from nsagen.passes.rings import rings
 from nsagen.render.host import select_node
-from nsagen.render.split_view import RiderView, RidingLane, SelectionView, rider_view, selecting, selection_view
+from nsagen.render.split_view import (
+    RiderView,
+    RidingLane,
+    SelectionView,
+    rider_view,
+    selecting,
+    selection_view,
+    whole_tile,
+)
 from nsagen.render.walks import power_of_two
 
 
@@ -79,17 +87,18 @@ class RunView:
 
 @dataclass(frozen=True)
 class WholeRun(RunView):
-    """A source of the kernel whose programs share no query out. place: what follows `k` in its arguments' names."""
+    """A source of decode_whole. place: what follows `k` in its arguments' names."""
 
     place: str
 
 
 @dataclass(frozen=True)
 class WholeView:
-    """That kernel: the sources of those that do share them out, what is selected from first, under names of its own."""
+    """decode_whole: the sources of the kernels that share a query out, what is selected from first."""
 
     sources: tuple[WholeRun, ...]
     tiles: str  # whose tiles it takes: of keys with values
+    most: int  # keys of a tile: of more, half or more of a listed block's tile would be masked
     gated: bool
 
     @property
@@ -187,6 +196,7 @@ class DecodeView:
     launches: int
     group_rows: int  # sums of a group
     grouped: int
+    block: int  # tokens of a listed one, 0 without lists
 
     @property
     def ringed(self) -> bool:
@@ -216,7 +226,11 @@ class DecodeView:
         runs = [*((s, "_scored") for s in before), *((s, s.suffix) for s in self.attend.sources)]
         sources = tuple(WholeRun(**vars(s), place=place) for s, place in runs)
         tiles = self.scores if self.scores and sources[0].v else self.attend
-        return WholeView(sources, tiles.name, "gates" in self.attend.more)
+        rider = self.attend.rider
+        assert rider is not None
+        alone = [lane.term for lane in rider.own]
+        assert len(before) <= 1 and not any(lane.term in alone for lane in rider.earlier)
+        return WholeView(sources, tiles.name, whole_tile(self.block), rider.gated)
 
 
 def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeView:
@@ -239,6 +253,7 @@ def decode_view(graph: Graph, plan: Plan, branches: tuple[str, ...]) -> DecodeVi
         launches=1 + len(op.launches),
         group_rows=len(select.group_weights) if select else 0,
         grouped=select.grouped if select else 1,
+        block=next((w.listed.size for x in splits for w in plan.kernel(x.kernel).walks if w.listed), 0),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nsagen.ir.plan import Kernel, Operand, Plan
 from nsagen.render.walks import power_of_two
 
+WIDEST = 1 << 10  # keys of a tile
 RANKED = 128  # candidates that are each compared with every other; twice as many of a launched selection
 
 
@@ -40,7 +41,7 @@ class RiderView:
 
     @property
     def earlier(self) -> tuple[RidingLane, ...]:
-        """Lanes whose parts came before: of a term of their own each."""
+        """Lanes that the launch before attends to: of a term of their own each."""
         return tuple(x for x in self.lanes if x.suffix is None)
 
     @property
@@ -108,6 +109,11 @@ def split_view(kernel: Kernel, plan: Plan) -> SplitView | None:
         selection=selection_view(kernel, plan),
         newest=_newest_view(kernel, plan),
     )
+
+
+def whole_tile(block: int) -> int:
+    """Keys of a tile of decode_whole at most: of more, half of a listed block's would be masked. 0: without lists."""
+    return max(16, 2 * block - 1) if block else WIDEST
 
 
 def selecting(kernel: Kernel, plan: Plan) -> tuple[str, ...]:

@@ -44,23 +44,25 @@ class Runs(NamedTuple):
     length: int
 
 
-def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int, scaled: bool, whole: bool = False) -> Config:
+def pick(tiles: Tiles, q: Tensor, scattered: bool, heads: int, scaled: bool, most: int = 0) -> Config:
     """The first candidate for few queries; for more one of four warps, and of a deep pipeline if `scattered`.
 
-    For a crowd of programs with a `whole` query each, one that is held to a quarter of a multiprocessor's registers and
-    fits a quarter of its shared memory: else 512 programs take two rounds, the second one nearly empty. Not if
-    `scaled`: with scales a program needs more registers; nor in float32, which no tensor core multiplies.
+    most: keys of a tile, for programs with all of a query each; 0 for others. For a crowd of those a tile that is held
+    to a quarter of a multiprocessor's registers and fits a quarter of its shared memory: else 512 programs take two
+    rounds, the second one nearly empty. Not if `scaled`: with scales a program needs more registers; nor in float32,
+    which no tensor core multiplies.
     """
     first = launch.pick(tiles, q)
     if tiles.forced is not None or not q.is_cuda or few(q, heads):
         return first
-    crowd = whole and _programs(q, heads) > PROGRAMS and q.element_size() == 2
+    crowd = most > 0 and _programs(q, heads) > PROGRAMS and q.element_size() == 2
     crowd = crowd and not (scattered or scaled or torch.version.hip)
-    at = (q.device, q.dtype, scattered, crowd)
+    at = (q.device, q.dtype, scattered, crowd, most)
     config = tiles.picked.get(at)
     if config is None:
         chip = launch.chip(q.device.index or 0)
         four = [c for c in launch.candidates(tiles, chip, 8 * q.element_size()) if c.warps == 4]
+        four = [c for c in four if not most or c.bn <= most] or four
         config = min(four, key=lambda c: (c.stages == DEEP) != scattered, default=first)
         widest = max((c for c in four if quarter(c.bn, c.stages, c.smem, chip.smem)), key=lambda c: c.bn, default=None)
         if crowd and widest:

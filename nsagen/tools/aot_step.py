@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
+from nsagen.render.split_view import whole_tile
 from nsagen.tools.aot_chips import CHIPS, candidates
 
 Job = tuple[Kernel, Launch, TileConfig]
@@ -26,7 +27,8 @@ def step_kernels(plan: Plan, arch: str, bits: int) -> list[Job]:
     if scores:
         found.append((*_storing("decode_begin", scores, plan), candidates(scores, arch, bits)[0]))
     valued = scores and any(o.role == "v" for o in scores.operands)
-    tiles = _whole_tiles(scores if scores and valued else attend, arch, bits)
+    block = next((w.listed.size for w in attend.walks if w.listed), 0)
+    tiles = _whole_tiles(scores if scores and valued else attend, arch, bits, whole_tile(block))
     return [*found, *((*_whole(scores, attend, plan), tile) for tile in tiles)]
 
 
@@ -49,22 +51,25 @@ def _whole(scores: Kernel | None, attend: Kernel, plan: Plan) -> tuple[Kernel, L
     riders, more = [plan.kernel(x.kernel) for x in plan.riders(attend.name)], plan.brought(launch)
     operands = {o.name: o for k in (*riders, attend) for o in k.operands}
     binds = dict((*launch.binds, *more))
+    scored = dict(plan.launches(scores.name)[0].binds) if scores else {}
     names = {"k": "k_scored", "v": "v_scored", "part_lse": "lses"}
     for o in scores.operands if scores else ():
-        if scores and o.role in names:
+        if o.role in names:
             operands[names[o.role]] = replace(o, name=names[o.role])
-            binds[names[o.role]] = dict(plan.launches(scores.name)[0].binds)[o.name]
+            binds[names[o.role]] = scored[o.name]
     select = next((k.select for k in riders if k.select), None)
     kernel = replace(attend, name="decode_whole", body="split_whole", operands=tuple(operands.values()), select=select)
     return kernel, Launch(kernel.name, tuple(binds.items()))
 
 
-def _whole_tiles(kernel: Kernel, arch: str, bits: int) -> list[TileConfig]:
+def _whole_tiles(kernel: Kernel, arch: str, bits: int, most: int) -> list[TileConfig]:
     """Those that split.pick takes: of some programs, and of a crowd."""
     from nsagen.runtime import split
 
-    four = [c for c in candidates(kernel, arch, bits) if c.warps == 4]
-    some = [replace(c, spills=SPILLS) for c in four[:1]]
+    every = candidates(kernel, arch, bits)
+    four = [c for c in every if c.warps == 4]
+    four = [c for c in four if c.bn <= most] or four
     fits = [c for c in four if split.quarter(c.bn, c.stages, c.smem, CHIPS[arch].smem)]
     crowd = sorted(fits, key=lambda c: -c.bn)[: bits == 16 and CHIPS[arch].backend == "cuda"]
+    some = [replace(c, spills=SPILLS) for c in (four or every)[:1]]
     return [*some, *(replace(c, cap=split.QUARTER, spills=QUARTER_SPILLS) for c in crowd)]

@@ -26,6 +26,7 @@ def kept(x: Any, dtype: torch.dtype) -> Any:
     return flat.read(rows).view_as(x)
 
 
+@pytest.mark.usefixtures("one_program")
 @pytest.mark.parametrize(("dtype", "page"), [(torch.float32, 4), (torch.float64, None)])
 def test_it_attends_to_what_it_keeps(dtype: torch.dtype, page: int | None, device: str) -> None:
     """Once its cache has the same numbers, an unquantised one gives the same output; no block ends in these steps."""
@@ -50,6 +51,7 @@ def test_it_is_near_what_was_given(dtype: torch.dtype, device: str) -> None:
     assert 1e-3 < error < 4e-2
 
 
+@pytest.mark.usefixtures("one_program")
 @pytest.mark.parametrize(("nats", "size"), [(0, 1.0), (0, 1e-3), (12, 1.0)])
 def test_small_weights_and_small_values_count(nats: int, size: float, device: str) -> None:
     """Beside a sink of no value, e^12 above all others, and with scales far below 1: products are in float16."""

@@ -10,6 +10,7 @@ import nsagen
 from nsagen.errors import InputError
 
 
+@pytest.mark.usefixtures("one_program")
 @pytest.mark.parametrize(
     ("name", "page", "dtype"),
     [
@@ -53,6 +54,7 @@ def test_more_than_a_ring_holds(device: str) -> None:
     of.step(2, 10, decode=True)
 
 
+@pytest.mark.usefixtures("one_program")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_a_capture_loses_is_nan(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host cannot ask, the sequence gives NaN, by decode and prefill, until it begins anew; others go on."""
@@ -88,6 +90,7 @@ def test_a_short_cache_has_no_more_rows_than_tokens(device: str) -> None:
     of.step(1, 8)
 
 
+@pytest.mark.usefixtures("one_program")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keys_of_no_page_are_zero(dtype: torch.dtype, device: str) -> None:
     of, zeroed = (Served("rings", 19, device, 4, dtype) for _ in range(2))

@@ -581,3 +581,19 @@ def test_first_choices_do_not_spill(tried: str) -> None:
 def test_shared_memory_is_no_more_than_estimated(tried: str) -> None:
     for r in compiled(tried):
         assert r["smem"] <= r["estimated"]["smem"], r
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_group_too_large_for_four_warps_has_a_whole_step_too(dtype: str) -> None:
+    spec = {
+        "name": "one_kv_head",
+        "heads": {"query": 64, "kv": 1, "qk_dim": 64, "v_dim": 64},
+        "kv": "shared",
+        "branches": {
+            "compressed": {"block": 32, "stride": 16, "pool": "mean"},
+            "selected": {"block": 64, "top_n": 16, "initial": 1, "local": 2},
+        },
+        "combine": "gated_sum",
+    }
+    jobs = aot.jobs_of(api.compiled_of(api.read(spec)).plan, "sm_90", dtype)
+    assert [j.tile.warps for j in jobs if j.kernel.name == "decode_whole"] == [8]
