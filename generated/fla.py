@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  bfd7fa1bbea9
-runtime  21
+content  c03507adea38
+runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -56,10 +56,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, unions, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, unions, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(21, "fla")
+version.require(22, "fla")
 
 SPEC = {'name': 'fla',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 64, 64), caller_blocks=False,
     scored=(64, 64),
 )
-_SPACE = "nsagen_fla_bfd7fa1bbea9"
+_SPACE = "nsagen_fla_c03507adea38"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4790,7 +4790,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
         _compressed_specialised(c, q, k, v, out, lse, rest, scale)
         return out, lse, rest
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    compressed_fwd[(tiles * 4 * batch,)](
+    launcher.start(compressed_fwd, (tiles * 4 * batch,),
         q, k, v, out, lse, launch.kept(rest), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -4802,7 +4802,7 @@ def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
-    compressed_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(compressed_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -4826,12 +4826,12 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
         tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
         total = tiles * 4 * batch
         if copied:
-            compressed_queries_specialised[(hopper.programs(total, q),)](
+            launcher.start(compressed_queries_specialised, (hopper.programs(total, q),),
                 q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
                 *launch.strides(q), c.bn, c.stages, adds, **c.options,
             )
         else:
-            compressed_dq[(total,)](
+            launcher.start(compressed_dq, (total,),
                 q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
                 *launch.strides(q), *launch.strides(k), *launch.strides(v),
                 c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -4855,7 +4855,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
         )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
     rows = parts[0].numel() // parts.shape[-1]
-    compressed_sum[(-(-rows // c.bm),)](
+    launcher.start(compressed_sum, (-(-rows // c.bm),),
         parts, dk, dv, rows, splits, c.bm, 1, adds, **c.options
     )
     return dq, dk, dv
@@ -4873,7 +4873,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale, leaves=0):
         _selected_specialised(c, q, k, v, blocks, out, lse, scale, leaves)
         return out, lse
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_fwd[(tiles * 4 * batch,)](
+    launcher.start(selected_fwd, (tiles * 4 * batch,),
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), leaves, **c.options,
     )
@@ -4884,7 +4884,7 @@ def _selected_specialised(c, q, k, v, blocks, out, lse, scale, leaves=0):
     """The launch in which adjacent queries share the blocks of their lists' union."""
     tiles = launch.tiles(q.shape[1], 4, None)
     entries, counts = unions.unite(blocks, 64, 4, leaves)
-    selected_fwd_specialised[(hopper.programs(counts.shape[0], q),)](
+    launcher.start(selected_fwd_specialised, (hopper.programs(counts.shape[0], q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, entries, counts, q.shape[1], tiles, counts.shape[0], scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -4906,7 +4906,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_dq[(tiles * 4 * batch,)](
+    launcher.start(selected_dq, (tiles * 4 * batch,),
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
         c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -4918,13 +4918,13 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     items, first = inverse.items[0], inverse.first[0]
     parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-64 // c.bn)
-    selected_dkv[(items.shape[0], sub)](
+    launcher.start(selected_dkv, (items.shape[0], sub),
         q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     c = launch.pick(_CONFIGS["selected_sum"], q)
-    selected_sum[(total, -(-64 // c.bn))](
+    launcher.start(selected_sum, (total, -(-64 // c.bn)),
         parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
         c.bn, 1, adds, **c.options,
     )
@@ -4950,14 +4950,14 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale, leaves)
         rows, bounds = min(chunk, length - first), inverse.first[number]
         for pair in range(0, batch * 4, pairs):
             some = min(pairs, batch * 4 - pair)
-            selected_grads_specialised[(some * slots + some * rows * 16 // per_item,)](
+            launcher.start(selected_grads_specialised, (some * slots + some * rows * 16 // per_item,),
                 *maps, lse, delta, inverse.entries, bounds, inverse.items[number], parts, dq_parts,
                 length, slots, pair, some, first, chunk, scale, c.bn, c.stages, **c.options,
             )
-            selected_dq_sum[(rows * some,)](
+            launcher.start(selected_dq_sum, (rows * some,),
                 dq_parts, blocks, dq, length, slots, pair, some, first, chunk, leaves, adds_dq, **by_query.options,
             )
-        selected_sum[(total, -(-64 // sums.bn))](
+        launcher.start(selected_sum, (total, -(-64 // sums.bn)),
             parts, bounds, dk_sum, dv_sum, None, length, slots, 0, k.shape[1],
             sums.bn, 2, adds or number > 0, **sums.options,
         )
@@ -4977,7 +4977,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
         _window_specialised(c, q, k, v, out, lse, scale)
         return out, lse
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    window_fwd[(tiles * 4 * batch,)](
+    launcher.start(window_fwd, (tiles * 4 * batch,),
         q, k, v, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -4989,7 +4989,7 @@ def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, N
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
-    window_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(window_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, *beside, length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -5037,12 +5037,12 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
         total = tiles * 4 * batch
         if copied:
-            window_queries_specialised[(hopper.programs(total, q),)](
+            launcher.start(window_queries_specialised, (hopper.programs(total, q),),
                 q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
                 *launch.strides(q), c.bn, c.stages, adds, **c.options,
             )
         else:
-            window_dq[(total,)](
+            launcher.start(window_dq, (total,),
                 q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
                 *launch.strides(q), *launch.strides(k), *launch.strides(v),
                 c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -5056,14 +5056,14 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         shares = hopper.shares(tiles * 4 * batch, min(-(-length // 4), 160), q.device)
         shape = (shares, *k.shape[:3], 256)
         parts = launch.empty(q, shape, None, torch.float32) if shares > 1 else None
-        window_keys_specialised[(tiles * 4 * batch, shares)](
+        launcher.start(window_keys_specialised, (tiles * 4 * batch, shares),
             *maps, lse, delta, *taken, parts, dk, dv, length, tiles, shares, 0 if parts is None else parts.stride(0), scale,
             k.shape[1], c.bn, c.stages, adds, **c.options,
         )
         if parts is not None:
             c = launch.pick(_CONFIGS["window_sum"], q)
             rows = parts[0].numel() // parts.shape[-1]
-            window_sum[(-(-rows // c.bm),)](
+            launcher.start(window_sum, (-(-rows // c.bm),),
                 parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
             )
     else:
@@ -5087,7 +5087,7 @@ def _joint_queries(q, k0, v0, k1, v1, d_out, statistics, into, cu_seqlens, scale
     c = launch.pick(_CONFIGS["joint_queries"], q)
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
-    joint_queries_specialised[(hopper.programs(total, q),)](
+    launcher.start(joint_queries_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k0, (128,), c.bn), *hopper.boxes(v0, (128,), c.bn), *hopper.boxes(k1, (128,), c.bn), *hopper.boxes(v1, (128,), c.bn), d_out, *statistics, dq, length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, adds, **c.options,
     )
@@ -5115,12 +5115,12 @@ def _select(q, k, lse, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         splits = max(1, -(-(max(0, end - 0) // 64) // c.bn))  # key tiles, to the last query's
-        select_scores[(splits * tiles * 4 * batch,)](
+        launcher.start(select_scores, (splits * tiles * 4 * batch,),
             q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 16, scale, first, end, *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
         )
         candidates = launch.power_of_two(-(-end // 64))
-        select_best[((end - first) * 4 * batch,)](
+        launcher.start(select_best, ((end - first) * 4 * batch,),
             scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
@@ -5133,7 +5133,7 @@ def _delta(d_out, out, rest):
         return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
-    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
+    launcher.start(row_delta, (-(-sums.numel() // c.bm),), d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
     return sums
 
 
@@ -5144,7 +5144,7 @@ def _combine(out_compressed, out_selected, out_window, gates):
     out = launch.empty(out_compressed, out_compressed.shape, None)
     c = launch.pick(_CONFIGS["combine_fwd"], out)
     rows = gates.numel() // 3
-    combine_fwd[(-(-rows // c.bm),)](out_compressed, out_selected, out_window, gates, out, rows, c.bm, **c.options)
+    launcher.start(combine_fwd, (-(-rows // c.bm),), out_compressed, out_selected, out_window, gates, out, rows, c.bm, **c.options)
     return out
 
 
@@ -5156,7 +5156,7 @@ def _combine_backward(d_out, out_compressed, out_selected, out_window, rest_comp
     deltas, shifts = ([launch.empty(lse, lse.shape, None) for lse in (lse_compressed, lse_selected, lse_window,)] for _ in range(2))
     c = launch.pick(_CONFIGS["combine_bwd"], d_out)
     rows = gates.numel() // 3
-    combine_bwd[(-(-rows // c.bm),)](
+    launcher.start(combine_bwd, (-(-rows // c.bm),),
         d_out, out_compressed, out_selected, out_window, launch.kept(rest_compressed), lse_compressed, lse_selected, lse_window, gates, *deltas, *shifts, d_gates, rows, c.bm, **c.options
     )
     return deltas, shifts, d_gates
@@ -5170,7 +5170,7 @@ def _compressed_gate_backward(d_out, term, rest, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["compressed_gate"], d_out)
-    compressed_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(compressed_gate, (-(-lse.numel() // c.bm),),
         d_out, term, launch.kept(rest), lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -5184,7 +5184,7 @@ def _selected_gate_backward(d_out, term, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["selected_gate"], d_out)
-    selected_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(selected_gate, (-(-lse.numel() // c.bm),),
         d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -5198,7 +5198,7 @@ def _window_gate_backward(d_out, term, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["window_gate"], d_out)
-    window_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(window_gate, (-(-lse.numel() // c.bm),),
         d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -5441,7 +5441,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    compressed_cached[(tiles * 4 * batch,)](
+    launcher.start(compressed_cached, (tiles * 4 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -5455,7 +5455,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_cached[(tiles * 4 * batch,)](
+    launcher.start(selected_cached, (tiles * 4 * batch,),
         q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -5469,7 +5469,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    window_cached[(tiles * 4 * batch,)](
+    launcher.start(window_cached, (tiles * 4 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -5491,12 +5491,12 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
-        select_scores_cached[(splits * tiles * 4 * batch,)](
+        launcher.start(select_scores_cached, (splits * tiles * 4 * batch,),
             q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 16, scale, first, end,
             *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
-        select_best_cached[((end - first) * 4 * batch,)](
+        launcher.start(select_best_cached, ((end - first) * 4 * batch,),
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
@@ -5586,7 +5586,7 @@ def _append(k, v, phi, cache, joins):
     )
     if joins:
         return past, given
-    cache_append[(4 * cache.batch, 4)](
+    launcher.start(cache_append, (4 * cache.batch, 4),
         *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["compressed"], 4),
     )
     cache.close(phi, staged)
@@ -5609,12 +5609,12 @@ def _decode_scores(q, k, v, past, scale, append=None):
     sizes = (batch * queries * 64, groups, *runs)
     if append is not None:
         programs *= 4 * batch
-        decode_begin[(programs + 16 * batch,)](
+        launcher.start(decode_begin, (programs + 16 * batch,),
             *append, q, parts, lses, sums, programs, *sizes, scale, *launch.strides(q),
             launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q, 4),
         )
         return parts, lses, sums
-    decode_scores[(4 * batch * programs,)](
+    launcher.start(decode_scores, (4 * batch * programs,),
         q, k.data, v.data, parts, lses, sums, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         *sizes, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),
@@ -5645,11 +5645,11 @@ def _decode_attend(q, k0, v0, k1, v1, sums, lses_compressed, parts_compressed, g
     scores = launch.empty(q, (batch, queries, 4, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, queries, 4, 16), None, torch.int32)
     if of.launched:
-        decode_select[(4 * batch * queries * (candidates // of.together),)](
+        launcher.start(decode_select, (4 * batch * queries * (candidates // of.together),),
             sums, lses_compressed, scores, cache.lengths, queries, past.capacity, batch * queries * 64, groups, before,
             candidates, of.together, splits, of.heats, num_warps=split.SELECT_WARPS, **split.early(q, 4),
         )
-    decode_attend[(4 * batch * programs,)](
+    launcher.start(decode_attend, (4 * batch * programs,),
         q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, lses_compressed, scores, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 64, groups, *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, SPLITS=splits, SCORED=of.launched, HEATS=of.heats, CANDIDATES=candidates, TOGETHER=of.together, **c.options, **split.early(q, 4),
@@ -5657,7 +5657,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, lses_compressed, parts_compressed, g
     counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
-    decode_merge[(-(-batch * queries * 64 // each),)](
+    launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
         parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
@@ -5676,7 +5676,7 @@ def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, sca
     scores = launch.empty(q, (batch, 4, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, 4, 16), None, torch.int32)
     together = split.together(candidates, 16, c.warps * split.MOST_RIDING_SUMS)
-    decode_whole[(4 * batch,)](
+    launcher.start(decode_whole, (4 * batch,),
         q, k_scored.data, v_scored.data, k0.data, v0.data, blocks0, k1.data, v1.data, sums, lses, scores, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k_scored.scales, v_scored.scales, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
         groups, scale, *launch.strides(q), *launch.strides(k_scored.data), *launch.strides(v_scored.data), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
         launch.precision(q), past.page, CANDIDATES=candidates, TOGETHER=together, **c.options, **split.early(q, 4),

@@ -6,8 +6,8 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  75476c565b4d
-runtime  21
+content  95c22e2f4b93
+runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -56,10 +56,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, lanes, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, lanes, launch, launcher, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(21, "gqa_llama")
+version.require(22, "gqa_llama")
 
 SPEC = {'name': 'gqa_llama',
  'heads': {'query': 32, 'kv': 8, 'qk_dim': 128, 'v_dim': 128},
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_gqa_llama_75476c565b4d"
+_SPACE = "nsagen_gqa_llama_95c22e2f4b93"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -4633,7 +4633,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
         _compressed_specialised(c, q, k, v, out, lse, rest, scale)
         return out, lse, rest
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
-    compressed_fwd[(tiles * 8 * batch,)](
+    launcher.start(compressed_fwd, (tiles * 8 * batch,),
         q, k, v, out, lse, launch.kept(rest), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -4645,7 +4645,7 @@ def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 4), None)
     total = tiles * 8 * batch
-    compressed_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(compressed_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -4669,12 +4669,12 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
         tiles = launch.tiles(length, c.bm // 2 // 4 * 2 if copied else c.bm // 4, cu_seqlens)
         total = tiles * 8 * batch
         if copied:
-            compressed_queries_specialised[(hopper.programs(total, q),)](
+            launcher.start(compressed_queries_specialised, (hopper.programs(total, q),),
                 q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
                 *launch.strides(q), c.bn, c.stages, adds, **c.options,
             )
         else:
-            compressed_dq[(total,)](
+            launcher.start(compressed_dq, (total,),
                 q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
                 *launch.strides(q), *launch.strides(k), *launch.strides(v),
                 c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -4698,7 +4698,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
         )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
     rows = parts[0].numel() // parts.shape[-1]
-    compressed_sum[(-(-rows // c.bm),)](
+    launcher.start(compressed_sum, (-(-rows // c.bm),),
         parts, dk, dv, rows, splits, c.bm, 1, adds, **c.options
     )
     return dq, dk, dv
@@ -4715,7 +4715,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_fwd[(tiles * 8 * batch,)](
+    launcher.start(selected_fwd, (tiles * 8 * batch,),
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -4737,12 +4737,12 @@ def _selected_by_blocks(q, k, v, blocks, cu_seqlens, scale):
     packed = launch.sequences(cu_seqlens)
     for number, first in enumerate(range(0, length, chunk)):
         rows, items = min(chunk, length - first), inverse.items[number]
-        selected_list[(items.shape[0], tiles)](
+        launcher.start(selected_list, (items.shape[0], tiles),
             q, k, v, inverse.entries, items, out_parts, lse_parts, cu_seqlens,
             length, inverse.slots, packed, inverse.first.shape[1] - 1, first, chunk, scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
         )
-        selected_merge[(rows * 8 * batch,)](
+        launcher.start(selected_merge, (rows * 8 * batch,),
             out_parts, lse_parts, blocks, out, lse, cu_seqlens, length, packed, first, rows, chunk,
             tiles, **launch.pick(_CONFIGS["selected_merge"], q).options,
         )
@@ -4771,16 +4771,16 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     dk_sum, dv_sum = lists.sums((dk, dv), chunk < length, adds, cu_seqlens)
     for number, first in enumerate(range(0, length, chunk)):
         rows, items = min(chunk, length - first), inverse.items[number]
-        selected_dkv[(items.shape[0], tiles)](
+        launcher.start(selected_dkv, (items.shape[0], tiles),
             q, k, v, d_out, lse, delta, inverse.entries, items, parts, dq_parts, cu_seqlens,
             length, inverse.slots, packed, total, first, chunk, scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
         )
-        selected_sum[(total, -(-64 // sums.bn))](
+        launcher.start(selected_sum, (total, -(-64 // sums.bn)),
             parts, inverse.first[number], dk_sum, dv_sum, cu_seqlens, length, inverse.slots, packed, k.shape[1],
             sums.bn, 1, adds or number > 0, **sums.options,
         )
-        selected_dq[(rows * 8 * batch,)](
+        launcher.start(selected_dq, (rows * 8 * batch,),
             dq_parts, blocks, dq, cu_seqlens, length, packed, first, rows, chunk, tiles, adds_dq, **by_query.options,
         )
     lists.round_sums((dk, dv), (dk_sum, dv_sum))
@@ -4799,7 +4799,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
         _window_specialised(c, q, k, v, out, lse, scale)
         return out, lse
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
-    window_fwd[(tiles * 8 * batch,)](
+    launcher.start(window_fwd, (tiles * 8 * batch,),
         q, k, v, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -4811,7 +4811,7 @@ def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None, N
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 4), None)
     total = tiles * 8 * batch
-    window_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(window_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, *beside, length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -4848,12 +4848,12 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         tiles = launch.tiles(length, c.bm // 2 // 4 * 2 if copied else c.bm // 4, cu_seqlens)
         total = tiles * 8 * batch
         if copied:
-            window_queries_specialised[(hopper.programs(total, q),)](
+            launcher.start(window_queries_specialised, (hopper.programs(total, q),),
                 q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
                 *launch.strides(q), c.bn, c.stages, adds, **c.options,
             )
         else:
-            window_dq[(total,)](
+            launcher.start(window_dq, (total,),
                 q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
                 *launch.strides(q), *launch.strides(k), *launch.strides(v),
                 c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -4867,14 +4867,14 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         shares = hopper.shares(tiles * 8 * batch, min(-(-length // 16), 40), q.device)
         shape = (shares, *k.shape[:3], 256)
         parts = launch.empty(q, shape, None, torch.float32) if shares > 1 else None
-        window_keys_specialised[(tiles * 8 * batch, shares)](
+        launcher.start(window_keys_specialised, (tiles * 8 * batch, shares),
             *maps, lse, delta, parts, dk, dv, length, tiles, shares, 0 if parts is None else parts.stride(0), scale,
             k.shape[1], c.bn, c.stages, adds, **c.options,
         )
         if parts is not None:
             c = launch.pick(_CONFIGS["window_sum"], q)
             rows = parts[0].numel() // parts.shape[-1]
-            window_sum[(-(-rows // c.bm),)](
+            launcher.start(window_sum, (-(-rows // c.bm),),
                 parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
             )
     else:
@@ -4898,7 +4898,7 @@ def _joint_queries(q, k0, v0, k1, v1, d_out, statistics, into, cu_seqlens, scale
     c = launch.pick(_CONFIGS["joint_queries"], q)
     tiles = launch.tiles(length, 2 * (64 // 4), None)
     total = tiles * 8 * batch
-    joint_queries_specialised[(hopper.programs(total, q),)](
+    launcher.start(joint_queries_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k0, (128,), c.bn), *hopper.boxes(v0, (128,), c.bn), *hopper.boxes(k1, (128,), c.bn), *hopper.boxes(v1, (128,), c.bn), d_out, *statistics, dq, length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, adds, **c.options,
     )
@@ -4929,18 +4929,18 @@ def _select(q, k, lse, cu_seqlens, scale):
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         if c.specialised:
             total = tiles * 8 * batch
-            select_scores_specialised[(hopper.programs(total, q),)](
+            launcher.start(select_scores_specialised, (hopper.programs(total, q),),
                 hopper.row_boxes(q, 4, 64 // 4), *hopper.boxes(keys, (128,), c.bn), lse, scores, length, tiles, total, scale, first, end,
                 *launch.strides(scores), c.bn, c.stages, **c.options,
             )
         else:
             splits = max(1, -(-(max(0, end - 16) // 16) // c.bn))  # key tiles, to the last query's
-            select_scores[(splits * tiles * 8 * batch,)](
+            launcher.start(select_scores, (splits * tiles * 8 * batch,),
                 q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 4, scale, first, end, *launch.strides(scores), scores.stride(3),
                 *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
             )
         candidates = launch.power_of_two(-(-end // 64))
-        select_best[((end - first) * 8 * batch,)](
+        launcher.start(select_best, ((end - first) * 8 * batch,),
             scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             not c.specialised, num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
@@ -4953,7 +4953,7 @@ def _delta(d_out, out, rest):
         return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
-    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
+    launcher.start(row_delta, (-(-sums.numel() // c.bm),), d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
     return sums
 
 
@@ -4964,7 +4964,7 @@ def _combine(out_compressed, out_selected, out_window, gates):
     out = launch.empty(out_compressed, out_compressed.shape, None)
     c = launch.pick(_CONFIGS["combine_fwd"], out)
     rows = gates.numel() // 3
-    combine_fwd[(-(-rows // c.bm),)](out_compressed, out_selected, out_window, gates, out, rows, c.bm, **c.options)
+    launcher.start(combine_fwd, (-(-rows // c.bm),), out_compressed, out_selected, out_window, gates, out, rows, c.bm, **c.options)
     return out
 
 
@@ -4976,7 +4976,7 @@ def _combine_backward(d_out, out_compressed, out_selected, out_window, rest_comp
     deltas, shifts = ([launch.empty(lse, lse.shape, None) for lse in (lse_compressed, lse_selected, lse_window,)] for _ in range(2))
     c = launch.pick(_CONFIGS["combine_bwd"], d_out)
     rows = gates.numel() // 3
-    combine_bwd[(-(-rows // c.bm),)](
+    launcher.start(combine_bwd, (-(-rows // c.bm),),
         d_out, out_compressed, out_selected, out_window, launch.kept(rest_compressed), lse_compressed, lse_selected, lse_window, gates, *deltas, *shifts, d_gates, rows, c.bm, **c.options
     )
     return deltas, shifts, d_gates
@@ -4990,7 +4990,7 @@ def _compressed_gate_backward(d_out, term, rest, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["compressed_gate"], d_out)
-    compressed_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(compressed_gate, (-(-lse.numel() // c.bm),),
         d_out, term, launch.kept(rest), lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -5004,7 +5004,7 @@ def _selected_gate_backward(d_out, term, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["selected_gate"], d_out)
-    selected_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(selected_gate, (-(-lse.numel() // c.bm),),
         d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -5018,7 +5018,7 @@ def _window_gate_backward(d_out, term, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["window_gate"], d_out)
-    window_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(window_gate, (-(-lse.numel() // c.bm),),
         d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -5259,7 +5259,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
-    compressed_cached[(tiles * 8 * batch,)](
+    launcher.start(compressed_cached, (tiles * 8 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -5273,7 +5273,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_cached[(tiles * 8 * batch,)](
+    launcher.start(selected_cached, (tiles * 8 * batch,),
         q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -5287,7 +5287,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 32, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 32), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 4, cu_seqlens)
-    window_cached[(tiles * 8 * batch,)](
+    launcher.start(window_cached, (tiles * 8 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -5309,12 +5309,12 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
-        select_scores_cached[(splits * tiles * 8 * batch,)](
+        launcher.start(select_scores_cached, (splits * tiles * 8 * batch,),
             q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 4, scale, first, end,
             *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
-        select_best_cached[((end - first) * 8 * batch,)](
+        launcher.start(select_best_cached, ((end - first) * 8 * batch,),
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
@@ -5404,7 +5404,7 @@ def _append(k, v, phi, cache, joins):
     )
     if joins:
         return past, given
-    cache_append[(8 * cache.batch, 4)](
+    launcher.start(cache_append, (8 * cache.batch, 4),
         *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["compressed"], 8),
     )
     cache.close(phi, staged)
@@ -5429,12 +5429,12 @@ def _decode_scores(q, k, v, past, scale, append=None):
     sizes = (batch * queries * 32, groups, tops.shape[-1], *runs)
     if append is not None:
         programs *= 8 * batch
-        decode_begin[(programs + 32 * batch,)](
+        launcher.start(decode_begin, (programs + 32 * batch,),
             *append, q, parts, lses, sums, tops, programs, *sizes, scale, *launch.strides(q),
             launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q, 8),
         )
         return parts, lses, sums, tops, tile
-    decode_scores[(8 * batch * programs,)](
+    launcher.start(decode_scores, (8 * batch * programs,),
         q, k.data, v.data, parts, lses, sums, tops, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         *sizes, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 8),
@@ -5465,11 +5465,11 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     scores = launch.empty(q, (batch, queries, 8, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, queries, 8, 16), None, torch.int32)
     if of.launched:
-        decode_select[(8 * batch * queries * (candidates // of.together),)](
+        launcher.start(decode_select, (8 * batch * queries * (candidates // of.together),),
             sums, tops, lses_compressed, scores, cache.lengths, queries, past.capacity, batch * queries * 32, groups, tops.shape[-1], before,
             candidates, of.together, splits, tile, of.heats, num_warps=split.SELECT_WARPS, **split.early(q, 8),
         )
-    decode_attend[(8 * batch * programs,)](
+    launcher.start(decode_attend, (8 * batch * programs,),
         q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 32, groups, tops.shape[-1], *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, SPLITS=splits, SCORED=of.launched, HEATS=of.heats, CANDIDATES=candidates, TOGETHER=of.together, TILE=tile, **c.options, **split.early(q, 8),
@@ -5477,7 +5477,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 8, 128, *widths)
-    decode_merge[(-(-batch * queries * 32 // each),)](
+    launcher.start(decode_merge, (-(-batch * queries * 32 // each),),
         parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 32,
         each, *widths, num_warps=warps, **split.early(q, 8),
     )
@@ -5498,7 +5498,7 @@ def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, sca
     scores = launch.empty(q, (batch, 8, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, 8, 16), None, torch.int32)
     together = split.together(candidates, 4, c.warps * split.MOST_RIDING_SUMS, tile)
-    decode_whole[(8 * batch,)](
+    launcher.start(decode_whole, (8 * batch,),
         q, k_scored.data, v_scored.data, k0.data, v0.data, blocks0, k1.data, v1.data, sums, tops, lses, scores, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k_scored.scales, v_scored.scales, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
         groups, tops.shape[-1], scale, *launch.strides(q), *launch.strides(k_scored.data), *launch.strides(v_scored.data), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
         launch.precision(q), past.page, CANDIDATES=candidates, TOGETHER=together, TILE=tile, **c.options, **split.early(q, 8),

@@ -5,8 +5,8 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  7f0da87416b0
-runtime  21
+content  817d40fd9d51
+runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -41,10 +41,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(21, "nsa_compressed_window")
+version.require(22, "nsa_compressed_window")
 
 SPEC = {'name': 'nsa_compressed_window',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -59,7 +59,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_7f0da87416b0"
+_SPACE = "nsagen_nsa_compressed_window_817d40fd9d51"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3014,7 +3014,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
         _compressed_specialised(c, q, k, v, out, lse, rest, scale)
         return out, lse, rest
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    compressed_fwd[(tiles * 4 * batch,)](
+    launcher.start(compressed_fwd, (tiles * 4 * batch,),
         q, k, v, out, lse, launch.kept(rest), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -3026,7 +3026,7 @@ def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
-    compressed_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(compressed_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -3050,12 +3050,12 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
         tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
         total = tiles * 4 * batch
         if copied:
-            compressed_queries_specialised[(hopper.programs(total, q),)](
+            launcher.start(compressed_queries_specialised, (hopper.programs(total, q),),
                 q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
                 *launch.strides(q), c.bn, c.stages, adds, **c.options,
             )
         else:
-            compressed_dq[(total,)](
+            launcher.start(compressed_dq, (total,),
                 q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
                 *launch.strides(q), *launch.strides(k), *launch.strides(v),
                 c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -3079,7 +3079,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
         )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
     rows = parts[0].numel() // parts.shape[-1]
-    compressed_sum[(-(-rows // c.bm),)](
+    launcher.start(compressed_sum, (-(-rows // c.bm),),
         parts, dk, dv, rows, splits, c.bm, 1, adds, **c.options
     )
     return dq, dk, dv
@@ -3097,7 +3097,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
         _window_specialised(c, q, k, v, out, lse, scale)
         return out, lse
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    window_fwd[(tiles * 4 * batch,)](
+    launcher.start(window_fwd, (tiles * 4 * batch,),
         q, k, v, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -3109,7 +3109,7 @@ def _window_specialised(c, q, k, v, out, lse, scale, beside=(None, None, None)):
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
-    window_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(window_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, *beside, length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -3146,12 +3146,12 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
         total = tiles * 4 * batch
         if copied:
-            window_queries_specialised[(hopper.programs(total, q),)](
+            launcher.start(window_queries_specialised, (hopper.programs(total, q),),
                 q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
                 *launch.strides(q), c.bn, c.stages, adds, **c.options,
             )
         else:
-            window_dq[(total,)](
+            launcher.start(window_dq, (total,),
                 q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
                 *launch.strides(q), *launch.strides(k), *launch.strides(v),
                 c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -3165,14 +3165,14 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
         shares = hopper.shares(tiles * 4 * batch, min(-(-length // 4), 160), q.device)
         shape = (shares, *k.shape[:3], 256)
         parts = launch.empty(q, shape, None, torch.float32) if shares > 1 else None
-        window_keys_specialised[(tiles * 4 * batch, shares)](
+        launcher.start(window_keys_specialised, (tiles * 4 * batch, shares),
             *maps, lse, delta, parts, dk, dv, length, tiles, shares, 0 if parts is None else parts.stride(0), scale,
             k.shape[1], c.bn, c.stages, adds, **c.options,
         )
         if parts is not None:
             c = launch.pick(_CONFIGS["window_sum"], q)
             rows = parts[0].numel() // parts.shape[-1]
-            window_sum[(-(-rows // c.bm),)](
+            launcher.start(window_sum, (-(-rows // c.bm),),
                 parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
             )
     else:
@@ -3196,7 +3196,7 @@ def _joint_queries(q, k0, v0, k1, v1, d_out, statistics, into, cu_seqlens, scale
     c = launch.pick(_CONFIGS["joint_queries"], q)
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
-    joint_queries_specialised[(hopper.programs(total, q),)](
+    launcher.start(joint_queries_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k0, (128,), c.bn), *hopper.boxes(v0, (128,), c.bn), *hopper.boxes(k1, (128,), c.bn), *hopper.boxes(v1, (128,), c.bn), d_out, *statistics, dq, length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, adds, **c.options,
     )
@@ -3209,7 +3209,7 @@ def _delta(d_out, out, rest):
         return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
-    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
+    launcher.start(row_delta, (-(-sums.numel() // c.bm),), d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
     return sums
 
 
@@ -3220,7 +3220,7 @@ def _combine(out_compressed, out_window, gates):
     out = launch.empty(out_compressed, out_compressed.shape, None)
     c = launch.pick(_CONFIGS["combine_fwd"], out)
     rows = gates.numel() // 2
-    combine_fwd[(-(-rows // c.bm),)](out_compressed, out_window, gates, out, rows, c.bm, **c.options)
+    launcher.start(combine_fwd, (-(-rows // c.bm),), out_compressed, out_window, gates, out, rows, c.bm, **c.options)
     return out
 
 
@@ -3232,7 +3232,7 @@ def _combine_backward(d_out, out_compressed, out_window, rest_compressed, lse_co
     deltas, shifts = ([launch.empty(lse, lse.shape, None) for lse in (lse_compressed, lse_window,)] for _ in range(2))
     c = launch.pick(_CONFIGS["combine_bwd"], d_out)
     rows = gates.numel() // 2
-    combine_bwd[(-(-rows // c.bm),)](
+    launcher.start(combine_bwd, (-(-rows // c.bm),),
         d_out, out_compressed, out_window, launch.kept(rest_compressed), lse_compressed, lse_window, gates, *deltas, *shifts, d_gates, rows, c.bm, **c.options
     )
     return deltas, shifts, d_gates
@@ -3246,7 +3246,7 @@ def _compressed_gate_backward(d_out, term, rest, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["compressed_gate"], d_out)
-    compressed_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(compressed_gate, (-(-lse.numel() // c.bm),),
         d_out, term, launch.kept(rest), lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -3260,7 +3260,7 @@ def _window_gate_backward(d_out, term, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["window_gate"], d_out)
-    window_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(window_gate, (-(-lse.numel() // c.bm),),
         d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -3437,7 +3437,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    compressed_cached[(tiles * 4 * batch,)](
+    launcher.start(compressed_cached, (tiles * 4 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -3451,7 +3451,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    window_cached[(tiles * 4 * batch,)](
+    launcher.start(window_cached, (tiles * 4 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -3535,7 +3535,7 @@ def _append(k, v, phi, cache):
         *launch.strides(k["compressed"]), *launch.strides(cache["k"]), *launch.strides(v["compressed"]), *launch.strides(cache["v"]),
         *launch.strides(cache["k_cmp"]), *launch.strides(cache["v_cmp"]),
     )
-    cache_append[(4 * cache.batch, 4)](
+    launcher.start(cache_append, (4 * cache.batch, 4),
         *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["compressed"], 4),
     )
     cache.close(phi, staged)
@@ -3559,7 +3559,7 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     parts1 = launch.empty(q, (runs1.count, *rows, 128), None, torch.float32)
     lses1 = launch.empty(q, (runs1.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    decode_attend[(4 * batch * programs,)](
+    launcher.start(decode_attend, (4 * batch * programs,),
         q, k0.data, v0.data, parts0, lses0, k1.data, v1.data, parts1, lses1, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 64, *runs0, *runs1, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),
@@ -3567,7 +3567,7 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     counts = [lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
-    decode_merge[(-(-batch * queries * 64 // each),)](
+    launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
         parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
@@ -3579,7 +3579,7 @@ def _decode_whole(q, k0, v0, k1, v1, gates, past, cache, scale):
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 16), 4, k0.scales is not None, 1024)
     batch, rows = q.shape[0], q.shape[0] * 64
     out = launch.empty(q, (batch, 1, 64, 128), None)
-    decode_whole[(4 * batch,)](
+    launcher.start(decode_whole, (4 * batch,),
         q, k0.data, v0.data, k1.data, v1.data, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
         scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),

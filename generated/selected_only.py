@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  71cc2ee5dba0
-runtime  21
+content  beedc0ac9fb1
+runtime  22
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; union_of_lists, because adjacent queries share the blocks of their lists' union: a warp copies each once, by tensor maps, and four warpgroups have a query each (16-bit on sm_90); tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dkv             key_major, because dk and dv of a key tile stay in registers: no atomics, the same bits on every run; inverse_lists, because the queries of a key block come from a sort of the lists, on the device, in a fixed order; items, because a hot block (the first: every query lists it) is split; float32 partial sums are added in order; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -28,10 +28,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, unions, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, unions, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(21, "selected_only")
+version.require(22, "selected_only")
 
 SPEC = {'name': 'selected_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_71cc2ee5dba0"
+_SPACE = "nsagen_selected_only_beedc0ac9fb1"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1317,7 +1317,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
         _selected_specialised(c, q, k, v, blocks, out, lse, scale)
         return out, lse
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_fwd[(tiles * 4 * batch,)](
+    launcher.start(selected_fwd, (tiles * 4 * batch,),
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -1328,7 +1328,7 @@ def _selected_specialised(c, q, k, v, blocks, out, lse, scale):
     """The launch in which adjacent queries share the blocks of their lists' union."""
     tiles = launch.tiles(q.shape[1], 4, None)
     entries, counts = unions.unite(blocks, 64, 4)
-    selected_fwd_specialised[(hopper.programs(counts.shape[0], q),)](
+    launcher.start(selected_fwd_specialised, (hopper.programs(counts.shape[0], q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, entries, counts, q.shape[1], tiles, counts.shape[0], scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -1347,7 +1347,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_dq[(tiles * 4 * batch,)](
+    launcher.start(selected_dq, (tiles * 4 * batch,),
         q, k, v, blocks, *launch.maps(k, (128,), c.bn, 64, cu_seqlens), *launch.maps(v, (128,), c.bn, 64, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
         c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -1359,13 +1359,13 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     items, first = inverse.items[0], inverse.first[0]
     parts = launch.empty(q, (items.shape[0], 64, 256), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-64 // c.bn)
-    selected_dkv[(items.shape[0], sub)](
+    launcher.start(selected_dkv, (items.shape[0], sub),
         q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     c = launch.pick(_CONFIGS["selected_sum"], q)
-    selected_sum[(total, -(-64 // c.bn))](
+    launcher.start(selected_sum, (total, -(-64 // c.bn)),
         parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
         c.bn, 1, adds, **c.options,
     )
@@ -1391,14 +1391,14 @@ def _selected_gradients(q, k, v, blocks, d_out, lse, delta, into, scale):
         rows, bounds = min(chunk, length - first), inverse.first[number]
         for pair in range(0, batch * 4, pairs):
             some = min(pairs, batch * 4 - pair)
-            selected_grads_specialised[(some * slots + some * rows * 16 // per_item,)](
+            launcher.start(selected_grads_specialised, (some * slots + some * rows * 16 // per_item,),
                 *maps, lse, delta, inverse.entries, bounds, inverse.items[number], parts, dq_parts,
                 length, slots, pair, some, first, chunk, scale, c.bn, c.stages, **c.options,
             )
-            selected_dq_sum[(rows * some,)](
+            launcher.start(selected_dq_sum, (rows * some,),
                 dq_parts, blocks, dq, length, slots, pair, some, first, chunk, 0, adds_dq, **by_query.options,
             )
-        selected_sum[(total, -(-64 // sums.bn))](
+        launcher.start(selected_sum, (total, -(-64 // sums.bn)),
             parts, bounds, dk_sum, dv_sum, None, length, slots, 0, k.shape[1],
             sums.bn, 2, adds or number > 0, **sums.options,
         )
@@ -1412,7 +1412,7 @@ def _delta(d_out, out, rest):
         return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
-    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, sums, sums.numel(), c.bm, **c.options)
+    launcher.start(row_delta, (-(-sums.numel() // c.bm),), d_out, out, sums, sums.numel(), c.bm, **c.options)
     return sums
 
 
@@ -1481,7 +1481,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_cached[(tiles * 4 * batch,)](
+    launcher.start(selected_cached, (tiles * 4 * batch,),
         q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -1555,7 +1555,7 @@ def _append(k, v, phi, cache):
         *launch.strides(k["selected"]), *launch.strides(cache["k"]), *launch.strides(v["selected"]), *launch.strides(cache["v"]),
 
     )
-    cache_append[(4 * cache.batch, 2)](
+    launcher.start(cache_append, (4 * cache.batch, 2),
         *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["selected"], 4),
     )
     return past
@@ -1572,7 +1572,7 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    decode_attend[(4 * batch * programs,)](
+    launcher.start(decode_attend, (4 * batch * programs,),
         q, k.data, v.data, blocks, parts, lses, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),
@@ -1580,7 +1580,7 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     counts = [lses.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
-    decode_merge[(-(-batch * queries * 64 // each),)](
+    launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
@@ -1592,7 +1592,7 @@ def _decode_whole(q, k, v, blocks, past, cache, scale):
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k.scales is not None, 127)
     batch, rows = q.shape[0], q.shape[0] * 64
     out = launch.empty(q, (batch, 1, 64, 128), None)
-    decode_whole[(4 * batch,)](
+    launcher.start(decode_whole, (4 * batch,),
         q, k.data, v.data, blocks, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, 1, past.capacity, rows,
         scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),

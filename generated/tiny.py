@@ -6,8 +6,8 @@ branch   selected {"block": 16, "top_n": 4, "initial": 1, "local": 2, "from": "c
 branch   window {"size": 12, "sinks": 3}
 combine  gated_sum
 
-content  803c35bd1958
-runtime  21
+content  1acdbb95ef8b
+runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 compressed_queries       query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -49,10 +49,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(21, "tiny")
+version.require(22, "tiny")
 
 SPEC = {'name': 'tiny',
  'heads': {'query': 6, 'kv': 2, 'qk_dim': 24, 'v_dim': 16},
@@ -69,7 +69,7 @@ _LAYOUT = checks.Layout(
     scored=(8, 4),
     rings={'k_compressed': (0, 7, 15), 'v_compressed': (0, 7, 15), 'k_window': (3, 11, 19), 'v_window': (3, 11, 19)},
 )
-_SPACE = "nsagen_tiny_803c35bd1958"
+_SPACE = "nsagen_tiny_1acdbb95ef8b"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -3418,7 +3418,7 @@ def _compressed_forward(q, k, v, cu_seqlens, scale, keep_rest=True):
         _compressed_specialised(c, q, k, v, out, lse, rest, scale)
         return out, lse, rest
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
-    compressed_fwd[(tiles * 2 * batch,)](
+    launcher.start(compressed_fwd, (tiles * 2 * batch,),
         q, k, v, out, lse, launch.kept(rest), cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -3430,7 +3430,7 @@ def _compressed_specialised(c, q, k, v, out, lse, rest, scale):
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 3), None)
     total = tiles * 2 * batch
-    compressed_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(compressed_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (32,), c.bn), *hopper.boxes(v, (16,), c.bn), out, lse, launch.kept(rest), length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -3450,12 +3450,12 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     tiles = launch.tiles(length, c.bm // 2 // 3 * 2 if copied else c.bm // 3, cu_seqlens)
     total = tiles * 2 * batch
     if copied:
-        compressed_queries_specialised[(hopper.programs(total, q),)](
+        launcher.start(compressed_queries_specialised, (hopper.programs(total, q),),
             q, *hopper.boxes(k, (32,), c.bn), *hopper.boxes(v, (16,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
             *launch.strides(q), c.bn, c.stages, adds, **c.options,
         )
     else:
-        compressed_dq[(total,)](
+        launcher.start(compressed_dq, (total,),
             q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v),
             c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -3473,7 +3473,7 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     )
     c = launch.pick(_CONFIGS["compressed_sum"], q)
     rows = parts[0].numel() // parts.shape[-1]
-    compressed_sum[(-(-rows // c.bm),)](
+    launcher.start(compressed_sum, (-(-rows // c.bm),),
         parts, dk, dv, rows, splits, c.bm, 1, adds, **c.options
     )
     return dq, dk, dv
@@ -3488,7 +3488,7 @@ def _selected_forward(q, k, v, blocks, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_fwd[(tiles * 2 * batch,)](
+    launcher.start(selected_fwd, (tiles * 2 * batch,),
         q, k, v, blocks, *launch.maps(k, (32,), c.bn, 16, cu_seqlens), *launch.maps(v, (16,), c.bn, 16, cu_seqlens), out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -3506,7 +3506,7 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["selected_dq"], q, launch.mapped(cu_seqlens, k, v))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_dq[(tiles * 2 * batch,)](
+    launcher.start(selected_dq, (tiles * 2 * batch,),
         q, k, v, blocks, *launch.maps(k, (32,), c.bn, 16, cu_seqlens), *launch.maps(v, (16,), c.bn, 16, cu_seqlens), d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
         c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -3518,13 +3518,13 @@ def _selected_backward(q, k, v, blocks, d_out, lse, delta, into, cu_seqlens, sca
     items, first = inverse.items[0], inverse.first[0]
     parts = launch.empty(q, (items.shape[0], 16, 40), None, torch.float32)
     total, sub = first.shape[0] - 1, -(-16 // c.bn)
-    selected_dkv[(items.shape[0], sub)](
+    launcher.start(selected_dkv, (items.shape[0], sub),
         q, k, v, d_out, lse, delta, inverse.entries, items, parts, cu_seqlens,
         length, inverse.slots, launch.sequences(cu_seqlens), total, scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
     c = launch.pick(_CONFIGS["selected_sum"], q)
-    selected_sum[(total, -(-16 // c.bn))](
+    launcher.start(selected_sum, (total, -(-16 // c.bn)),
         parts, first, dk, dv, cu_seqlens, length, inverse.slots, launch.sequences(cu_seqlens), k.shape[1],
         c.bn, 1, adds, **c.options,
     )
@@ -3540,7 +3540,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
-    window_fwd[(tiles * 2 * batch,)](
+    launcher.start(window_fwd, (tiles * 2 * batch,),
         q, k, v, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -3558,7 +3558,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     dq, adds = launch.target(into[0], q, cu_seqlens)
     c = launch.pick(_CONFIGS["window_dq"], q)
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
-    window_dq[(tiles * 2 * batch,)](
+    launcher.start(window_dq, (tiles * 2 * batch,),
         q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v),
         c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -3596,12 +3596,12 @@ def _select(q, k, lse, cu_seqlens, scale):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
         splits = max(1, -(-(max(0, end - 4) // 4) // c.bn))  # key tiles, to the last query's
-        select_scores[(splits * tiles * 2 * batch,)](
+        launcher.start(select_scores, (splits * tiles * 2 * batch,),
             q, k, lse, scores, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end, *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k), c.bm, c.bn, launch.precision(q), **c.options,
         )
         candidates = launch.power_of_two(-(-end // 16))
-        select_best[((end - first) * 2 * batch,)](
+        launcher.start(select_best, ((end - first) * 2 * batch,),
             scores, blocks, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
@@ -3614,7 +3614,7 @@ def _delta(d_out, out, rest):
         return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
-    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
+    launcher.start(row_delta, (-(-sums.numel() // c.bm),), d_out, out, launch.kept(rest), sums, sums.numel(), c.bm, **c.options)
     return sums
 
 
@@ -3625,7 +3625,7 @@ def _combine(out_compressed, out_selected, out_window, gates):
     out = launch.empty(out_compressed, out_compressed.shape, None)
     c = launch.pick(_CONFIGS["combine_fwd"], out)
     rows = gates.numel() // 3
-    combine_fwd[(-(-rows // c.bm),)](out_compressed, out_selected, out_window, gates, out, rows, c.bm, **c.options)
+    launcher.start(combine_fwd, (-(-rows // c.bm),), out_compressed, out_selected, out_window, gates, out, rows, c.bm, **c.options)
     return out
 
 
@@ -3637,7 +3637,7 @@ def _combine_backward(d_out, out_compressed, out_selected, out_window, rest_comp
     deltas, shifts = ([launch.empty(lse, lse.shape, None) for lse in (lse_compressed, lse_selected, lse_window,)] for _ in range(2))
     c = launch.pick(_CONFIGS["combine_bwd"], d_out)
     rows = gates.numel() // 3
-    combine_bwd[(-(-rows // c.bm),)](
+    launcher.start(combine_bwd, (-(-rows // c.bm),),
         d_out, out_compressed, out_selected, out_window, launch.kept(rest_compressed), lse_compressed, lse_selected, lse_window, gates, *deltas, *shifts, d_gates, rows, c.bm, **c.options
     )
     return deltas, shifts, d_gates
@@ -3651,7 +3651,7 @@ def _compressed_gate_backward(d_out, term, rest, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["compressed_gate"], d_out)
-    compressed_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(compressed_gate, (-(-lse.numel() // c.bm),),
         d_out, term, launch.kept(rest), lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -3665,7 +3665,7 @@ def _selected_gate_backward(d_out, term, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["selected_gate"], d_out)
-    selected_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(selected_gate, (-(-lse.numel() // c.bm),),
         d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -3679,7 +3679,7 @@ def _window_gate_backward(d_out, term, lse, gates, d_gates):
         return delta, shift
     delta, shift = (launch.empty(lse, lse.shape, None) for _ in range(2))
     c = launch.pick(_CONFIGS["window_gate"], d_out)
-    window_gate[(-(-lse.numel() // c.bm),)](
+    launcher.start(window_gate, (-(-lse.numel() // c.bm),),
         d_out, term, lse, gates, delta, shift, d_gates, lse.numel(), c.bm, **c.options
     )
     return delta, shift
@@ -3921,7 +3921,7 @@ def _compressed_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
-    compressed_cached[(tiles * 2 * batch,)](
+    launcher.start(compressed_cached, (tiles * 2 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -3935,7 +3935,7 @@ def _selected_cached(q, k, v, blocks, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, 1, cu_seqlens)
-    selected_cached[(tiles * 2 * batch,)](
+    launcher.start(selected_cached, (tiles * 2 * batch,),
         q, k.data, v.data, blocks, out, lse, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -3949,7 +3949,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 6, 16), cu_seqlens)
     lse = launch.empty(q, (batch, length, 6), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 3, cu_seqlens)
-    window_cached[(tiles * 2 * batch,)](
+    launcher.start(window_cached, (tiles * 2 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(11, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -3971,12 +3971,12 @@ def _select_cached(q, k, lse, past, cu_seqlens, scale):
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
         tiles = launch.tiles(end - first, c.bm, cu_seqlens)
-        select_scores_cached[(splits * tiles * 2 * batch,)](
+        launcher.start(select_scores_cached, (splits * tiles * 2 * batch,),
             q, k.data, lse, scores, past.lengths, past.table, past.table_stride, past.pages, k.scales, cu_seqlens, length, tiles, packed, splits, 3, scale, first, end,
             *launch.strides(scores), scores.stride(3),
             *launch.strides(q), *launch.strides(k.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
         )
-        select_best_cached[((end - first) * 2 * batch,)](
+        launcher.start(select_best_cached, ((end - first) * 2 * batch,),
             scores, blocks, past.lengths, cu_seqlens, length, packed, first, end - first, *launch.strides(scores), scores.stride(3), candidates,
             num_warps=launch.warps_for(candidates), num_stages=best.stages,
         )
@@ -4066,7 +4066,7 @@ def _append(k, v, phi, cache, joins):
     )
     if joins:
         return past, given
-    cache_append[(2 * cache.batch, 8)](
+    launcher.start(cache_append, (2 * cache.batch, 8),
         *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["compressed"], 2),
     )
     cache.close(phi, staged)
@@ -4091,12 +4091,12 @@ def _decode_scores(q, k, v, past, scale, append=None):
     sizes = (batch * queries * 6, groups, tops.shape[-1], *runs)
     if append is not None:
         programs *= 2 * batch
-        decode_begin[(programs + 16 * batch,)](
+        launcher.start(decode_begin, (programs + 16 * batch,),
             *append, q, parts, lses, sums, tops, programs, *sizes, scale, *launch.strides(q),
             launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q, 2),
         )
         return parts, lses, sums, tops, tile
-    decode_scores[(2 * batch * programs,)](
+    launcher.start(decode_scores, (2 * batch * programs,),
         q, k.data, v.data, parts, lses, sums, tops, past.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         *sizes, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 2),
@@ -4127,11 +4127,11 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     scores = launch.empty(q, (batch, queries, 2, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, queries, 2, 4), None, torch.int32)
     if of.launched:
-        decode_select[(2 * batch * queries * (candidates // of.together),)](
+        launcher.start(decode_select, (2 * batch * queries * (candidates // of.together),),
             sums, tops, lses_compressed, scores, cache.lengths, queries, past.capacity, batch * queries * 6, groups, tops.shape[-1], before,
             candidates, of.together, splits, tile, of.heats, num_warps=split.SELECT_WARPS, **split.early(q, 2),
         )
-    decode_attend[(2 * batch * programs,)](
+    launcher.start(decode_attend, (2 * batch * programs,),
         q, k0.data, v0.data, blocks0, parts0, lses0, k1.data, v1.data, parts1, lses1, sums, tops, lses_compressed, scores, cache.lengths, past.table, past.table_stride, past.pages, k0.scales, v0.scales, k1.scales, v1.scales, queries, past.capacity,
         batch * queries * 6, groups, tops.shape[-1], *runs0, *runs1, before, scale, *launch.strides(q), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), bm, c.bn,
         launch.precision(q), past.page, SPLITS=splits, SCORED=of.launched, HEATS=of.heats, CANDIDATES=candidates, TOGETHER=of.together, TILE=tile, **c.options, **split.early(q, 2),
@@ -4139,7 +4139,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     counts = [lses_compressed.shape[0], lses0.shape[0], lses1.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 2, 16, *widths)
-    decode_merge[(-(-batch * queries * 6 // each),)](
+    launcher.start(decode_merge, (-(-batch * queries * 6 // each),),
         parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 6,
         each, *widths, num_warps=warps, **split.early(q, 2),
     )
@@ -4160,7 +4160,7 @@ def _decode_whole(q, k_scored, v_scored, k0, v0, k1, v1, gates, past, cache, sca
     scores = launch.empty(q, (batch, 2, candidates), None, torch.float32)
     blocks0 = launch.empty(q, (batch, 2, 4), None, torch.int32)
     together = split.together(candidates, 3, c.warps * split.MOST_RIDING_SUMS, tile)
-    decode_whole[(2 * batch,)](
+    launcher.start(decode_whole, (2 * batch,),
         q, k_scored.data, v_scored.data, k0.data, v0.data, blocks0, k1.data, v1.data, sums, tops, lses, scores, gates, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k_scored.scales, v_scored.scales, k0.scales, v0.scales, k1.scales, v1.scales, 1, past.capacity, rows,
         groups, tops.shape[-1], scale, *launch.strides(q), *launch.strides(k_scored.data), *launch.strides(v_scored.data), *launch.strides(k0.data), *launch.strides(v0.data), *launch.strides(k1.data), *launch.strides(v1.data), c.bn,
         launch.precision(q), past.page, CANDIDATES=candidates, TOGETHER=together, TILE=tile, **c.options, **split.early(q, 2),

@@ -4,8 +4,8 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  a0b856bee793
-runtime  21
+content  3377ca0928d3
+runtime  22
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
 window_queries           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; warp_specialised, because a warp copies keys and values by tensor maps, two warpgroups have 64 rows each (16-bit on sm_90)
@@ -28,10 +28,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
-version.require(21, "window_only")
+version.require(22, "window_only")
 
 SPEC = {'name': 'window_only',
  'heads': {'query': 64, 'kv': 4, 'qk_dim': 128, 'v_dim': 128},
@@ -45,7 +45,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_a0b856bee793"
+_SPACE = "nsagen_window_only_3377ca0928d3"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1468,7 +1468,7 @@ def _window_forward(q, k, v, cu_seqlens, scale):
         _window_specialised(c, q, k, v, out, lse, scale)
         return out, lse
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    window_fwd[(tiles * 4 * batch,)](
+    launcher.start(window_fwd, (tiles * 4 * batch,),
         q, k, v, out, lse, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k), *launch.strides(v), c.bm, c.bn, launch.precision(q), **c.options,
     )
@@ -1480,7 +1480,7 @@ def _window_specialised(c, q, k, v, out, lse, scale):
     batch, length = q.shape[:2]
     tiles = launch.tiles(length, 2 * (64 // 16), None)
     total = tiles * 4 * batch
-    window_fwd_specialised[(hopper.programs(total, q),)](
+    launcher.start(window_fwd_specialised, (hopper.programs(total, q),),
         q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), out, lse, length, tiles, total, scale,
         *launch.strides(q), c.bn, c.stages, **c.options,
     )
@@ -1500,12 +1500,12 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
     tiles = launch.tiles(length, c.bm // 2 // 16 * 2 if copied else c.bm // 16, cu_seqlens)
     total = tiles * 4 * batch
     if copied:
-        window_queries_specialised[(hopper.programs(total, q),)](
+        launcher.start(window_queries_specialised, (hopper.programs(total, q),),
             q, *hopper.boxes(k, (128,), c.bn), *hopper.boxes(v, (128,), c.bn), d_out, lse, delta, dq, length, tiles, total, scale,
             *launch.strides(q), c.bn, c.stages, adds, **c.options,
         )
     else:
-        window_dq[(total,)](
+        launcher.start(window_dq, (total,),
             q, k, v, d_out, lse, delta, dq, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v),
             c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -1519,14 +1519,14 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
         shares = hopper.shares(tiles * 4 * batch, min(-(-length // 4), 160), q.device)
         shape = (shares, *k.shape[:3], 256)
         parts = launch.empty(q, shape, None, torch.float32) if shares > 1 else None
-        window_keys_specialised[(tiles * 4 * batch, shares)](
+        launcher.start(window_keys_specialised, (tiles * 4 * batch, shares),
             *maps, lse, delta, parts, dk, dv, length, tiles, shares, 0 if parts is None else parts.stride(0), scale,
             k.shape[1], c.bn, c.stages, adds, **c.options,
         )
         if parts is not None:
             c = launch.pick(_CONFIGS["window_sum"], q)
             rows = parts[0].numel() // parts.shape[-1]
-            window_sum[(-(-rows // c.bm),)](
+            launcher.start(window_sum, (-(-rows // c.bm),),
                 parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
             )
     else:
@@ -1544,7 +1544,7 @@ def _delta(d_out, out, rest):
         return torch_path.combine_grad((out,), None, d_out, ())[0][0]
     sums = launch.empty(out, out.shape[:3], None, torch.float32)
     c = launch.pick(_CONFIGS["row_delta"], out)
-    row_delta[(-(-sums.numel() // c.bm),)](d_out, out, sums, sums.numel(), c.bm, **c.options)
+    launcher.start(row_delta, (-(-sums.numel() // c.bm),), d_out, out, sums, sums.numel(), c.bm, **c.options)
     return sums
 
 
@@ -1610,7 +1610,7 @@ def _window_cached(q, k, v, past, cu_seqlens, scale):
     out = launch.empty(q, (batch, length, 64, 128), cu_seqlens)
     lse = launch.empty(q, (batch, length, 64), cu_seqlens, torch.float32, float("-inf"))
     tiles = launch.tiles(length, c.bm // 16, cu_seqlens)
-    window_cached[(tiles * 4 * batch,)](
+    launcher.start(window_cached, (tiles * 4 * batch,),
         q, k.data, v.data, out, lse, past.lengths, past.table, past.table_stride, past.pages, min(511, past.capacity), k.scales, v.scales, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
         *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bm, c.bn, launch.precision(q), past.page, **c.options,
     )
@@ -1682,7 +1682,7 @@ def _append(k, v, phi, cache):
         *launch.strides(k["window"]), *launch.strides(cache["k"]), *launch.strides(v["window"]), *launch.strides(cache["v"]),
 
     )
-    cache_append[(4 * cache.batch, 2)](
+    launcher.start(cache_append, (4 * cache.batch, 2),
         *given, launch.power_of_two(queries, 1), past.page, num_warps=split.APPEND_WARPS, **split.early(k["window"], 4),
     )
     return past
@@ -1700,7 +1700,7 @@ def _decode_attend(q, k, v, past, cache, scale):
     parts = launch.empty(q, (runs.count, *rows, 128), None, torch.float32)
     lses = launch.empty(q, (runs.count, *rows), None, torch.float32)
     out = launch.empty(q, (*rows, 128), None)
-    decode_attend[(4 * batch * programs,)](
+    launcher.start(decode_attend, (4 * batch * programs,),
         q, k.data, v.data, parts, lses, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, queries, past.capacity,
         batch * queries * 64, *runs, scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), bm, c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),
@@ -1708,7 +1708,7 @@ def _decode_attend(q, k, v, past, cache, scale):
     counts = [lses.shape[0]]
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
-    decode_merge[(-(-batch * queries * 64 // each),)](
+    launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
         parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
@@ -1720,7 +1720,7 @@ def _decode_whole(q, k, v, past, cache, scale):
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k.scales is not None, 1024)
     batch, rows = q.shape[0], q.shape[0] * 64
     out = launch.empty(q, (batch, 1, 64, 128), None)
-    decode_whole[(4 * batch,)](
+    launcher.start(decode_whole, (4 * batch,),
         q, k.data, v.data, out, past.lengths, cache.lengths, past.table, past.table_stride, past.pages, k.scales, v.scales, 1, past.capacity, rows,
         scale, *launch.strides(q), *launch.strides(k.data), *launch.strides(v.data), c.bn,
         launch.precision(q), past.page, **c.options, **split.early(q, 4),

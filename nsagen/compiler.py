@@ -15,7 +15,7 @@ from nsagen.render.module import render_module
 from nsagen.spec import Spec
 from nsagen.spec.lower import lower_spec
 
-RUNTIME_VERSION = 21  # of the nsagen.runtime that the templates call; runtime/version.py says which it is
+RUNTIME_VERSION = 22  # of the nsagen.runtime that the templates call; runtime/version.py says which it is
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from nsagen.runtime import launch
+from nsagen.runtime import launch, launcher
 
 
 def in_order(k: Tensor, keys: int = 64) -> Tensor:
@@ -24,8 +22,8 @@ def in_order(k: Tensor, keys: int = 64) -> Tensor:
     batch, length, heads, dim = k.shape
     tiles = max(1, -(-length // keys))
     ordered = launch.empty(k, (batch, tiles * keys, heads, dim), None)
-    kernel: Any = order_keys[(tiles * heads * batch,)]
-    kernel(k, ordered, length, tiles, *launch.strides(k), heads, dim, launch.power_of_two(dim), keys, num_warps=4)
+    shape = (*launch.strides(k), heads, dim, launch.power_of_two(dim), keys)
+    launcher.start(order_keys, (tiles * heads * batch,), k, ordered, length, tiles, *shape, num_warps=4)
     return ordered
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -200,8 +199,8 @@ def placed(form: Any, x: torch.Tensor) -> Any:
 
     Of an address Triton asks what `mapped` does.
     """
-    made = copy(form)
-    made.base = x
+    made = object.__new__(type(form))  # `copy` takes ten times as long
+    vars(made).update(vars(form), base=x)
     return made
 
 

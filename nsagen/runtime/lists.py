@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsagen.errors import InputError
-from nsagen.runtime import inverse, launch
+from nsagen.runtime import inverse, launch, launcher
 from nsagen.runtime.launch import empty, sequences
 
 
@@ -51,12 +51,13 @@ def invert(
     shape = (cu_seqlens, length, heads, g.pairs, slots, packed, g.chunk, g.tiles, g.tile)
     shape = (*shape, count, size, leaves, g.step, g.bits)
     counts = blocks.new_empty(g.programs * slots)
-    inverse.count_entries[(g.programs,)](blocks, counts, *shape, **g.options)
+    launcher.start(inverse.count_entries, (g.programs,), blocks, counts, *shape, **g.options)
     starts, first = _totals(counts, g, g.pairs * slots, per_item)
     entries = blocks.new_empty(blocks.numel())
     key = tl.int32 if (slots + 1) << g.bits <= LARGEST_KEY else tl.int64
     places = chunk is not None
-    inverse.place_entries[(g.programs,)](blocks, counts, starts, entries, *shape, key, places, **g.options)
+    found = (blocks, counts, starts, entries)
+    launcher.start(inverse.place_entries, (g.programs,), *found, *shape, key, places, **g.options)
     most = g.pairs * slots + batch * g.chunk * heads * count // per_item
     return Inverse(entries, _items(starts, first, most, per_item), first, slots)
 
@@ -64,16 +65,17 @@ def invert(
 def _totals(counts: Tensor, g: _Grid, total: int, per_item: int) -> tuple[Tensor, Tensor]:
     """Each key block's first entry of all and first item of the chunk, [chunks, total + 1]; counts: of tiles before."""
     totals = counts.new_empty(g.chunks * total)
-    inverse.sum_tiles[(-(-total // 16), g.chunks)](counts, totals, g.tiles, total, 128, 16)
+    launcher.start(inverse.sum_tiles, (-(-total // 16), g.chunks), counts, totals, g.tiles, total, 128, 16)
     starts, first = (counts.new_empty(g.chunks, total + 1) for _ in range(2))
-    inverse.sum_blocks[(1,)](totals, starts, first, g.chunks, total, per_item, 2048)
+    launcher.start(inverse.sum_blocks, (1,), totals, starts, first, g.chunks, total, per_item, 2048)
     return starts, first
 
 
 def _items(starts: Tensor, first: Tensor, most: int, per_item: int) -> Tensor:
     chunks, bounds = starts.shape
     items = starts.new_empty(chunks, most, 3)
-    inverse.write_items[(-(-most // 256), chunks)](starts, first, items, most, bounds - 1, per_item, 256)
+    grid = (-(-most // 256), chunks)
+    launcher.start(inverse.write_items, grid, starts, first, items, most, bounds - 1, per_item, 256)
     return items
 
 

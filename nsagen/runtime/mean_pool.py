@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import device, launch
+from nsagen.runtime import device, launch, launcher
 from nsagen.runtime.ops import differentiate, register
 
 NAMESPACE = "nsagen_mean_pool_2"  # copies of other versions in the process share what they register
@@ -43,8 +43,8 @@ def _mean(x: Tensor, cu_seqlens: Optional[Tensor], block: int, stride: int) -> T
     rows = _rows(x, cu_seqlens, block, stride)
     out = launch.empty(x, (batch, rows, heads, dim), None)
     if rows and batch:
-        kernel: Any = mean_of_blocks[(batch * rows * heads,)]
-        kernel(
+        launcher.start(
+            mean_of_blocks, (batch * rows * heads,),
             x, out, cu_seqlens, length, rows, launch.sequences(cu_seqlens), *launch.strides(x),
             heads, block, stride, dim, launch.power_of_two(dim), min(64, launch.power_of_two(block)), num_warps=1,
         )  # fmt: skip
@@ -68,8 +68,8 @@ def _grad(d_out: Tensor, cu_seqlens: Optional[Tensor], length: int, block: int, 
     d_x = launch.empty(d_out, (batch, length, heads, dim), cu_seqlens)
     tiles = launch.tiles(length, stride, cu_seqlens)
     if d_x.numel():
-        kernel: Any = share_to_tokens[(batch * tiles * heads,)]
-        kernel(
+        launcher.start(
+            share_to_tokens, (batch * tiles * heads,),
             d_out, d_x, cu_seqlens, length, rows, tiles, launch.sequences(cu_seqlens),
             heads, block, stride, dim, launch.power_of_two(dim), min(64, launch.power_of_two(stride)), num_warps=1,
         )  # fmt: skip

@@ -6,14 +6,14 @@ product is shared out by narrow columns, until every multiprocessor reads some o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import device, launch
+from nsagen.runtime import device, launch, launcher
 
 ROWS = (64, 16)  # of a program of the two kernels, one of the first's the positions'
 COLUMNS = (16, 64)  # of a program of the first one, if one tile of rows is all and if not
@@ -80,15 +80,15 @@ def pool(k: Side, v: Side, rows: Tensor | None, spare: int | None = None) -> Non
     overlaps = launch.overlaps(k.x.device) and count >= FEW
     early = {"EARLY": 2, "launch_pdl": True} if overlaps else {"EARLY": 0}
     of_k, of_v = (tiles * heads * -(-s.sizes[2] // be) for s in (k, v))
-    first: Any = hidden_rows[(of_k + of_v,)]
-    first(
+    launcher.start(
+        hidden_rows, (of_k + of_v,),
         k.x, *k.weights[:3], hidden[0], v.x, *v.weights[:3], hidden[1], *blocks, of_k, asked, heads, block,
         *k.sizes, *v.sizes, bm, be, launch.precision(k.x), num_warps=WARPS, num_stages=stages, **early,
     )  # fmt: skip
     depth = min(DEPTH, launch.power_of_two(max(s.sizes[2] for s in (k, v))))
     of_k, of_v = (-(-count // ROWS[1]) * heads * -(-s.sizes[0] // WIDE) for s in (k, v))
-    second: Any = rows_of_hidden[(of_k + of_v,)]
-    second(
+    launcher.start(
+        rows_of_hidden, (of_k + of_v,),
         hidden[0], *k.weights[3:], k.into, hidden[1], *v.weights[3:], v.into, *blocks, of_k, asked, heads,
         *k.sizes, *v.sizes, ROWS[1], WIDE, depth, launch.precision(k.x), num_warps=WARPS, **early,
     )  # fmt: skip

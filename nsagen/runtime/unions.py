@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 # pyright: reportOperatorIssue=false
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsagen.runtime import launch
+from nsagen.runtime import launch, launcher
 from nsagen.runtime.inverse import sort
 
 
@@ -29,8 +27,7 @@ def unite(blocks: Tensor, size: int, queries: int, leaves: int = 0) -> tuple[Ten
     counts = launch.empty(blocks, (rows,), None)
     shape = (length, tiles, heads, count, size, queries, leaves, bits)
     if rows:
-        kernel: Any = unite_lists[(rows,)]
-        kernel(blocks.contiguous(), entries, counts, *shape, num_warps=1)
+        launcher.start(unite_lists, (rows,), blocks.contiguous(), entries, counts, *shape, num_warps=1)
     return entries, counts
 
 

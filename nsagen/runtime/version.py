@@ -6,7 +6,7 @@ import re
 
 from nsagen.errors import VersionError
 
-RUNTIME_VERSION = 21
+RUNTIME_VERSION = 22
 """Raised by one whenever a module generated before the change would no longer run, or would run wrongly."""
 
 
