@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  2103854b330d
+content  de1acc37a7d3
 runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -56,7 +56,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, lanes, launch, launcher, lists, ops, split, torch_path, torch_select, unions, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, lanes, launch, launcher, lists, mlp_step, ops, split, torch_path, torch_select, unions, version
 from nsagen.runtime.launch import Config, Tiles
 
 version.require(22, "nsa_128")
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_nsa_128_2103854b330d"
+_SPACE = "nsagen_nsa_128_de1acc37a7d3"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -470,7 +470,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "225dd87a000d", {
+    "decode_scores": Tiles("decode_scores", "d70d0522f00a", {
         ("sm_80", 16): (
             Config(16, 64, 4, 2, 69632), Config(16, 32, 4, 3, 53248), Config(16, 64, 4, 3, 102400), Config(16, 32, 4, 2, 36864),
             Config(16, 32, 4, 5, 86016), Config(16, 16, 4, 3, 28672), Config(16, 64, 4, 1, 36864), Config(16, 16, 4, 2, 20480),
@@ -4165,19 +4165,30 @@ def window_cached(
 
 @triton.jit
 def decode_scores_newest(
-    q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, start, past, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, closing_ptr, arrived_ptr, table_ptr, pages, start, past, PAGE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, CLOSES_K: tl.constexpr, CLOSES_V: tl.constexpr,
 ):
-    """The block from token `start` on, which ends with the step's tokens, as it is to be kept: scores [BM], values."""
-    k0_rows = tl.zeros([16, 128], dtype=tl.float32)
-    v0_rows = tl.zeros([16, 128], dtype=tl.float32)
-    for first in range(0, 32, 16):  # no sum across rows in it, for which loads would wait
-        s = start + first + tl.arange(0, 16)
-        inside = s < start + 32
-        row = device.block_rows(table_ptr, pages, start, s, inside & (s < past), 32, PAGE, SINKS, RING)
-        k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, row, s, inside, past, 128, 128).to(tl.float32)
-        v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, row, s, inside, past, 128, 128).to(tl.float32)
-    k0 = (tl.sum(k0_rows, 0) / 32).to(old_k_ptr.dtype.element_ty).to(tl.float32)
-    v0 = (tl.sum(v0_rows, 0) / 32).to(old_v_ptr.dtype.element_ty).to(tl.float32)
+    """The block from token `start` on, which ends with the step's tokens, as it is to be kept: scores [BM], values.
+
+    Its mean, or what other programs of the launch make of it, CLOSES_K parts of the key and CLOSES_V of the value.
+    """
+    if closing_ptr is not None:
+        d = tl.arange(0, 128)
+        k0 = mlp_step.closed_row(closing_ptr, arrived_ptr, 0, CLOSES_K, CLOSES_K + CLOSES_V, 128, d, d < 128)
+        d = tl.arange(0, 128)
+        v0 = mlp_step.closed_row(closing_ptr, arrived_ptr, CLOSES_K, CLOSES_V, CLOSES_K + CLOSES_V, 128, d, d < 128)
+    else:
+        k0_rows = tl.zeros([16, 128], dtype=tl.float32)
+        v0_rows = tl.zeros([16, 128], dtype=tl.float32)
+        for first in range(0, 32, 16):  # no sum across rows in it, for which loads would wait
+            s = start + first + tl.arange(0, 16)
+            inside = s < start + 32
+            row = device.block_rows(table_ptr, pages, start, s, inside & (s < past), 32, PAGE, SINKS, RING)
+            k0_rows += device.plain_rows(new_k_ptr + 0, new_k_st, old_k_ptr + 0, old_k_st, table_ptr, row, s, inside, past, 128, 128).to(tl.float32)
+            v0_rows += device.plain_rows(new_v_ptr + 0, new_v_st, old_v_ptr + 0, old_v_st, table_ptr, row, s, inside, past, 128, 128).to(tl.float32)
+        k0 = tl.sum(k0_rows, 0) / 32
+        v0 = tl.sum(v0_rows, 0) / 32
+    k0 = k0.to(old_k_ptr.dtype.element_ty).to(tl.float32)
+    v0 = v0.to(old_v_ptr.dtype.element_ty).to(tl.float32)
     x = tl.sum(q0.to(tl.float32) * k0[None, :], 1)
     return x, v0
 
@@ -4185,7 +4196,7 @@ def decode_scores_newest(
 @triton.jit
 def decode_scores_step(
     m, z, acc0, q0, k_ptr, v_ptr, k_st, v_st, t, s0, n, scale, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_ptr, groups, live, tops_ptr,
-    newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, TOKEN_PAGE: tl.constexpr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
+    newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, closing_ptr, arrived_ptr, past, TOKEN_PAGE: tl.constexpr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, CLOSES_K: tl.constexpr, CLOSES_V: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, C0: tl.constexpr,
 ):
     """One key tile of the online softmax; m, z, scores in log2 units. C0: 16 * s <= t - 31"""
     s = s0 + tl.arange(0, BN)
@@ -4199,7 +4210,7 @@ def decode_scores_step(
         v_late0 = tl.zeros([128], dtype=tl.float32)
         if (newest >= s0) & (newest < s0 + BN):
             x_late, v_late0 = decode_scores_newest(
-                q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, table_ptr, pages, newest * 16, past, TOKEN_PAGE, OLD_SINKS, OLD_RING,
+                q0, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, closing_ptr, arrived_ptr, table_ptr, pages, newest * 16, past, TOKEN_PAGE, OLD_SINKS, OLD_RING, CLOSES_K, CLOSES_V,
             )
     x = tl.zeros([t.shape[0], BN], dtype=tl.float32)  # [BM, BN]
     d = tl.arange(0, 128)[:, None]
@@ -4244,7 +4255,7 @@ def decode_scores_step(
 @triton.jit
 def decode_scores_source(
     m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at, splits, run, part_rows, scale,
-    new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
+    new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, closing_ptr, arrived_ptr, OLD_SINKS: tl.constexpr, OLD_RING: tl.constexpr, CLOSES_K: tl.constexpr, CLOSES_V: tl.constexpr, b, h, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, KEEP: tl.constexpr,
 ):
     """A run of a query tile's keys into the online softmax; if KEEP its attention and log-sum-exp, in log2 units, to the parts."""
     BT: tl.constexpr = BM // 16
@@ -4294,7 +4305,7 @@ def decode_scores_source(
         next0, next1, next2, next3 = device.tile_pages(table_ptr, s0 + BN, capacity // 16, BN, PAGE // 16, 0, 0)
         m, z, acc0 = decode_scores_step(
             m, z, acc0, q0, k_base, v_base, k_st, v_st, t, s0, n, scale * 1.4426950408889634, table_ptr, pages, page0, page1, page2, page3, k_scales_ptr, v_scales_ptr, sums_row, groups, live, tops_row,
-            newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, past, PAGE, OLD_SINKS, OLD_RING, BN, PRECISION, PAGE // 16, C0=True,
+            newest, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, closing_ptr, arrived_ptr, past, PAGE, OLD_SINKS, OLD_RING, CLOSES_K, CLOSES_V, BN, PRECISION, PAGE // 16, C0=True,
         )
         page0, page1, page2, page3 = next0, next1, next2, next3
     if KEEP:
@@ -4313,16 +4324,18 @@ def decode_scores(
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
     new_k_ptr=None, old_k_ptr=None, new_v_ptr=None, old_v_ptr=None, new_k_sb=0, new_k_st=0, new_k_sh=0, old_k_sb=0, old_k_st=0, old_k_sh=0, new_v_sb=0, new_v_st=0, new_v_sh=0, old_v_sb=0, old_v_st=0, old_v_sh=0, SINKS: tl.constexpr = 0, RING: tl.constexpr = 0,
+    others=0, closing_ptr=None, arrived_ptr=None, CLOSES_K: tl.constexpr = 0, CLOSES_V: tl.constexpr = 0,
 ):
     """parts of a decoding step's attention, float32, each of a run of a source's keys; one program: BM // 16 queries × the 16 heads of one KV head.
 
     Grid: sequences × runs of every source × KV heads, heads fastest. past int32 [B]: tokens before the step's.
-    new_k, old_k: where tokens of a block come from that ends with the step's, of this launch alone (decode_begin).
+    new_k, old_k: where tokens of a block come from that ends with the step's, of this launch alone (decode_begin), in
+    which `others` programs come first.
     """
     BT: tl.constexpr = BM // 16
     tiles = tl.cdiv(queries, BT)
     programs = tiles * splits
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) - others
     h = pid % 4  # KV head
     b = (pid // 4 // programs).to(tl.int64)
     past = device.past_of(past_ptr + b, EARLY, False)
@@ -4337,6 +4350,9 @@ def decode_scores(
         old_v_ptr += h.to(tl.int64) * old_v_sh
         if RING > 0 or table_ptr is None:
             old_v_ptr += b * old_v_sb
+        if closing_ptr is not None:
+            closing_ptr += (b * 4 + h) * (CLOSES_K + CLOSES_V) * 128
+            arrived_ptr += b * 4 + h
     at = pid // 4 % programs
     programs = tiles * splits
     if (at >= 0) & (at < programs):
@@ -4345,7 +4361,7 @@ def decode_scores(
         acc0 = tl.zeros([BM, 128], dtype=tl.float32)
         decode_scores_source(
             m, z, acc0, q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scales_ptr, v_scales_ptr, past, queries, capacity, at,
-            splits, run, part_rows, scale, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, SINKS, RING, b, h, q_sb, q_st, q_sh,
+            splits, run, part_rows, scale, new_k_ptr, new_k_st, old_k_ptr, old_k_st, new_v_ptr, new_v_st, old_v_ptr, old_v_st, closing_ptr, arrived_ptr, SINKS, RING, CLOSES_K, CLOSES_V, b, h, q_sb, q_st, q_sh,
             k_sb, k_st, k_sh, v_sb, v_st, v_sh, BM, BN, PRECISION, PAGE, True,
         )
 
@@ -4738,12 +4754,13 @@ def decode_merge_store(out0, out_ptr, stat, live):
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits_compressed", "splits_selected", "splits_window"])
 def decode_merge(
-    parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, splits_compressed, splits_selected, splits_window, queries, capacity, part_rows,
+    parts_compressed_ptr, lses_compressed_ptr, parts_selected_ptr, lses_selected_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, arrived_ptr, splits_compressed, splits_selected, splits_window, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_compressed: tl.constexpr, SPLITS_selected: tl.constexpr, SPLITS_window: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
+    arrived int32 [B, 4]: back to 0, if it is there.
     """
     device.begin_early(EARLY)
     stat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -4769,6 +4786,9 @@ def decode_merge(
     first = live & (stat % (queries * 64) == 0)
     past = tl.load(past_ptr + b, mask=first, other=0)
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
+    if arrived_ptr is not None:
+        for h in tl.static_range(4):
+            tl.store(arrived_ptr + b * 4 + h, 0, mask=first)
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "key_tiles"])
@@ -4796,7 +4816,7 @@ def decode_whole(
     acc0 = tl.zeros([16, 128], dtype=tl.float32)
     m, z, acc0 = decode_scores_source(
         m, z, acc0, q_ptr, k_scored_ptr, v_scored_ptr, None, None, sums_ptr, groups, tops_ptr, key_tiles, table_ptr, pages, k_scored_scales_ptr, v_scored_scales_ptr, past, queries, capacity, 0,
-        1, 0, part_rows, scale, None, 0, None, 0, None, 0, None, 0, 0, 0, b, h, q_sb, q_st, q_sh,
+        1, 0, part_rows, scale, None, 0, None, 0, None, 0, None, 0, None, None, 0, 0, 0, 0, b, h, q_sb, q_st, q_sh,
         k_scored_sb, k_scored_st, k_scored_sh, v_scored_sb, v_scored_st, v_scored_sh, 16, BN, PRECISION, PAGE, False,
     )
     some = z > 0
@@ -4831,7 +4851,7 @@ def decode_whole(
 def cache_append_job(
     pid, job, new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, closing_ptr=None, arrived_ptr=None, K_HIDDEN: tl.constexpr = 0, V_HIDDEN: tl.constexpr = 0,
 ):
     """Rows [past, past + queries) of a store, or the blocks of a pool that end with them, of sequence and KV head `pid`."""
     h = (pid % 4).to(tl.int64)
@@ -4868,7 +4888,15 @@ def cache_append_job(
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
-            if staged_k_cmp_ptr is not None:
+            if closing_ptr is not None:  # other programs of the launch pool it
+                if ended & (out_row >= 0):
+                    d = tl.arange(0, 128)
+                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 128, arrived_ptr + pid, 0, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 128, d, d < 128)
+                    out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    if table_ptr is None:
+                        out += b * k_cmp_sb
+                    tl.store(out + d, x.to(k_cmp_ptr.dtype.element_ty), mask=d < 128)
+            elif staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 128
                 if ended & (out_row >= 0):  # else nobody wants what φ makes of it
@@ -4895,7 +4923,15 @@ def cache_append_job(
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
-            if staged_v_cmp_ptr is not None:
+            if closing_ptr is not None:  # other programs of the launch pool it
+                if ended & (out_row >= 0):
+                    d = tl.arange(0, 128)
+                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 128, arrived_ptr + pid, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(V_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 128, d, d < 128)
+                    out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    if table_ptr is None:
+                        out += b * v_cmp_sb
+                    tl.store(out + d, x.to(v_cmp_ptr.dtype.element_ty), mask=d < 128)
+            elif staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
                 if ended & (out_row >= 0):  # else nobody wants what φ makes of it
@@ -4932,32 +4968,78 @@ def cache_append(
     )
 
 
-@triton.jit(do_not_specialize=["queries", "capacity", "spare", "programs", "part_rows", "groups", "key_tiles", "splits", "run"])
+@triton.jit
+def cache_close(
+    at, phi_k_positions_ptr, phi_k_weight_in_ptr, phi_k_bias_in_ptr, phi_k_weight_out_ptr, phi_k_bias_out_ptr, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr, phi_v_weight_out_ptr, phi_v_bias_out_ptr, parts_ptr, arrived_ptr, new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, table_ptr, table_sb, pages, queries, capacity,
+    new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh, PAGE: tl.constexpr, K_HIDDEN: tl.constexpr, V_HIDDEN: tl.constexpr,
+):
+    """One program's part of a block's key or value that φ = MLP makes, if the block ends with the step's tokens."""
+    OF_K: tl.constexpr = mlp_step.columns_of(K_HIDDEN)
+    ALL: tl.constexpr = OF_K + mlp_step.columns_of(V_HIDDEN)
+    h = at // ALL % 4
+    b = (at // ALL // 4).to(tl.int64)
+    past = tl.load(lengths_ptr + b)
+    start = tl.maximum(past - 16, 0) // 16 * 16
+    if start + 32 <= tl.minimum(past + queries, capacity):
+        if table_ptr is not None:
+            table_ptr += b * table_sb
+        part_ptr = parts_ptr + at.to(tl.int64) * 128
+        if at % ALL < OF_K:
+            new = new_k_ptr + b * new_k_sb + h.to(tl.int64) * new_k_sh
+            old = k_ptr + h.to(tl.int64) * k_sh
+            if table_ptr is None:
+                old += b * k_sb
+            mlp_step.close_part(
+                at % ALL, new, new_k_st, old, k_st, table_ptr, pages, start, past, phi_k_positions_ptr, phi_k_weight_in_ptr, phi_k_bias_in_ptr,
+                phi_k_weight_out_ptr, phi_k_bias_out_ptr, part_ptr, h, 32, 128, 128, K_HIDDEN, PAGE, 0, 0,
+            )
+        else:
+            new = new_v_ptr + b * new_v_sb + h.to(tl.int64) * new_v_sh
+            old = v_ptr + h.to(tl.int64) * v_sh
+            if table_ptr is None:
+                old += b * v_sb
+            mlp_step.close_part(
+                at % ALL - OF_K, new, new_v_st, old, v_st, table_ptr, pages, start, past, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr,
+                phi_v_weight_out_ptr, phi_v_bias_out_ptr, part_ptr, h, 32, 128, 128, V_HIDDEN, PAGE, 0, 0,
+            )
+        mlp_step.arrive(arrived_ptr + at // ALL)
+
+
+@triton.jit(do_not_specialize=["queries", "capacity", "spare", "closers", "programs", "part_rows", "groups", "key_tiles", "splits", "run"])
 def decode_begin(
     new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, q_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, programs, part_rows, groups, key_tiles, splits, run, scale, q_sb, q_st, q_sh,
-    TOKENS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, phi_k_positions_ptr, phi_k_weight_in_ptr, phi_k_bias_in_ptr, phi_k_weight_out_ptr, phi_k_bias_out_ptr, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr, phi_v_weight_out_ptr, phi_v_bias_out_ptr, closing_ptr, arrived_ptr, closers, q_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, programs, part_rows, groups, key_tiles, splits, run, scale, q_sb, q_st, q_sh,
+    TOKENS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr, K_HIDDEN: tl.constexpr, V_HIDDEN: tl.constexpr,
 ):
     """decode_scores and cache_append in one launch, of the first `programs`, then of the second, jobs slowest.
 
     Neither waits for the other: a block that ends with the step's tokens is pooled by whoever scores it, too.
+    Unless φ is an MLP: `closers` programs before all others pool it, and who scores it or keeps it waits for those.
     """
-    pid = tl.program_id(0)
-    if pid < programs:
+    pid = tl.program_id(0) - closers
+    if pid < 0:
+        device.begin_early(EARLY)
+        if closing_ptr is not None:
+            cache_close(
+                tl.program_id(0), phi_k_positions_ptr, phi_k_weight_in_ptr, phi_k_bias_in_ptr, phi_k_weight_out_ptr, phi_k_bias_out_ptr, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr, phi_v_weight_out_ptr, phi_v_bias_out_ptr, closing_ptr, arrived_ptr, new_k_ptr, k_ptr, new_v_ptr, v_ptr, lengths_ptr, table_ptr, table_sb, pages, queries, capacity,
+                new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh, PAGE, K_HIDDEN, V_HIDDEN,
+            )
+    elif pid < programs:
         decode_scores(
             q_ptr, k_cmp_ptr, v_cmp_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, lengths_ptr, table_ptr, table_sb, pages, None, None, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
             q_sb, q_st, q_sh, k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, BM, BN, PRECISION, PAGE, EARLY,
             new_k_ptr, k_ptr, new_v_ptr, v_ptr, new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh, 0, 0,
+            closers, closing_ptr, arrived_ptr, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(V_HIDDEN),
         )
     else:
         device.begin_early(EARLY)
         at = pid - programs
-        each = (tl.num_programs(0) - programs) // 4
+        each = (tl.num_programs(0) - programs - closers) // 4
         cache_append_job(
             at % each, at // each, new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
             new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-            k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS, PAGE,
+            k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS, PAGE, closing_ptr, arrived_ptr, K_HIDDEN, V_HIDDEN,
         )
 
 
@@ -5076,11 +5158,11 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
     splits = launch.splits(tiles * 4 * batch, length, c.bm // 16)
     parts = launch.empty(q, (splits, *k.shape[:3], 256), cu_seqlens, torch.float32)
     if copied:
-        compressed_keys_specialised[(tiles * 4 * batch, splits)](
+        launcher.start(compressed_keys_specialised, (tiles * 4 * batch, splits),
             *maps, lse, delta, parts, length, tiles, splits, parts.stride(0), scale, k.shape[1], c.bn, c.stages, **c.options,
         )
     else:
-        compressed_dkv[(tiles * 4 * batch, splits)](
+        launcher.start(compressed_dkv, (tiles * 4 * batch, splits),
             q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
             c.bm, c.bn, launch.precision(q), **c.options,
@@ -5299,7 +5381,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
                 parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
             )
     else:
-        window_dkv[(tiles * 4 * batch,)](
+        launcher.start(window_dkv, (tiles * 4 * batch,),
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
             c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -5818,7 +5900,7 @@ def _append(k, v, phi, cache, joins):
     """Add a step's tokens, and the blocks that end with them -> what came before; if it joins the launch that scores, what that is given for it."""
     queries = k["compressed"].shape[1]
     past = cache.step(k["compressed"])
-    staged = cache.staged(phi, queries)
+    staged = cache.staged(phi, queries, joins)
     given = (
         k["compressed"], *cache.rows("k"), v["compressed"], *cache.rows("v"), *cache.rows("k_cmp"), *cache.rows("v_cmp"), staged.k, staged.v, staged.rows, staged.starts, cache.lengths, past.lengths,
         past.table, past.table_stride, past.pages, queries, past.capacity, staged.spare,
@@ -5834,8 +5916,8 @@ def _append(k, v, phi, cache, joins):
     return past, None
 
 
-def _decode_scores(q, k, v, past, scale, append=None):
-    """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups. append: what its launch is given for a cache_append."""
+def _decode_scores(q, k, v, past, scale, append=None, closing=None):
+    """compressed, of each run of keys the output and lse in log2 units; sums of the scores for a selection, relative to the top of a tile of `tile` groups. append: what its launch is given for a cache_append; closing: for what φ pools."""
     c = split.pick(_DECODE_CONFIGS["decode_scores"], q, split.scattered(past, 16), 4, k.scales is not None)
     batch, queries = q.shape[:2]
     bm = split.rows(q, 16)
@@ -5852,9 +5934,9 @@ def _decode_scores(q, k, v, past, scale, append=None):
     sizes = (batch * queries * 64, groups, tops.shape[-1], *runs)
     if append is not None:
         programs *= 4 * batch
-        launcher.start(decode_begin, (programs + 16 * batch,),
-            *append, q, parts, lses, sums, tops, programs, *sizes, scale, *launch.strides(q),
-            launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q, 4),
+        launcher.start(decode_begin, (programs + 16 * batch + closing.programs,),
+            *append, *closing.pointers, closing.programs, q, parts, lses, sums, tops, programs, *sizes, scale, *launch.strides(q),
+            launch.power_of_two(queries, 1), bm, c.bn, launch.precision(q), past.page, **c.options, **split.early(q, 4), K_HIDDEN=closing.k_hidden, V_HIDDEN=closing.v_hidden,
         )
         return parts, lses, sums, tops, tile
     launcher.start(decode_scores, (4 * batch * programs,),
@@ -5901,7 +5983,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
     launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
-        parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
+        parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, cache.arrived, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out
@@ -5934,7 +6016,9 @@ def _step(q, k, v, gates, phi, cache, blocks, scale):
     if split.whole(q, 4, -(-cache.max_len // 64)):
         past, _ = _append(k, v, phi, cache, False)
         return _decode_whole(q, cache.rows("k_cmp"), cache.rows("v_cmp"), cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), gates, past, cache, scale)
-    joins = phi.plain_mean and cache.rows("k_cmp").scales is None and split.joins(q, 4, 16)
+    joins = cache.rows("k_cmp").scales is None and split.joins(q, 4, 16)
+    closing = phi.closing(k["compressed"], v["compressed"], cache.arrived) if joins else None
+    joins = closing is not None
     past, append = _append(k, v, phi, cache, joins)
-    parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append)
+    parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append, closing)
     return _decode_attend(q, cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale)

@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  817d40fd9d51
+content  72736fa35260
 runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -41,7 +41,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, mlp_step, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
 version.require(22, "nsa_compressed_window")
@@ -59,7 +59,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_817d40fd9d51"
+_SPACE = "nsagen_nsa_compressed_window_72736fa35260"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2793,12 +2793,13 @@ def decode_merge_store(out0, out_ptr, stat, live):
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits_compressed", "splits_window"])
 def decode_merge(
-    parts_compressed_ptr, lses_compressed_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, splits_compressed, splits_window, queries, capacity, part_rows,
+    parts_compressed_ptr, lses_compressed_ptr, parts_window_ptr, lses_window_ptr, gates_ptr, out_ptr, past_ptr, lengths_ptr, arrived_ptr, splits_compressed, splits_window, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_compressed: tl.constexpr, SPLITS_window: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
+    arrived int32 [B, 4]: back to 0, if it is there.
     """
     device.begin_early(EARLY)
     stat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -2819,6 +2820,9 @@ def decode_merge(
     first = live & (stat % (queries * 64) == 0)
     past = tl.load(past_ptr + b, mask=first, other=0)
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
+    if arrived_ptr is not None:
+        for h in tl.static_range(4):
+            tl.store(arrived_ptr + b * 4 + h, 0, mask=first)
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows"])
@@ -2868,7 +2872,7 @@ def decode_whole(
 def cache_append_job(
     pid, job, new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, closing_ptr=None, arrived_ptr=None, K_HIDDEN: tl.constexpr = 0, V_HIDDEN: tl.constexpr = 0,
 ):
     """Rows [past, past + queries) of a store, or the blocks of a pool that end with them, of sequence and KV head `pid`."""
     h = (pid % 4).to(tl.int64)
@@ -2904,7 +2908,15 @@ def cache_append_job(
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
-            if staged_k_cmp_ptr is not None:
+            if closing_ptr is not None:  # other programs of the launch pool it
+                if ended & (out_row >= 0):
+                    d = tl.arange(0, 128)
+                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 128, arrived_ptr + pid, 0, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 128, d, d < 128)
+                    out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    if table_ptr is None:
+                        out += b * k_cmp_sb
+                    tl.store(out + d, x.to(k_cmp_ptr.dtype.element_ty), mask=d < 128)
+            elif staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_k_cmp_ptr + (slot * 128 + h) * 128
                 if ended & (out_row >= 0):  # else nobody wants what φ makes of it
@@ -2931,7 +2943,15 @@ def cache_append_job(
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
-            if staged_v_cmp_ptr is not None:
+            if closing_ptr is not None:  # other programs of the launch pool it
+                if ended & (out_row >= 0):
+                    d = tl.arange(0, 128)
+                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 128, arrived_ptr + pid, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(V_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 128, d, d < 128)
+                    out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    if table_ptr is None:
+                        out += b * v_cmp_sb
+                    tl.store(out + d, device.spoil(x, lost).to(v_cmp_ptr.dtype.element_ty), mask=d < 128)
+            elif staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
                 staged = staged_v_cmp_ptr + (slot * 128 + h) * 128
                 if ended & (out_row >= 0):  # else nobody wants what φ makes of it
@@ -3068,11 +3088,11 @@ def _compressed_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, jo
     splits = launch.splits(tiles * 4 * batch, length, c.bm // 16)
     parts = launch.empty(q, (splits, *k.shape[:3], 256), cu_seqlens, torch.float32)
     if copied:
-        compressed_keys_specialised[(tiles * 4 * batch, splits)](
+        launcher.start(compressed_keys_specialised, (tiles * 4 * batch, splits),
             *maps, lse, delta, parts, length, tiles, splits, parts.stride(0), scale, k.shape[1], c.bn, c.stages, **c.options,
         )
     else:
-        compressed_dkv[(tiles * 4 * batch, splits)](
+        launcher.start(compressed_dkv, (tiles * 4 * batch, splits),
             q, k, v, d_out, lse, delta, parts, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), splits, parts.stride(0), scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
             c.bm, c.bn, launch.precision(q), **c.options,
@@ -3176,7 +3196,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale, joined
                 parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
             )
     else:
-        window_dkv[(tiles * 4 * batch,)](
+        launcher.start(window_dkv, (tiles * 4 * batch,),
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
             c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -3568,7 +3588,7 @@ def _decode_attend(q, k0, v0, k1, v1, gates, past, cache, scale):
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
     launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
-        parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
+        parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, None, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out

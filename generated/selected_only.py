@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "caller"}
 combine  single
 
-content  beedc0ac9fb1
+content  3adf6022b87f
 runtime  22
 selected_fwd             one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; union_of_lists, because adjacent queries share the blocks of their lists' union: a warp copies each once, by tensor maps, and four warpgroups have a query each (16-bit on sm_90); tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
 selected_dq              one_query_a_tile, because every query lists blocks of its own; the group's heads share the list and fill the rows; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values; tensor_maps, because a listed block is boxes of rows: copied by one thread each, while a few warps compute (TMA)
@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, unions, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, mlp_step, ops, split, torch_path, torch_select, unions, version
 from nsagen.runtime.launch import Config, Tiles
 
 version.require(22, "selected_only")
@@ -44,7 +44,7 @@ _LAYOUT = checks.Layout(
     name="selected_only", query_heads=64, kv_heads=4, qk_dim=128, v_dim=128,
     branches=('selected',), per_branch=False, gated=False, pooled=None, caller_blocks=True,
 )
-_SPACE = "nsagen_selected_only_beedc0ac9fb1"
+_SPACE = "nsagen_selected_only_3adf6022b87f"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1174,12 +1174,13 @@ def decode_merge_store(out0, out_ptr, stat, live):
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits_selected"])
 def decode_merge(
-    parts_selected_ptr, lses_selected_ptr, out_ptr, past_ptr, lengths_ptr, splits_selected, queries, capacity, part_rows,
+    parts_selected_ptr, lses_selected_ptr, out_ptr, past_ptr, lengths_ptr, arrived_ptr, splits_selected, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_selected: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
+    arrived int32 [B, 4]: back to 0, if it is there.
     """
     device.begin_early(EARLY)
     stat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -1195,6 +1196,9 @@ def decode_merge(
     first = live & (stat % (queries * 64) == 0)
     past = tl.load(past_ptr + b, mask=first, other=0)
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
+    if arrived_ptr is not None:
+        for h in tl.static_range(4):
+            tl.store(arrived_ptr + b * 4 + h, 0, mask=first)
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows"])
@@ -1581,7 +1585,7 @@ def _decode_attend(q, k, v, blocks, past, cache, scale):
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
     launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
-        parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
+        parts, lses, out, past.lengths, cache.lengths, None, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out

@@ -4,7 +4,7 @@ heads    64 query, 4 KV, dims 128 (q, k) and 128 (v); K/V shared
 branch   window {"size": 512, "sinks": 0}
 combine  single
 
-content  3377ca0928d3
+content  9362c759f93e
 runtime  22
 window_fwd               query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 window_dq                query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, ops, split, torch_path, torch_select, version
+from nsagen.runtime import autograd, by_sequence, checks, compress, dense, device, hopper, kv_cache, launch, launcher, lists, mlp_step, ops, split, torch_path, torch_select, version
 from nsagen.runtime.launch import Config, Tiles
 
 version.require(22, "window_only")
@@ -45,7 +45,7 @@ _LAYOUT = checks.Layout(
     branches=('window',), per_branch=False, gated=False, pooled=None, caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_window_only_3377ca0928d3"
+_SPACE = "nsagen_window_only_9362c759f93e"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -1326,12 +1326,13 @@ def decode_merge_store(out0, out_ptr, stat, live):
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows", "splits_window"])
 def decode_merge(
-    parts_window_ptr, lses_window_ptr, out_ptr, past_ptr, lengths_ptr, splits_window, queries, capacity, part_rows,
+    parts_window_ptr, lses_window_ptr, out_ptr, past_ptr, lengths_ptr, arrived_ptr, splits_window, queries, capacity, part_rows,
     ROWS: tl.constexpr, SPLITS_window: tl.constexpr, EARLY: tl.constexpr,
 ):
     """out: the parts of every term, merged in their order, times its gate if there are gates; one program: ROWS flat rows.
 
     Grid: part_rows = B·queries·64 rows, ROWS a program. The first row of a sequence advances its length.
+    arrived int32 [B, 4]: back to 0, if it is there.
     """
     device.begin_early(EARLY)
     stat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -1347,6 +1348,9 @@ def decode_merge(
     first = live & (stat % (queries * 64) == 0)
     past = tl.load(past_ptr + b, mask=first, other=0)
     tl.store(lengths_ptr + b, tl.minimum(past + queries, capacity), mask=first)
+    if arrived_ptr is not None:
+        for h in tl.static_range(4):
+            tl.store(arrived_ptr + b * 4 + h, 0, mask=first)
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "part_rows"])
@@ -1530,7 +1534,7 @@ def _window_backward(q, k, v, d_out, lse, delta, into, cu_seqlens, scale):
                 parts, dk, dv, rows, shares, c.bm, 1, adds, **c.options
             )
     else:
-        window_dkv[(tiles * 4 * batch,)](
+        launcher.start(window_dkv, (tiles * 4 * batch,),
             q, k, v, d_out, lse, delta, dk, dv, cu_seqlens, length, tiles, launch.sequences(cu_seqlens), scale,
             *launch.strides(q), *launch.strides(k), *launch.strides(v), k.shape[1],
             c.bm, c.bn, launch.precision(q), adds, **c.options,
@@ -1709,7 +1713,7 @@ def _decode_attend(q, k, v, past, cache, scale):
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
     launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
-        parts, lses, out, past.lengths, cache.lengths, *counts, queries, past.capacity, batch * queries * 64,
+        parts, lses, out, past.lengths, cache.lengths, None, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out

@@ -207,6 +207,12 @@ class DecodeView:
         return tuple(p for p in self.pools if p.by_phi)
 
     @property
+    def phi_tokens(self) -> tuple[str, ...]:
+        """The arguments of `decode` whose tokens φ pools."""
+        given = {s.name: s.argument for s in self.stores}
+        return tuple(given[p.src] for p in self.phi_pools)
+
+    @property
     def scores(self) -> SplitKernelView | None:
         return next((s for s in self.splits if s.sums), None)
 

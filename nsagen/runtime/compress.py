@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.errors import InputError
-from nsagen.runtime import launch, mean_pool, mlp_pool
+from nsagen.runtime import launch, mean_pool, mlp_pool, mlp_step
 from nsagen.runtime.stores import Flat
 
 Rope = Callable[[Tensor, Tensor], Tensor]
@@ -111,6 +111,13 @@ class Compressor(nn.Module):
         own = type(self)
         untouched = own.forward is MeanCompressor.forward and own.of_blocks is Compressor.of_blocks
         return isinstance(self, MeanCompressor) and untouched and own.pool is MeanPool and self.rope is None
+
+    def closing(self, k: Tensor, v: Tensor, arrived: Tensor) -> mlp_step.Closing | None:
+        """What the launch of a step needs that pools, where it scores, the blocks that end with the step's tokens.
+
+        k, v: those tokens, [B, m, Hkv, D]; arrived: the cache's. None where no launch does: write_blocks is for that.
+        """
+        return mlp_step.Closing() if self.plain_mean else None
 
     def _pooled(self, pool: Pool, x: Tensor, rows: _Rows) -> Tensor:
         return pool(self._chunks(x, rows), rows.size).to(x.dtype)
@@ -309,6 +316,18 @@ class MLPCompressor(Compressor):
         plain = type(self).of_blocks is Compressor.of_blocks and self.rope is None and not k_cmp.quantised
         if not (plain and self._pool_by_kernels(k, v, rows, k_cmp.all.data, v_cmp.all.data)):
             super().write_blocks(k, v, starts, rows, k_cmp, v_cmp)
+
+    def closing(self, k: Tensor, v: Tensor, arrived: Tensor) -> mlp_step.Closing | None:
+        self._check(k, v, None)
+        own, sides = type(self), (self.k, self.v)
+        plain = own.of_blocks is Compressor.of_blocks and own.write_blocks is MLPCompressor.write_blocks
+        if not plain or self.rope is not None:
+            return None
+        of_k, of_v = sides
+        if not (isinstance(of_k, MLPPool) and isinstance(of_v, MLPPool) and of_k.plain and of_v.plain):
+            return None
+        takes = mlp_pool.takes(k, of_k.weights) and mlp_pool.takes(v, of_v.weights)
+        return mlp_step.closing(of_k.weights, of_v.weights, arrived) if takes else None
 
     def _of_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k_cmp, v_cmp = (x.new_empty((len(x), *x.shape[2:])) for x in (k, v))

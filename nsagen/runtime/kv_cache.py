@@ -76,6 +76,8 @@ class KVCache:
             order = torch.arange(batch * per_sequence, dtype=torch.int32, device=device).view(batch, per_sequence)
             self.table = torch.where(order < self._pages, order, -1)
         self._before = torch.zeros_like(self.lengths)  # the lengths before the call that runs
+        # Of a step that pools in the launch that scores (mlp_step.py): the parts of a block that are there.
+        self.arrived = torch.zeros((batch, layout.kv_heads), dtype=torch.int32, device=device)
         self._most = 0  # no sequence is longer, as far as the host knows
         self.dtype, self.device = dtype, self.lengths.device
         self._stores = {value.name: self._store(value) for value in cache_shape.values(layout, mean_of)}
@@ -142,11 +144,14 @@ class KVCache:
         self._room(first, None)
         return self.past
 
-    def staged(self, phi: Any, queries: int) -> Staged:
-        """Room for the blocks that a step of `queries` tokens can end, for `close`; none where φ is a plain mean."""
+    def staged(self, phi: Any, queries: int, joins: bool = False) -> Staged:
+        """Room for the blocks that a step of `queries` tokens can end, for `close`; none where φ is a plain mean.
+
+        joins: they are pooled in the launch that scores, and need none.
+        """
         assert self.layout.pooled is not None
         _, block, stride = self.layout.pooled
-        if phi.plain_mean:
+        if joins or phi.plain_mean:
             return Staged(None, None, None, None)
         count = self.batch * -(-launch.power_of_two(queries, 1) // stride)
 

@@ -52,14 +52,16 @@ class Side(NamedTuple):
 def fits(k: Side, v: Side) -> bool:
     """Whether the kernels take these: of one dtype, contiguous, both with positions or none, no gradient wanted."""
     alike = k.x.dtype == v.x.dtype and (k.weights.positions is None) == (v.weights.positions is None)
-    return alike and _takes(k) and _takes(v)
+    contiguous = all(x.is_contiguous() for s in (k, v) for x in (s.x, s.into))
+    return alike and contiguous and all(s.into.dtype == s.x.dtype and takes(s.x, s.weights) for s in (k, v))
 
 
-def _takes(side: Side) -> bool:
-    given = [w for w in side.weights if w is not None]
-    wanted = torch.is_grad_enabled() and any(w.requires_grad for w in (side.x, *given))
-    same = all(w.dtype == side.x.dtype and w.is_contiguous() for w in (side.x, side.into, *given))
-    return launch.use_kernels(side.x) and not wanted and same
+def takes(x: Tensor, weights: Weights) -> bool:
+    """Whether kernels take the weights for blocks or tokens x: of its dtype, contiguous, no gradient wanted."""
+    given = [w for w in weights if w is not None]
+    wanted = torch.is_grad_enabled() and any(w.requires_grad for w in (x, *given))
+    same = all(w.dtype == x.dtype and w.is_contiguous() for w in given)
+    return launch.use_kernels(x) and not wanted and same
 
 
 def pool(k: Side, v: Side, rows: Tensor | None, spare: int | None = None) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from nsagen.ir.plan import Kernel, Launch, Operand, Plan, TileConfig
 from nsagen.render.split_view import whole_tile
 from nsagen.tools.aot_chips import CHIPS, candidates
+from nsagen.tools.signature import CLOSING
 
 Job = tuple[Kernel, Launch, TileConfig]
 SPILLS, QUARTER_SPILLS = 64, 160  # bytes of a whole step, and of one held to a quarter's registers: around its loops
@@ -25,7 +26,11 @@ def step_kernels(plan: Plan, arch: str, bits: int) -> list[Job]:
     alone = TileConfig(1, 1, split.APPEND_WARPS, 1, 0, 0, 0.0)
     found = [(*_storing("cache_append", splits[0], plan), alone)]
     if scores:
-        found.append((*_storing("decode_begin", scores, plan), candidates(scores, arch, bits)[0]))
+        tile = candidates(scores, arch, bits)[0]
+        begin, launch = _storing("decode_begin", scores, plan)
+        found.append((begin, launch, tile))
+        if any(b.name == "k_cmp" for b in plan.buffers):
+            found.append((_closing(begin), launch, tile))
     valued = scores and any(o.role == "v" for o in scores.operands)
     block = next((w.listed.size for w in attend.walks if w.listed), 0)
     tiles = _whole_tiles(scores if scores and valued else attend, arch, bits, whole_tile(block))
@@ -43,6 +48,11 @@ def _storing(name: str, kernel: Kernel, plan: Plan) -> tuple[Kernel, Launch]:
                 kept.append(Operand(operand, side, "key", "store"))
                 binds.append((operand, buffer.name))
     return replace(kernel, name=name, operands=tuple(kept)), Launch(name, tuple(binds))
+
+
+def _closing(begin: Kernel) -> Kernel:
+    """decode_begin where φ is an MLP, of which some programs leave parts."""
+    return replace(begin, operands=(*begin.operands, Operand(CLOSING, "parts", "key", "store")))
 
 
 def _whole(scores: Kernel | None, attend: Kernel, plan: Plan) -> tuple[Kernel, Launch]:

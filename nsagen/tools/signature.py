@@ -21,6 +21,8 @@ DTYPES = {"bf16": ("bf16", 16), "fp16": ("fp16", 16), "fp32": ("fp32", 32)}  # n
 CALLERS = ("q", "k", "v")  # operands whose strides are the caller's
 ALIASES = {"do": "d_out", "score": "scores", "combined": "out"}  # short names in kernels
 ABSENT = ("cu", "table", "rows", "starts")  # one sequence a batch entry, its keys in a row, in q's dtype; φ a mean
+PARTS_OF_PHI = {"closing": "*fp32", "arrived": "*i32"}
+CLOSING = "closing"  # the operand of a kernel in which φ is an MLP
 INDICES = ("list", "first", "items", "past", "lengths", "entries", "counts")  # int32: of block lists, or of a cache
 EARLY = ("sm_90", "sm_100")  # where a step's launches may overlap
 MAPS = tuple(a.name for a in ARCHES if a.maps)
@@ -87,6 +89,8 @@ def _constants(job: Job, plan: Plan) -> dict[str, Any]:
         "TILES": 1,  # of a listed block
         "PIECES": 1,  # of an item
         "TOKENS": 1,  # of a step
+        "K_HIDDEN": 2 * plan.heads.qk_dim if _closes(job) else 0,
+        "V_HIDDEN": 2 * plan.heads.v_dim if _closes(job) else 0,
         "ROWS": split.merged_rows(split.MOST_RUNS),
         **dict.fromkeys(_splits(job.kernel), split.MOST_RUNS),
     }
@@ -171,6 +175,8 @@ def _boxes(dtype: str, box: list[int]) -> str:
 def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
     if stem in ABSENT or stem.endswith("_scales") or stem.startswith("staged_"):
         return "constexpr", False  # None
+    if stem in PARTS_OF_PHI or stem.startswith("phi_"):
+        return (PARTS_OF_PHI.get(stem, "*" + DTYPES[job.dtype][0]), True) if _closes(job) else ("constexpr", False)
     if stem == "lost":
         return "*i1", True
     operand = _operand(stem, job.kernel)
@@ -183,6 +189,10 @@ def _pointer(stem: str, job: Job, plan: Plan) -> tuple[str, bool]:
         return "constexpr", False  # an optional operand left out is None
     kept = {"float32": "fp32", "int32": "i32"}  # the rest, gates too, is in the inputs' dtype here
     return "*" + kept.get(plan.buffer(bound[operand.name]).dtype, DTYPES[job.dtype][0]), True
+
+
+def _closes(job: Job) -> bool:
+    return any(o.name == CLOSING for o in job.kernel.operands)
 
 
 def _operand(stem: str, kernel: Kernel) -> Operand | None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from harness import cu_of
 from served import COMPRESSED, SELECTED, SPECS, WINDOW, Served, packed, spec
 
-from nsagen.runtime import cache_shape, split
+from nsagen.runtime import cache_shape, mlp_step, split
 from nsagen.runtime import device as d
 
 JOINED = split.JOINED  # as it is shipped
@@ -23,6 +23,14 @@ BEGIN = {
     "begin_union": spec("begin_union", "one_softmax", **MEAN),  # scores keys alone, pools values, too
     "begin_pooled": spec("begin_pooled", "single", selected=SELECTED | {"from": "pooled"}),
 }
+MLP = {"compressed": COMPRESSED | {"pool": "mlp"}, "selected": SELECTED}
+APART = {"compressed": COMPRESSED | {"pool": "mlp"}, "selected": SELECTED | {"from": "pooled"}}
+BEGIN |= {  # φ by programs of the launch, for which those that score and those that keep its rows wait
+    "begin_mlp": spec("begin_mlp", "gated_sum", **MLP, window=WINDOW),
+    "begin_mlp_ringed": spec("begin_mlp_ringed", "gated_sum", "per_branch", **MLP, window=WINDOW),
+    "begin_mlp_union": spec("begin_mlp_union", "one_softmax", **MLP),
+    "begin_mlp_apart": spec("begin_mlp_apart", "gated_sum", **APART),  # what scores are of is a mean
+}
 
 
 class Twins:
@@ -31,6 +39,14 @@ class Twins:
     def __init__(self, name: str, page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SPECS, name, BEGIN[name])
         self.monkeypatch, self.device = monkeypatch, device
+        self.closed = 0  # steps in which programs of the launch that scores were given φ's weights
+        closing = mlp_step.closing
+
+        def counted(*given: Any) -> Any:
+            self.closed += 1
+            return closing(*given)
+
+        monkeypatch.setattr(mlp_step, "closing", counted)
         self.joined, self.apart = (Served(name, 33, device, page, room=40) for _ in range(2))
         kept = cache_shape.values(self.joined.cache.layout, self.joined.cache.mean_of)
         self.pooled = {value.name for value in kept if value.stride > 1}
@@ -52,6 +68,7 @@ class Twins:
 
     def assert_same_caches(self) -> None:
         assert torch.equal(self.joined.cache.lengths, self.apart.cache.lengths)
+        assert not self.joined.cache.arrived.any()  # ready for the next step
         for name in self.joined.cache._stores:
             pooled = name in self.pooled  # a mean is a sum in the order of the launch's warps
             rtol, atol = (2e-6, 1e-6) if pooled else (0.0, 0.0)
@@ -71,8 +88,13 @@ class Twins:
 
 
 @pytest.mark.parametrize(
-    ("name", "page"), [("begin_paged", 8), ("begin_ringed", None), ("begin_union", 16), ("begin_pooled", 8)]
-)
+    ("name", "page"),
+    [
+        ("begin_paged", 8), ("begin_ringed", None), ("begin_union", 16), ("begin_pooled", 8),
+        ("begin_mlp", 8), ("begin_mlp", None), ("begin_mlp_ringed", None), ("begin_mlp_union", 16),
+        ("begin_mlp_apart", 8),
+    ],
+)  # fmt: skip
 def test_ragged_rolled_back_and_full(name: str, page: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence of 12 tokens beside one of 3; up to four tokens a step, so that at most one block ends."""
     of = Twins(name, page, device, monkeypatch)
@@ -84,11 +106,13 @@ def test_ragged_rolled_back_and_full(name: str, page: int | None, device: str, m
         of.both(lambda x: setattr(x.cache, "_most", 0))  # as in a captured step, where the host can't ask
         of.step(tokens, at)
     assert of.joined.cache.lengths.tolist()[0] > 30
+    assert of.closed == (12 if "mlp" in name else 0)
 
 
-def test_pages_that_are_not_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["begin_paged", "begin_mlp"])
+def test_pages_that_are_not_there(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their keys are zeros, a block that ends there, too."""
-    of = Twins("begin_paged", 8, device, monkeypatch)
+    of = Twins(name, 8, device, monkeypatch)
     of.prefill([14, 7])
 
     def tear(x: Served) -> None:
@@ -100,8 +124,9 @@ def test_pages_that_are_not_there(device: str, monkeypatch: pytest.MonkeyPatch) 
         assert bool(of.step(1, at).isfinite().all())
 
 
-def test_a_sequence_that_lost_what_it_needs_is_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Twins("begin_ringed", None, device, monkeypatch)
+@pytest.mark.parametrize("name", ["begin_ringed", "begin_mlp_ringed"])
+def test_a_sequence_that_lost_what_it_needs_is_nan(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Twins(name, None, device, monkeypatch)
     of.prefill([14, 7])
     of.both(lambda x: x.cache._taken_back.lost.copy_(torch.tensor([True, False])))
     for at in range(4):

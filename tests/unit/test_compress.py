@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nsagen.errors import InputError
+from nsagen.runtime import launch
 from nsagen.runtime.compress import (
     Compressor,
     LinearCompressor,
@@ -344,3 +346,31 @@ def test_a_kernel_may_take_the_place_of_a_mean_that_is_only_named_anew() -> None
     sizes = {"block": 4, "stride": 2, "kv_heads": HEADS, "k_dim": K_DIM, "v_dim": V_DIM}
     assert Named(**sizes).plain_mean
     assert not Doubled(**sizes).plain_mean
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_launch_that_scores_may_pool(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean, an MLP by programs of its own; nothing that is a subclass's, in another dtype, or differentiated."""
+    monkeypatch.setattr(launch, "use_kernels", lambda x: True)
+    k, v = draw(1, 3)
+    arrived = torch.zeros(1, HEADS, dtype=torch.int32)
+    phi = make(kind, 6, 3)
+    with torch.no_grad():
+        found = phi.closing(k, v, arrived)
+        assert (found is not None) == (kind in ("mean", "mlp"))
+        assert make(kind, 6, 3, rope=lambda x, positions: x).closing(k, v, arrived) is None
+    if kind != "mlp":
+        assert found is None or (found.programs == 0 and found.parts is None)
+        return
+    assert found is not None and found.parts is not None
+    assert (found.programs, found.k_hidden, found.v_hidden) == (found.parts.shape[2] * HEADS, 2 * K_DIM, 2 * V_DIM)
+
+    class Own(MLPCompressor):
+        def write_blocks(self, *args: Any) -> None:
+            pass
+
+    sizes = {"block": 6, "stride": 3, "kv_heads": HEADS, "k_dim": K_DIM, "v_dim": V_DIM}
+    with torch.no_grad():
+        assert Own(**sizes).closing(k, v, arrived) is None
+        assert phi.to(torch.float32).closing(k, v, arrived) is None
+    assert make(kind, 6, 3).closing(k, v, arrived) is None  # its weights ask for a gradient
