@@ -19,6 +19,7 @@ from nsagen.tools.bench_inputs import Case, Work
 WARMUP = 25  # ms
 SETS, ROOM = 3, 256 << 20  # sets of inputs in turn, while the first tensor of one stays below so many bytes
 LEAST, MOST = 3, 50  # calls that a wall clock times
+SHORT, CALLS = 3.0, 21  # ms of a call of which the host's part is timed, too, as many times: fewer launches than wait
 OUT_OF_MEMORY, TOO_SLOW = "out of memory", "too slow"
 
 
@@ -36,15 +37,17 @@ class Row:
     note: str | None = None
     predicted_forward_ms: float | None = None
     predicted_backward_ms: float | None = None
+    host_forward_ms: float | None = None  # that the host is busy with a short call: none takes less
+    host_backward_ms: float | None = None
 
     @property
     def forward_ratio(self) -> float | None:
-        """Measured over predicted."""
-        return _ratio(self.forward_ms, self.predicted_forward_ms)
+        """Measured over predicted, or over what the host takes where that is more."""
+        return _ratio(self.forward_ms, self.predicted_forward_ms, self.host_forward_ms)
 
     @property
     def backward_ratio(self) -> float | None:
-        return _ratio(self.backward_ms, self.predicted_backward_ms)
+        return _ratio(self.backward_ms, self.predicted_backward_ms, self.host_backward_ms)
 
     @property
     def both_ms(self) -> float | None:
@@ -55,8 +58,8 @@ class Row:
         return {**asdict(self), **ratios}
 
 
-def _ratio(measured: float | None, predicted: float | None) -> float | None:
-    return measured / predicted if measured is not None and predicted else None
+def _ratio(measured: float | None, predicted: float | None, host: float | None) -> float | None:
+    return measured / max(predicted, host or 0.0) if measured is not None and predicted else None
 
 
 def _no_prediction(case: str, tokens: int) -> tuple[float | None, float | None]:
@@ -115,9 +118,11 @@ class Clock:
             self._once(works[0], backward)  # compiles
             peak = self._peak(works[0], backward, base)
             works += [case.make(length, seed) for seed in range(1, _sets(works[0]))]
-            found["forward_ms"] = self._ms(_in_turn([work.call for work in works]), [])
+            ours = case.kind in ("whole", "part")
+            self._time("forward", [work.call for work in works], [], found, ours)
             if backward:
-                found["backward_ms"] = self._backward_ms(works)
+                leaves = [leaf for work in works for leaf in work.leaves]
+                self._time("backward", _backwards(works), leaves, found, ours)
             if peak is not None:
                 found["peak_gib"] = peak
 
@@ -136,10 +141,20 @@ class Clock:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - base) / 2**30
 
-    def _backward_ms(self, works: Sequence[Work]) -> float:
-        ready = [(work, work.call()) for work in works]
-        calls = [lambda work=work, outs=outs: work.backward(outs) for work, outs in ready]
-        return self._ms(_in_turn(calls), [leaf for work in works for leaf in work.leaves])
+    def _time(
+        self,
+        what: str,
+        calls: list[Callable[[], Any]],
+        leaves: Sequence[Tensor],
+        found: dict[str, float],
+        with_host: bool,
+    ) -> None:
+        call = _in_turn(calls)
+        found[f"{what}_ms"] = self._ms(call, leaves)
+        if with_host and self.device == "cuda" and found[f"{what}_ms"] < SHORT:
+            torch.cuda.synchronize()
+            found[f"host_{what}_ms"] = statistics.median(wall(call, lambda: _forget(leaves), 0, CALLS))
+            torch.cuda.synchronize()
 
     def _ms(self, call: Callable[[], Any], leaves: Sequence[Tensor]) -> float:
         """The median. The gradients of the leaves are dropped between calls, so that none is added to another."""
@@ -166,6 +181,11 @@ def _length(row: Row) -> int:
 def _sets(work: Work) -> int:
     """Several where they are cheap; a case without leaves says nothing of its size and has one."""
     return SETS if work.leaves and work.leaves[0].nbytes <= ROOM else 1
+
+
+def _backwards(works: Sequence[Work]) -> list[Callable[[], Any]]:
+    ready = [(work, work.call()) for work in works]
+    return [lambda work=work, outs=outs: work.backward(outs) for work, outs in ready]
 
 
 def _in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

@@ -20,6 +20,7 @@ from nsagen.tools.console import table
 NONE = "–"
 CLOSE = 1.25
 PREDICTED = "predicted, for an H200 and the tile that runs, without φ"
+RATIO = "ratio: measured / predicted, or / host, what a short call keeps the host busy, where that is more"
 QUANTITIES = {"forward": "forward_ms", "backward": "backward_ms", "forward + backward": "both_ms"}
 
 
@@ -59,8 +60,9 @@ Line = tuple[str, str, int]  # label, attribute of a row, digits
 
 
 def _beside(quantity: str) -> tuple[Line, ...]:
-    """The lines below a case's own, where the model speaks of it."""
-    return ("  predicted", f"predicted_{quantity}_ms", 3), ("  ratio", f"{quantity}_ratio", 2)
+    """The lines below a case's own: what the model says, how long the host is busy with a short call, the ratio."""
+    line = ("  host", f"host_{quantity}_ms", 3)
+    return ("  predicted", f"predicted_{quantity}_ms", 3), line, ("  ratio", f"{quantity}_ratio", 2)
 
 
 def _table(rows: Sequence[Row], title: str, attribute: str, digits: int, below: tuple[Line, ...] = ()) -> Iterator[str]:
@@ -84,7 +86,7 @@ def _predictions(rows: Sequence[Row]) -> Iterator[str]:
     ratios = [x for r in rows for x in (r.forward_ratio, r.backward_ratio) if x is not None]
     if ratios:
         near = sum(1 / CLOSE <= x <= CLOSE for x in ratios)
-        yield f"{PREDICTED}: {near} of {len(ratios)} within 25 % of the measured time (ratio: measured / predicted)"
+        yield f"{PREDICTED}: {near} of {len(ratios)} within 25 % of the measured time ({RATIO})"
 
 
 def _ratios(rows: Sequence[Row]) -> Iterator[str]:

@@ -71,6 +71,31 @@ def test_predictions_stand_below_what_was_measured():
     assert (rows[0].record()["forward_ratio"], rows[0].record()["backward_ratio"]) == (0.8, None)
 
 
+def test_a_call_takes_no_less_than_the_host():
+    of_whole = {"predicted_forward_ms": 0.5, "host_forward_ms": 1.9}
+    rows = [dataclasses.replace(r, **of_whole) if r.name == "whole" else r for r in ROWS]
+    lines = report.text(rows).splitlines()
+    assert [line.split() for line in lines[2:5]] == [
+        ["predicted", "0.500", "0.500"], ["host", "1.900", "1.900"], ["ratio", "1.05", "2.11"],
+    ]  # fmt: skip
+    assert any("1 of 2 within 25 %" in line for line in lines)
+    more = dataclasses.replace(rows[0], predicted_forward_ms=4.0)
+    assert more.forward_ratio == 0.5  # the host waits
+
+
+def test_the_host_is_timed_where_a_call_of_ours_is_short(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Clock, "_ms", lambda self, call, leaves: float(leaves[0]))
+    calls = [0]
+    for ms, with_host, timed in ((1.0, True, True), (5.0, True, False), (1.0, False, False)):
+        found: dict[str, float] = {}
+        leaves = [torch.tensor(ms)]
+        Clock("cuda", 1)._time("forward", [lambda: calls.append(1)], leaves, found, with_host)
+        assert found["forward_ms"] == ms
+        assert (found.get("host_forward_ms", -1.0) >= 0) == timed
+    assert len(calls) == 22
+
+
 def test_the_clock_asks_the_model():
     clock = Clock("cpu", 1, backward=False, predict=lambda case, tokens: (0.5 * tokens, 1.0))
     row = clock.row(Case("whole", "whole", lambda length, seed: work()), 8)
