@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  5c363e4ce979
+content  00b95c0e92ef
 runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -75,7 +75,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'selected', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     scored=(32, 16),
 )
-_SPACE = "nsagen_mha_16_5c363e4ce979"
+_SPACE = "nsagen_mha_16_00b95c0e92ef"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -5406,5 +5406,9 @@ def _step(q, k, v, gates, phi, cache, blocks, scale):
     closing = phi.closing(k["compressed"], v["compressed"], cache.arrived) if joins else None
     joins = closing is not None
     past, append = _append(k, v, phi, cache, joins)
-    parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append, closing)
-    return _decode_attend(q, cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale)
+    try:
+        parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append, closing)
+        return _decode_attend(q, cache.rows("k"), cache.rows("v"), cache.rows("k"), cache.rows("v"), sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale)
+    except BaseException:
+        cache.arrived.zero_()  # as the last launch would have
+        raise

@@ -134,6 +134,20 @@ def test_a_sequence_that_lost_what_it_needs_is_nan(name: str, device: str, monke
         assert bool(out[0].isnan().all()) and bool(out[1].isfinite().all())
 
 
+def test_a_step_that_ends_early_can_be_taken_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After φ's parts are there, before decode_merge: the 16th token ends a block, whose parts are counted anew."""
+    of = Twins("begin_mlp", 8, device, monkeypatch)
+    of.prefill([15, 3])
+    joined = of.joined
+    monkeypatch.setattr(split, "JOINED", JOINED)
+    with monkeypatch.context() as broken:
+        broken.setattr(joined.module, "_decode_attend", None)
+        with pytest.raises(TypeError):
+            joined.outputs(0, 1, decode=True)
+    assert not joined.cache.arrived.any()  # else those who wait would not, on a GPU
+    of.step(1)
+
+
 @triton.jit
 def rows_both_ways(
     new_ptr, store_ptr, table_ptr, first_ptr, second_ptr, pages, start, past, end, DIM: tl.constexpr,
