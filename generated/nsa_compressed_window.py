@@ -5,7 +5,7 @@ branch   compressed {"block": 32, "stride": 16, "pool": "mean", "positions": fal
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  72736fa35260
+content  0b115c0b9361
 runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -59,7 +59,7 @@ _LAYOUT = checks.Layout(
     branches=('compressed', 'window'), per_branch=False, gated=True, pooled=('compressed', 32, 16), caller_blocks=False,
     rings={'k': (0, 511, 519), 'v': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_compressed_window_72736fa35260"
+_SPACE = "nsagen_nsa_compressed_window_0b115c0b9361"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -2872,7 +2872,7 @@ def decode_whole(
 def cache_append_job(
     pid, job, new_k_ptr, k_ptr, k_scales_ptr, new_v_ptr, v_ptr, v_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_sb, new_k_st, new_k_sh, k_sb, k_st, k_sh, new_v_sb, new_v_st, new_v_sh, v_sb, v_st, v_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, closing_ptr=None, arrived_ptr=None, K_HIDDEN: tl.constexpr = 0, V_HIDDEN: tl.constexpr = 0,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, closing_ptr=None, arrived_ptr=None, CLOSES_K: tl.constexpr = 0, CLOSES_V: tl.constexpr = 0,
 ):
     """Rows [past, past + queries) of a store, or the blocks of a pool that end with them, of sequence and KV head `pid`."""
     h = (pid % 4).to(tl.int64)
@@ -2903,18 +2903,23 @@ def cache_append_job(
     if job == 1:
         device.append_rows(new_v, new_v_st, v, v_st, v_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
     if job == 2:
-        first = max(0, past - 16) // 16  # the first block that had not ended
+        first = device.open_block(past, 32, 16)
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if closing_ptr is not None:  # other programs of the launch pool it
                 if ended & (out_row >= 0):
-                    d = tl.arange(0, 128)
-                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 128, arrived_ptr + pid, 0, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 128, d, d < 128)
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    d = tl.arange(0, 128)
+                    x = mlp_step.closed_row(closing_ptr + pid * (CLOSES_K + CLOSES_V) * 128, arrived_ptr + pid, False, CLOSES_K, CLOSES_V, 128, d, d < 128)
                     tl.store(out + d, x.to(k_cmp_ptr.dtype.element_ty), mask=d < 128)
             elif staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
@@ -2938,18 +2943,23 @@ def cache_append_job(
                             out_scales += b * (capacity // 16) * 4
                     device.mean_of_block(new_k, new_k_st, k, k_st, k_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 32, 128, 128, PAGE, 0, 519)
     if job == 3:
-        first = max(0, past - 16) // 16  # the first block that had not ended
+        first = device.open_block(past, 32, 16)
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if closing_ptr is not None:  # other programs of the launch pool it
                 if ended & (out_row >= 0):
-                    d = tl.arange(0, 128)
-                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 128, arrived_ptr + pid, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(V_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 128, d, d < 128)
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    d = tl.arange(0, 128)
+                    x = mlp_step.closed_row(closing_ptr + pid * (CLOSES_K + CLOSES_V) * 128, arrived_ptr + pid, True, CLOSES_K, CLOSES_V, 128, d, d < 128)
                     tl.store(out + d, device.spoil(x, lost).to(v_cmp_ptr.dtype.element_ty), mask=d < 128)
             elif staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i

@@ -6,7 +6,7 @@ branch   selected {"block": 64, "top_n": 16, "initial": 1, "local": 2, "from": "
 branch   window {"size": 512, "sinks": 0}
 combine  gated_sum
 
-content  6d7dd19b6184
+content  7b4fc54b01f8
 runtime  22
 compressed_fwd           query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; warp_specialised, because a warp copies keys ahead by tensor maps, and two warpgroups overlap softmax with products (16-bit on sm_90)
 compressed_dq            query_major, because mode=train: every query tile has BM rows, enough for the tensor cores at any group; head_packing, because the group shares its keys, so one K/V load serves BM rows and dk, dv need no copy per head; recompute_scores, because p = exp(s − lse) costs one dot; keeping it would take T × keys values
@@ -76,7 +76,7 @@ _LAYOUT = checks.Layout(
     scored=(32, 16),
     rings={'k_compressed': (0, 31, 39), 'v_compressed': (0, 31, 39), 'k_window': (0, 511, 519), 'v_window': (0, 511, 519)},
 )
-_SPACE = "nsagen_nsa_paper_6d7dd19b6184"
+_SPACE = "nsagen_nsa_paper_7b4fc54b01f8"
 
 # Tile candidates of each kernel and the key of what was measured of them: (from this architecture on, operand bits) ->
 # BM, BN, warps, stages, bytes of shared memory (and most registers), best first by the model.
@@ -473,7 +473,7 @@ _CONFIGS = {
 
 # The same for the kernels of a decoding step.
 _DECODE_CONFIGS = {
-    "decode_scores": Tiles("decode_scores", "70ae18dc9353", {
+    "decode_scores": Tiles("decode_scores", "0b80840edfbc", {
         ("sm_80", 16): (
             Config(16, 32, 4, 3, 67584), Config(16, 64, 4, 3, 129024), Config(16, 32, 4, 2, 47104), Config(16, 64, 4, 2, 88064),
             Config(16, 32, 4, 5, 108544), Config(16, 16, 4, 3, 36864), Config(16, 64, 4, 1, 47104), Config(16, 16, 4, 2, 26624),
@@ -4282,11 +4282,11 @@ def decode_scores_newest(
     """
     if closing_ptr is not None:
         d = tl.arange(0, 128)
-        k0 = mlp_step.closed_row(closing_ptr, arrived_ptr, 0, CLOSES_K, CLOSES_K + CLOSES_V, 192, d, d < 192)
+        k0 = mlp_step.closed_row(closing_ptr, arrived_ptr, False, CLOSES_K, CLOSES_V, 192, d, d < 192)
         d = tl.arange(128, 192)
-        k1 = mlp_step.closed_row(closing_ptr, arrived_ptr, 0, CLOSES_K, CLOSES_K + CLOSES_V, 192, d, d < 192)
+        k1 = mlp_step.closed_row(closing_ptr, arrived_ptr, False, CLOSES_K, CLOSES_V, 192, d, d < 192)
         d = tl.arange(0, 128)
-        v0 = mlp_step.closed_row(closing_ptr, arrived_ptr, CLOSES_K, CLOSES_V, CLOSES_K + CLOSES_V, 192, d, d < 128)
+        v0 = mlp_step.closed_row(closing_ptr, arrived_ptr, True, CLOSES_K, CLOSES_V, 192, d, d < 128)
     else:
         k0_rows = tl.zeros([16, 128], dtype=tl.float32)
         k1_rows = tl.zeros([16, 64], dtype=tl.float32)
@@ -4396,7 +4396,7 @@ def decode_scores_source(
     n = max(0, T - 16) // 16  # keys, whole blocks only
     newest = None  # the block that ends with the step's tokens, if it is in no row yet: at most one
     if new_k_ptr is not None:
-        newest = tl.maximum(past - 16, 0) // 16
+        newest = device.open_block(past, 32, 16)
         newest = tl.where(newest * 16 + 32 <= T, newest, -1)
     k_base = k_ptr + h.to(tl.int64) * k_sh
     v_base = v_ptr + h.to(tl.int64) * v_sh
@@ -4973,7 +4973,7 @@ def decode_whole(
 def cache_append_job(
     pid, job, new_k_compressed_ptr, k_compressed_ptr, k_compressed_scales_ptr, new_v_compressed_ptr, v_compressed_ptr, v_compressed_scales_ptr, new_k_selected_ptr, k_selected_ptr, k_selected_scales_ptr, new_v_selected_ptr, v_selected_ptr, v_selected_scales_ptr, new_k_window_ptr, k_window_ptr, k_window_scales_ptr, new_v_window_ptr, v_window_ptr, v_window_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
     new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
-    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, closing_ptr=None, arrived_ptr=None, K_HIDDEN: tl.constexpr = 0, V_HIDDEN: tl.constexpr = 0,
+    k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS: tl.constexpr, PAGE: tl.constexpr, closing_ptr=None, arrived_ptr=None, CLOSES_K: tl.constexpr = 0, CLOSES_V: tl.constexpr = 0,
 ):
     """Rows [past, past + queries) of a store, or the blocks of a pool that end with them, of sequence and KV head `pid`."""
     h = (pid % 4).to(tl.int64)
@@ -5042,18 +5042,23 @@ def cache_append_job(
     if job == 5:
         device.append_rows(new_v_window, new_v_window_st, v_window, v_window_st, v_window_scales_ptr, 4, table_ptr, pages, past, total, lost, 128, 128, TOKENS, PAGE, 0, 519)
     if job == 6:
-        first = max(0, past - 16) // 16  # the first block that had not ended
+        first = device.open_block(past, 32, 16)
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if closing_ptr is not None:  # other programs of the launch pool it
                 if ended & (out_row >= 0):
-                    d = tl.arange(0, 256)
-                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 192, arrived_ptr + pid, 0, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 192, d, d < 192)
                     out = k_cmp_ptr + out_row * k_cmp_st + h * k_cmp_sh
+                    out_scales = k_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * k_cmp_sb
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    d = tl.arange(0, 256)
+                    x = mlp_step.closed_row(closing_ptr + pid * (CLOSES_K + CLOSES_V) * 192, arrived_ptr + pid, False, CLOSES_K, CLOSES_V, 192, d, d < 192)
                     tl.store(out + d, x.to(k_cmp_ptr.dtype.element_ty), mask=d < 192)
             elif staged_k_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
@@ -5077,18 +5082,23 @@ def cache_append_job(
                             out_scales += b * (capacity // 16) * 4
                     device.mean_of_block(new_k_compressed, new_k_compressed_st, k_compressed, k_compressed_st, k_compressed_scales_ptr, 4, out, out_scales, table_ptr, pages, start, past, None, 32, 16, 192, 256, PAGE, 0, 39)
     if job == 7:
-        first = max(0, past - 16) // 16  # the first block that had not ended
+        first = device.open_block(past, 32, 16)
         for i in tl.static_range(0, (TOKENS + 15) // 16):
             start = (first + i) * 16
             ended = start + 32 <= total
             out_row = device.cached_row(table_ptr, pages, first + i, ended, PAGE // 16)
             if closing_ptr is not None:  # other programs of the launch pool it
                 if ended & (out_row >= 0):
-                    d = tl.arange(0, 128)
-                    x = mlp_step.closed_row(closing_ptr + pid * (mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN)) * 192, arrived_ptr + pid, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(V_HIDDEN), mlp_step.columns_of(K_HIDDEN) + mlp_step.columns_of(V_HIDDEN), 192, d, d < 128)
                     out = v_cmp_ptr + out_row * v_cmp_st + h * v_cmp_sh
+                    out_scales = v_cmp_scales_ptr
+                    if out_scales is not None:
+                        out_scales += out_row * 4 + h
                     if table_ptr is None:
                         out += b * v_cmp_sb
+                        if out_scales is not None:
+                            out_scales += b * (capacity // 16) * 4
+                    d = tl.arange(0, 128)
+                    x = mlp_step.closed_row(closing_ptr + pid * (CLOSES_K + CLOSES_V) * 192, arrived_ptr + pid, True, CLOSES_K, CLOSES_V, 192, d, d < 128)
                     tl.store(out + d, device.spoil(x, lost).to(v_cmp_ptr.dtype.element_ty), mask=d < 128)
             elif staged_v_cmp_ptr is not None:
                 slot = b * ((TOKENS + 15) // 16) + i
@@ -5130,20 +5140,19 @@ def cache_append(
 @triton.jit
 def cache_close(
     at, phi_k_positions_ptr, phi_k_weight_in_ptr, phi_k_bias_in_ptr, phi_k_weight_out_ptr, phi_k_bias_out_ptr, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr, phi_v_weight_out_ptr, phi_v_bias_out_ptr, parts_ptr, arrived_ptr, new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, lengths_ptr, table_ptr, table_sb, pages, queries, capacity,
-    new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, PAGE: tl.constexpr, K_HIDDEN: tl.constexpr, V_HIDDEN: tl.constexpr,
+    new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, PAGE: tl.constexpr, K_HIDDEN: tl.constexpr, V_HIDDEN: tl.constexpr, CLOSES_K: tl.constexpr, CLOSES_V: tl.constexpr,
 ):
     """One program's part of a block's key or value that φ = MLP makes, if the block ends with the step's tokens."""
-    OF_K: tl.constexpr = mlp_step.columns_of(K_HIDDEN)
-    ALL: tl.constexpr = OF_K + mlp_step.columns_of(V_HIDDEN)
+    ALL: tl.constexpr = CLOSES_K + CLOSES_V
     h = at // ALL % 4
     b = (at // ALL // 4).to(tl.int64)
     past = tl.load(lengths_ptr + b)
-    start = tl.maximum(past - 16, 0) // 16 * 16
+    start = device.open_block(past, 32, 16) * 16
     if start + 32 <= tl.minimum(past + queries, capacity):
         if table_ptr is not None:
             table_ptr += b * table_sb
         part_ptr = parts_ptr + at.to(tl.int64) * 192
-        if at % ALL < OF_K:
+        if at % ALL < CLOSES_K:
             new = new_k_compressed_ptr + b * new_k_compressed_sb + h.to(tl.int64) * new_k_compressed_sh
             old = k_compressed_ptr + h.to(tl.int64) * k_compressed_sh
             old += b * k_compressed_sb
@@ -5156,7 +5165,7 @@ def cache_close(
             old = v_compressed_ptr + h.to(tl.int64) * v_compressed_sh
             old += b * v_compressed_sb
             mlp_step.close_part(
-                at % ALL - OF_K, new, new_v_compressed_st, old, v_compressed_st, table_ptr, pages, start, past, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr,
+                at % ALL - CLOSES_K, new, new_v_compressed_st, old, v_compressed_st, table_ptr, pages, start, past, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr,
                 phi_v_weight_out_ptr, phi_v_bias_out_ptr, part_ptr, h, 32, 128, 128, V_HIDDEN, PAGE, 0, 39,
             )
         mlp_step.arrive(arrived_ptr + at // ALL)
@@ -5175,19 +5184,21 @@ def decode_begin(
     Unless φ is an MLP: `closers` programs before all others pool it, and who scores it or keeps it waits for those.
     """
     pid = tl.program_id(0) - closers
+    CLOSES_K: tl.constexpr = mlp_step.columns_of(K_HIDDEN)
+    CLOSES_V: tl.constexpr = mlp_step.columns_of(V_HIDDEN)
     if pid < 0:
         device.begin_early(EARLY)
         if closing_ptr is not None:
             cache_close(
                 tl.program_id(0), phi_k_positions_ptr, phi_k_weight_in_ptr, phi_k_bias_in_ptr, phi_k_weight_out_ptr, phi_k_bias_out_ptr, phi_v_positions_ptr, phi_v_weight_in_ptr, phi_v_bias_in_ptr, phi_v_weight_out_ptr, phi_v_bias_out_ptr, closing_ptr, arrived_ptr, new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, lengths_ptr, table_ptr, table_sb, pages, queries, capacity,
-                new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, PAGE, K_HIDDEN, V_HIDDEN,
+                new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, PAGE, K_HIDDEN, V_HIDDEN, CLOSES_K, CLOSES_V,
             )
     elif pid < programs:
         decode_scores(
             q_ptr, k_cmp_ptr, v_cmp_ptr, parts_ptr, lses_ptr, sums_ptr, tops_ptr, lengths_ptr, table_ptr, table_sb, pages, None, None, queries, capacity, part_rows, groups, key_tiles, splits, run, scale,
             q_sb, q_st, q_sh, k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, BM, BN, PRECISION, PAGE, EARLY,
             new_k_compressed_ptr, k_compressed_ptr, new_v_compressed_ptr, v_compressed_ptr, new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, 0, 39,
-            closers, closing_ptr, arrived_ptr, mlp_step.columns_of(K_HIDDEN), mlp_step.columns_of(V_HIDDEN),
+            closers, closing_ptr, arrived_ptr, CLOSES_K, CLOSES_V,
         )
     else:
         device.begin_early(EARLY)
@@ -5196,7 +5207,7 @@ def decode_begin(
         cache_append_job(
             at % each, at // each, new_k_compressed_ptr, k_compressed_ptr, k_compressed_scales_ptr, new_v_compressed_ptr, v_compressed_ptr, v_compressed_scales_ptr, new_k_selected_ptr, k_selected_ptr, k_selected_scales_ptr, new_v_selected_ptr, v_selected_ptr, v_selected_scales_ptr, new_k_window_ptr, k_window_ptr, k_window_scales_ptr, new_v_window_ptr, v_window_ptr, v_window_scales_ptr, k_cmp_ptr, k_cmp_scales_ptr, v_cmp_ptr, v_cmp_scales_ptr, staged_k_cmp_ptr, staged_v_cmp_ptr, rows_ptr, starts_ptr, lengths_ptr, past_ptr, lost_ptr, table_ptr, table_sb, pages, queries, capacity, spare,
             new_k_compressed_sb, new_k_compressed_st, new_k_compressed_sh, k_compressed_sb, k_compressed_st, k_compressed_sh, new_v_compressed_sb, new_v_compressed_st, new_v_compressed_sh, v_compressed_sb, v_compressed_st, v_compressed_sh, new_k_selected_sb, new_k_selected_st, new_k_selected_sh, k_selected_sb, k_selected_st, k_selected_sh, new_v_selected_sb, new_v_selected_st, new_v_selected_sh, v_selected_sb, v_selected_st, v_selected_sh, new_k_window_sb, new_k_window_st, new_k_window_sh, k_window_sb, k_window_st, k_window_sh, new_v_window_sb, new_v_window_st, new_v_window_sh, v_window_sb, v_window_st, v_window_sh,
-            k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS, PAGE, closing_ptr, arrived_ptr, K_HIDDEN, V_HIDDEN,
+            k_cmp_sb, k_cmp_st, k_cmp_sh, v_cmp_sb, v_cmp_st, v_cmp_sh, TOKENS, PAGE, closing_ptr, arrived_ptr, CLOSES_K, CLOSES_V,
         )
 
 
@@ -6086,7 +6097,7 @@ def _decode_scores(q, k, v, past, scale, append=None, closing=None):
     return parts, lses, sums, tops, tile
 
 
-def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale):
+def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale, arrived=None):
     """selected, window, in runs of keys, merged with what was attended to before -> out."""
     c = split.pick(_DECODE_CONFIGS["decode_attend"], q, split.scattered(past, 1), 4, k0.scales is not None)
     batch, queries = q.shape[:2]
@@ -6122,7 +6133,7 @@ def _decode_attend(q, k0, v0, k1, v1, sums, tops, lses_compressed, parts_compres
     widths = [launch.power_of_two(count, 1) for count in counts]
     each, warps = split.merged(q, 4, 128, *widths)
     launcher.start(decode_merge, (-(-batch * queries * 64 // each),),
-        parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, cache.arrived, *counts, queries, past.capacity, batch * queries * 64,
+        parts_compressed, lses_compressed, parts0, lses0, parts1, lses1, gates, out, past.lengths, cache.lengths, arrived, *counts, queries, past.capacity, batch * queries * 64,
         each, *widths, num_warps=warps, **split.early(q, 4),
     )
     return out
@@ -6158,10 +6169,12 @@ def _step(q, k, v, gates, phi, cache, blocks, scale):
     joins = cache.rows("k_cmp").scales is None and split.joins(q, 4, 16)
     closing = phi.closing(k["compressed"], v["compressed"], cache.arrived) if joins else None
     joins = closing is not None
+    arrived = closing.arrived if joins else None
     past, append = _append(k, v, phi, cache, joins)
     try:
         parts_compressed, lses_compressed, sums, tops, tile = _decode_scores(q, cache.rows("k_cmp"), cache.rows("v_cmp"), past, scale, append, closing)
-        return _decode_attend(q, cache.rows("k_selected"), cache.rows("v_selected"), cache.rows("k_window"), cache.rows("v_window"), sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale)
+        return _decode_attend(q, cache.rows("k_selected"), cache.rows("v_selected"), cache.rows("k_window"), cache.rows("v_window"), sums, tops, lses_compressed, parts_compressed, gates, tile, past, cache, scale, arrived)
     except BaseException:
-        cache.arrived.zero_()  # as the last launch would have
+        if arrived is not None:
+            arrived.zero_()  # as the last launch would have
         raise

@@ -313,32 +313,41 @@ class MLPCompressor(Compressor):
 
     def write_blocks(self, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, k_cmp: Flat, v_cmp: Flat) -> None:
         self._check(k, v, None)
-        plain = type(self).of_blocks is Compressor.of_blocks and self.rope is None and not k_cmp.quantised
+        plain = self._plain_blocks and not k_cmp.quantised
         if not (plain and self._pool_by_kernels(k, v, rows, k_cmp.all.data, v_cmp.all.data)):
             super().write_blocks(k, v, starts, rows, k_cmp, v_cmp)
 
     def closing(self, k: Tensor, v: Tensor, arrived: Tensor) -> mlp_step.Closing | None:
         self._check(k, v, None)
-        own, sides = type(self), (self.k, self.v)
-        plain = own.of_blocks is Compressor.of_blocks and own.write_blocks is MLPCompressor.write_blocks
-        if not plain or self.rope is not None:
+        weights = self._plain_weights
+        if weights is None or not self._plain_blocks or type(self).write_blocks is not MLPCompressor.write_blocks:
             return None
-        of_k, of_v = sides
-        if not (isinstance(of_k, MLPPool) and isinstance(of_v, MLPPool) and of_k.plain and of_v.plain):
-            return None
-        takes = mlp_pool.takes(k, of_k.weights) and mlp_pool.takes(v, of_v.weights)
-        return mlp_step.closing(of_k.weights, of_v.weights, arrived) if takes else None
+        takes = all(mlp_pool.takes(x, of) for x, of in zip((k, v), weights, strict=True))
+        return mlp_step.closing(*weights, arrived) if takes else None
 
     def _of_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k_cmp, v_cmp = (x.new_empty((len(x), *x.shape[2:])) for x in (k, v))
         return (k_cmp, v_cmp) if self._pool_by_kernels(k, v, None, k_cmp, v_cmp) else super()._of_blocks(k, v)
 
-    def _pool_by_kernels(self, k: Tensor, v: Tensor, rows: Tensor | None, k_cmp: Tensor, v_cmp: Tensor) -> bool:
-        """Whether they did; else nothing happened."""
+    @property
+    def _plain_blocks(self) -> bool:
+        """Whether what φ makes of a block is its pools' alone: no subclass's, and not turned by its position."""
+        return type(self).of_blocks is Compressor.of_blocks and self.rope is None
+
+    @property
+    def _plain_weights(self) -> tuple[mlp_pool.Weights, mlp_pool.Weights] | None:
+        """Of keys and values; None where a pool is a subclass's."""
         of_k, of_v = self.k, self.v
         if not (isinstance(of_k, MLPPool) and isinstance(of_v, MLPPool) and of_k.plain and of_v.plain):
+            return None
+        return of_k.weights, of_v.weights
+
+    def _pool_by_kernels(self, k: Tensor, v: Tensor, rows: Tensor | None, k_cmp: Tensor, v_cmp: Tensor) -> bool:
+        """Whether they did; else nothing happened."""
+        weights = self._plain_weights
+        if weights is None:
             return False
-        sides = mlp_pool.Side(k, of_k.weights, k_cmp), mlp_pool.Side(v, of_v.weights, v_cmp)
+        sides = mlp_pool.Side(k, weights[0], k_cmp), mlp_pool.Side(v, weights[1], v_cmp)
         if not mlp_pool.fits(*sides):
             return False
         mlp_pool.pool(*sides, rows, len(k_cmp) - 1)

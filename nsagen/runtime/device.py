@@ -410,6 +410,12 @@ def plain_rows(
 
 
 @triton.jit
+def open_block(past, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """The first block, one every STRIDE tokens, that had not ended with the token before `past`."""
+    return tl.maximum(past - (BLOCK - STRIDE), 0) // STRIDE
+
+
+@triton.jit
 def mean_of_block(
     new, new_st, store, store_st, scales_ptr, HEADS: tl.constexpr, out, out_scales_ptr, table_ptr, pages, start, past,
     lost, BLOCK: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,

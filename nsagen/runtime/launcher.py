@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 MOST_KEPT = 4096  # launches: lengths that differ every time would fill memory
+_PLAIN = frozenset((int, bool, float, str, type(None)))  # most arguments, so asked first
 _kept: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
-_numbers_from: dict[Any, int] = {}  # of a kernel's arguments: from here on all are numbers, or words
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -25,10 +25,10 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
     if not isinstance(kernel, JITFunction):  # the interpreter's
         kernel[grid](*args, **options)
         return
-    kept = _kept.get(_key(kernel.fn, args, options))
+    key = _key(kernel.fn, args, options)
+    kept = _kept.get(key)
     if kept is None:
-        compiled = kernel[grid](*args, **options)
-        _keep(kernel, args, options, compiled)
+        _keep(key, kernel, len(args), options, kernel[grid](*args, **options))
     else:
         compiled, others = kept
         compiled[(*grid, 1, 1)[:3]](*args, *others)
@@ -36,27 +36,24 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
 
 def _key(fn: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[object, ...]:
     """What Triton compiles a kernel for, and more: types, whether 16 divides an address, boxes of maps, numbers."""
-    first = _numbers_from.get(fn, len(args))
     found: list[object] = []
-    for x in args[:first]:
-        if isinstance(x, Tensor):
+    for x in args:
+        if type(x) in _PLAIN:
+            found.append(x)
+        elif isinstance(x, Tensor):
             found += x.dtype, x.data_ptr() % 16 == 0
         elif hasattr(x, "block_shape"):  # a tensor map, whose address 16 divides
             found += x.base.dtype, x.padding, *x.block_shape
         else:
             found.append(x)
-    return fn, torch.cuda.current_device(), *map(type, args), *args[first:], *options.items(), *found
+    return fn, torch.cuda.current_device(), *map(type, args), *options.items(), *found
 
 
-def _keep(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], compiled: Any) -> None:
-    others = kernel.params[len(args) :]
+def _keep(key: tuple[object, ...], kernel: Any, given: int, options: dict[str, Any], compiled: Any) -> None:
+    """given: arguments by position. The others must be constexprs, whose values a compiled kernel is handed, too."""
+    others = kernel.params[given:]
     if not all(p.is_constexpr for p in others):
         return
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
-    numbers = (int, bool, float, str)  # None may stand for a tensor
-    first = max((i + 1 for i, x in enumerate(args) if not isinstance(x, numbers)), default=0)
-    if first > _numbers_from.get(kernel.fn, -1):
-        _kept.clear()  # keys before were made otherwise
-        _numbers_from[kernel.fn] = first
-    _kept[_key(kernel.fn, args, options)] = compiled, tuple(options.get(p.name, p.default) for p in others)
+    _kept[key] = compiled, tuple(options.get(p.name, p.default) for p in others)

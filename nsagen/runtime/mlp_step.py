@@ -7,7 +7,8 @@ then these programs end at once, and nobody waits.
 
 from __future__ import annotations
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false
 from typing import NamedTuple
 
 import torch
@@ -62,12 +63,6 @@ def tokens_of(SIZE):
     return max(1, BYTES.value // SIZE)
 
 
-@triton.constexpr_function
-def up_to(COUNT):
-    """The power of two that holds so many."""
-    return 1 << max(0, COUNT - 1).bit_length()
-
-
 @triton.jit
 def close_part(
     column, new_ptr, new_st, old_ptr, old_st, table_ptr, pages, start, past, positions_ptr, weight_in_ptr, bias_in_ptr,
@@ -114,11 +109,14 @@ def arrive(arrived_ptr):
 
 @triton.jit
 def closed_row(
-    parts_ptr, arrived_ptr, FIRST: tl.constexpr, COUNT: tl.constexpr, ALL: tl.constexpr, STEP: tl.constexpr, d, inside
+    parts_ptr, arrived_ptr, VALUE: tl.constexpr, CLOSES_K: tl.constexpr, CLOSES_V: tl.constexpr, STEP: tl.constexpr, d,
+    inside,
 ):  # fmt: skip
-    """Columns d of a pooled row in float32: the sum of parts FIRST, … of ALL [., STEP], once they are there."""
-    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < ALL:
+    """Columns d of a pooled key, or VALUE, in float32: the sum of its parts [., STEP], once all are there."""
+    FIRST: tl.constexpr = CLOSES_K if VALUE else 0
+    COUNT: tl.constexpr = CLOSES_V if VALUE else CLOSES_K
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < CLOSES_K + CLOSES_V:
         pass
-    n = tl.arange(0, up_to(COUNT))
+    n = tl.arange(0, triton.next_power_of_2(COUNT))
     at = parts_ptr + (FIRST + n)[:, None] * STEP + d[None, :]
     return tl.sum(tl.load(at, mask=(n < COUNT)[:, None] & inside[None, :], other=0.0), 0)

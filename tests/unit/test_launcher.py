@@ -51,7 +51,6 @@ class Kernel(JITFunction[Any]):
 def none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launcher, "_kept", {})
-    monkeypatch.setattr(launcher, "_numbers_from", {})
 
 
 STORE = torch.zeros(64, dtype=torch.float32)
@@ -80,7 +79,6 @@ def test_what_triton_compiles_anew_is_never_taken_for_known(
 ) -> None:
     """In any order of launches, and whatever is a tensor in one and none in another."""
     launcher._kept.clear()
-    launcher._numbers_from.clear()
     kernel, asked = Kernel(), Kernel()
     for args, options in launches:
         before = len(kernel.bound)
